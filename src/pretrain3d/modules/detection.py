@@ -1,0 +1,116 @@
+"""Detection: any detector of `DETECTORS` on any backbone, trained on patches, validated on whole volumes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain3d.config import build
+from pretrain3d.detection import DETECTORS
+from pretrain3d.detection.contract import Detections
+from pretrain3d.detection.tiles import predict_volume
+from pretrain3d.evaluation.metric import DetectionMetric
+from pretrain3d.modules.base import BaseModule
+
+
+class DetectionModule(BaseModule):
+    """Lightning's side of a detector.
+
+    Args:
+        backbone: see `BaseModule`.
+        detector: ``{"name": a name in DETECTORS, ...}``.
+        classes: names of the classes, in the order of the labels.
+        mirror_classes: left/right pairs, by name, for mirrored views.
+        patch_size: (3,) voxels of a training patch; also the tile of the inference.
+        note, optimizer, schedule, warmup_steps, ema: see `BaseModule`.
+        overlap: share of a tile that its neighbour repeats, in [0, 1).
+        tile_batch: tiles predicted at once; bounds the memory of the inference.
+        mirror_axes: axes of the mirrored views that are predicted too and merged, () for none.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        detector: dict[str, Any],
+        classes: list[str],
+        mirror_classes: dict[str, str],
+        patch_size: tuple[int, int, int],
+        note: dict[str, Any],
+        optimizer: dict[str, Any],
+        schedule: str = "poly",
+        warmup_steps: int = 0,
+        ema: float | None = None,
+        overlap: float = 0.5,
+        tile_batch: int = 4,
+        mirror_axes: tuple[int, ...] = (),
+    ) -> None:
+        head = build(DETECTORS, detector, "module.detector", levels=backbone.levels, num_classes=len(classes))
+        super().__init__(backbone, head, "detector", note, optimizer, schedule, warmup_steps, ema)
+        self.classes = list(classes)
+        self.mirror_classes = dict(mirror_classes)
+        self.patch_size = tuple(patch_size)
+        self.overlap = overlap
+        self.tile_batch = tile_batch
+        self.mirror_axes = tuple(mirror_axes)
+        self.metric = DetectionMetric(self.classes)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        features = self.backbone(batch["image"])
+        outputs = self.detector(features, batch["image"].shape[2:])
+        with torch.autocast(batch["image"].device.type, enabled=False):
+            losses = self.detector.loss(outputs, batch)
+        return self.finish_losses(losses, batch, "train")
+
+    @torch.no_grad()
+    def predict_image(self, image: Tensor, pad_value: float = 0.0) -> Detections:
+        """Boxes of a whole volume.
+
+        Args:
+            image: (C, X, Y, Z) float32, normalised as the checkpoint's note says.
+            pad_value: normalised intensity outside the volume.
+
+        Returns:
+            boxes in the voxels of ``image``.
+        """
+        backbone, detector = self.best_networks()
+
+        def predict_patches(patches: Tensor) -> list[Detections]:
+            outputs = detector(backbone(patches), patches.shape[2:])
+            with torch.autocast(patches.device.type, enabled=False):
+                return detector.predict(outputs, patches.shape[2:])
+
+        index = {name: position for position, name in enumerate(self.classes)}
+        pairs = {index[a]: index[b] for a, b in self.mirror_classes.items()}
+        return predict_volume(
+            predict_patches,
+            image,
+            self.patch_size,
+            overlap=self.overlap,
+            batch_size=self.tile_batch,
+            pad_value=pad_value,
+            mirror_axes=self.mirror_axes,
+            mirror_classes=pairs,
+        )
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """One whole case of the validation fold, against its boxes in cached voxels."""
+        datamodule = self.trainer.datamodule
+        case_id = batch["case_id"]
+        image, case = datamodule.volume(case_id)
+        found = self.predict_image(image.to(self.device), datamodule.pad_value(case_id))
+        self.metric.update(
+            datamodule.case_index(case_id),
+            found,
+            torch.as_tensor(case.boxes),
+            torch.as_tensor(case.labels),
+            case.annotated,
+        )
+        return {}
+
+    def on_validation_epoch_end(self) -> None:
+        values = self.metric.compute()
+        self.metric.reset()
+        for key, value in values.items():
+            self.log(f"val/{key}", value, prog_bar=key == "mAP", rank_zero_only=False)

@@ -1,0 +1,46 @@
+"""Sums over processes that keep a distributed loss equal to the loss of one process with the whole batch.
+
+DDP averages gradients over processes. A loss that each process normalises by its own counts is then not the loss of the
+global batch. Every loss here is therefore a function of sums, and each sum goes through `all_sum`: all processes compute
+the same global loss, and the averaged gradient is exactly its gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+def world_size() -> int:
+    """Number of processes that train together; 1 without a process group."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this process; 0 without a process group."""
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        # Every process holds the same loss, so the sum of their gradients is a multiple: no second exchange is needed.
+        return gradients[0] * distributed.get_world_size()
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """The sum of ``value`` over all processes, differentiable; ``value`` itself where there is one process.
+
+    The caller's loss must be the same function of the sums on every process, and DDP must average the gradients.
+    """
+    if world_size() == 1:
+        return value
+    return _AllSum.apply(value)  # type: ignore[no-any-return]
