@@ -1,7 +1,396 @@
-"""One YAML names one run: composition, overrides, registries and the error a user sees."""
+"""One YAML names one run: composition, overrides, registries and the error a user sees.
+
+Imports neither torch nor lightning, and omegaconf only when a value or a file is read, so that a typing mistake is
+answered at once. Registries are dict literals ``name: "module:attribute"``; nothing is imported before its use.
+"""
 
 from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pretrain3d import signatures
+
+SECTIONS = ("name", "out", "seed", "data", "backbone", "transfer", "module", "trainer", "logger")
+
+# The nodes whose `name:` names a component, and the registry that knows it. Registries are named here, not imported:
+# config stays below them, and their folders import nothing.
+NODES = {
+    "backbone": "pretrain3d.backbones:BACKBONES",
+    "module": "pretrain3d.modules:MODULES",
+    "module.method": "pretrain3d.objectives:PRETRAINING",
+    "module.detector": "pretrain3d.detection:DETECTORS",
+}
+
+REQUIRED = object()  # default of an option that must be given
+_LABELLED = (
+    "",
+    "data",
+    "transfer",
+)  # here `name:` is a label, elsewhere it names the component its neighbours belong to
 
 
 class UserError(ValueError):
     """A user's mistake: one clear line with what is wrong, the value, and what would be right. Exit status 2."""
+
+
+def suggestion(word: str, choices: Iterable[str]) -> str:
+    """``", did you mean 'x'?"`` for the closest choice, or nothing when none is close."""
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def read_options(options: Mapping[str, object], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a command, checked against what it takes.
+
+    Args:
+        options: as given. Text (from the command line) is read as the default's type; other values are checked.
+        defaults: every option the command takes. `REQUIRED` or a text default keep the text as it was written; a
+            default of None takes any YAML value, null included; any other default also says the type.
+
+    Returns:
+        A value for every key of ``defaults``, in its order.
+
+    Raises:
+        UserError: an unknown option, a missing required one, or a value of another type.
+    """
+    for key in options:
+        if key not in defaults:
+            known = ", ".join(defaults) or "none"
+            raise UserError(f"unknown option {key!r}{suggestion(key, defaults) or ';'} Options: {known}")
+    missing = [key for key, default in defaults.items() if default is REQUIRED and key not in options]
+    if missing:
+        raise UserError("missing " + " and ".join(f"{key}=VALUE" for key in missing))
+    return {
+        key: _option(key, options[key], default) if key in options else default for key, default in defaults.items()
+    }
+
+
+def _option(key: str, value: object, default: Any) -> Any:
+    if default is REQUIRED or isinstance(default, str):
+        return value
+    if isinstance(value, str) and not isinstance(default, Path):
+        value = parse_value(value)
+    if default is None:
+        return value
+    hint: Any = type(default)
+    if isinstance(default, (list, tuple)) and default:
+        hint = list[type(default[0])] if isinstance(default, list) else tuple[type(default[0]), ...]  # type: ignore[misc]
+    return _fitted(value, hint, key)
+
+
+def parse_value(text: str) -> Any:
+    """The YAML value of a text (``1e-3`` is a number, ``[1, 2]`` a list, nothing is null); ``${...}`` stays text."""
+    from omegaconf import OmegaConf
+
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
+    except Exception as error:  # the parsers of YAML and of ${...} share no base class
+        raise UserError(f"{text!r} is not a YAML value: {_reason(error)}") from error
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads the configuration of one run.
+
+    ``base:`` files come first (two deep at most), then the file, then the overrides, then ``${...}`` is resolved. A
+    node with another ``name:`` replaces the base's node whole. ``name`` defaults to `default_name`, ``out`` to
+    ``runs``, ``seed`` to 0.
+
+    Args:
+        path: a YAML file; ``configs/...`` also finds the packaged configurations.
+        overrides: ``a.b=value`` for a key that the file or a base mentions, ``+a.b=value`` to add one, ``node=NAME``
+            short for ``node.name=NAME``. Values are YAML.
+
+    Returns:
+        Plain containers, nothing left to resolve.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown section or key, a value that is still to be given (``???``).
+    """
+    config = {"name": None, "out": "runs", "seed": 0} | _compose(find_config(path))
+    for override in overrides:
+        config = _overridden(config, override)
+    for section in ("data", "backbone", "module", "trainer"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(f"{path}: {section} must be a section of `key: value` lines, got {config[section]!r}")
+    if config["name"] is None:
+        config["name"] = default_name(_resolved(config | {"name": ""}, path))
+    config = _resolved(config, path)
+    name = config["name"]
+    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"name must be a folder below `out` such as 'phantom/mae-s0', got {name!r}")
+    return {key: config[key] for key in SECTIONS if key in config}
+
+
+def find_config(path: str | Path) -> Path:
+    """The file itself, or for ``configs/...`` the copy inside the package (in a checkout: the checkout's).
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    package = Path(__file__).resolve().parent
+    roots = [package, package.parents[1]] if path.parts[:1] == ("configs",) else []
+    for candidate in [path, *(root / path for root in roots)]:
+        if candidate.is_file():
+            return candidate
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; --config takes a YAML file")
+    nearby = [str(file) for root in (Path(), *roots) for file in sorted((root / path).parent.glob("*.yaml"))]
+    raise UserError(f"no configuration file {str(path)!r}{suggestion(str(path), nearby)}")
+
+
+def default_name(config: Mapping[str, Any]) -> str:
+    """``<dataset>/<method or detector>-<init>-<backbone>-f<fold>-s<seed>``.
+
+    The data set is ``data.name``, else the name of the folder ``data.store``. Init is ``scratch`` without
+    ``transfer.path``, else ``transfer.name``, else the name of that file without its ending.
+    """
+    data, module = config.get("data") or {}, config.get("module") or {}
+    dataset = data.get("name") or Path(str(data.get("store") or "data")).name
+    part = module.get("method") or module.get("detector") or module
+    transfer = config.get("transfer") or {}
+    init = "scratch"
+    if transfer.get("path"):
+        init = transfer.get("name") or Path(str(transfer["path"])).stem
+    backbone = (config.get("backbone") or {}).get("name")
+    words = [part.get("name"), init, backbone, f"f{data.get('fold', 0)}", f"s{config.get('seed', 0)}"]
+    return f"{dataset}/{'-'.join(str(word) for word in words if word)}"
+
+
+def check_names(config: Mapping[str, Any]) -> None:
+    """Checks the name of every component against its registry; imports no component.
+
+    Raises:
+        UserError: a section that a run needs is missing, or a name is in no registry.
+    """
+    for section in ("data", "backbone", "module"):
+        if not config.get(section):
+            raise UserError(f"the configuration has no section {section!r}")
+    for where, reference in NODES.items():
+        node: Any = config
+        for key in where.split("."):
+            node = node.get(key) if isinstance(node, Mapping) else None
+        if node is not None:
+            check_name(_attribute(reference), node, where)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The plain content of a YAML file, ``${...}`` unresolved.
+
+    Raises:
+        UserError: not a readable YAML file; names the line.
+    """
+    from omegaconf import OmegaConf
+
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # YAML's and omegaconf's errors share no base class
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {_reason(error)}") from error
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Plain containers as YAML text, keys in their order."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dict(values)))
+
+
+def _compose(path: Path, depth: int = 0) -> dict[str, Any]:
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected sections ({', '.join(SECTIONS)}), got {type(values).__name__}")
+    base = values.pop("base", None)
+    for section in values:
+        if section not in SECTIONS:
+            raise UserError(
+                f"{path}: unknown section {section!r}{suggestion(str(section), (*SECTIONS, 'base')) or ';'} "
+                f"Sections: base, {', '.join(SECTIONS)}"
+            )
+    if base is None:
+        return values
+    file = path.parent / str(base)
+    if not file.is_file():
+        raise UserError(f"{path}: no base file {str(file)!r} (base is relative to the file that names it)")
+    if depth == 2:
+        raise UserError(f"{path}: `base: {base}` is a third level; a configuration inherits two deep at most")
+    return _put(_compose(file, depth + 1), values, "")
+
+
+def _put(old: Any, new: Any, where: str) -> Any:
+    """``new`` over ``old``: mappings merge, unless ``new`` names another component; all else replaces."""
+    if not isinstance(old, dict) or new is None:
+        return new
+    if isinstance(new, str) and "name" in old:
+        new = {"name": new}
+    if not isinstance(new, dict):
+        raise UserError(f"{where} is a section with the keys {', '.join(map(str, old))}; it cannot be set to {new!r}")
+    if where not in _LABELLED and new.get("name", old.get("name")) != old.get("name"):
+        return new
+    return old | {key: _put(old.get(key), value, f"{where}.{key}".lstrip(".")) for key, value in new.items()}
+
+
+def _overridden(config: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    adds, key = key.startswith("+"), key.removeprefix("+")
+    path = key.split(".")
+    if not equals or not all(path):
+        raise UserError(f"cannot read the override {override!r}; write section.key=value")
+    if path[0] not in SECTIONS:
+        raise UserError(f"unknown section {path[0]!r} in {override!r}{_nearest(key, _dotted(config) + list(SECTIONS))}")
+    node: Any = config
+    for depth, part in enumerate(path):
+        if node is not None and not isinstance(node, dict):
+            raise UserError(
+                f"{override!r}: {'.'.join(path[:depth])} is the value {node!r} and has no keys; set it whole"
+            )
+        if not adds and part not in (node or {}):
+            nearest = _nearest(key, _dotted(config)) or ";"
+            raise UserError(f"the configuration has no key {key!r}{nearest} To add it, write +{override}")
+        node = (node or {}).get(part)
+    value = parse_value(text)
+    for part in reversed(path):
+        value = {part: value}
+    return _put(config, value, "")
+
+
+def _dotted(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in config.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, Mapping):
+            keys += _dotted(value, f"{prefix}{key}.")
+    return keys
+
+
+def _nearest(key: str, keys: list[str]) -> str:
+    """Like `suggestion`, and finds the right last word in a wrong or forgotten section."""
+    keys = [other for other in keys if not key.startswith(f"{other}.")]  # its own section is no suggestion
+    same = [other for other in keys if other.split(".")[-1] == key.split(".")[-1]]
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.8) or same or difflib.get_close_matches(key, keys, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _resolved(config: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except MissingMandatoryValue as error:
+        raise UserError(f"{path} leaves {error.full_key} open; give {error.full_key}=VALUE") from error
+    except InterpolationKeyError as error:
+        raise UserError(f"{path}: {error.full_key}: {_reason(error)}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: values refer to each other in a circle through ${{...}}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {error.full_key}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The line that matters of an error of YAML's or omegaconf's."""
+    return getattr(error, "problem", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_name(registry: Mapping[str, str], node: Any, kind: str) -> str:
+    """The ``name`` of a node, when the registry knows it; imports nothing.
+
+    Raises:
+        UserError: the node has no name, or an unknown one.
+    """
+    known = ", ".join(sorted(registry))
+    name = node.get("name") if isinstance(node, Mapping) else node
+    if not isinstance(name, str):
+        raise UserError(f"{kind} needs a name, one of {known}; got {node!r}")
+    if name not in registry:
+        raise UserError(f"unknown {kind} {name!r}{suggestion(name, registry) or ';'} Known: {known}")
+    return name
+
+
+def resolve(registry: Mapping[str, str], name: str, kind: str) -> Any:
+    """Imports what a registry calls ``name``.
+
+    Raises:
+        UserError: no such name; raised before anything is imported.
+    """
+    return _attribute(registry[check_name(registry, name, kind)])
+
+
+def build(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, **given: Any) -> Any:
+    """Builds a component from its node.
+
+    Args:
+        registry: ``name: "module:attribute"``.
+        node: ``{"name": ..., **arguments}``; lists become tuples where the signature says so.
+        kind: what the user calls it, for errors: "backbone".
+        given: arguments that the code supplies; a user cannot set them.
+
+    Raises:
+        UserError: see `check`.
+    """
+    target = resolve(registry, check_name(registry, node, kind), kind)
+    arguments = {key: value for key, value in node.items() if key != "name"}
+    return target(**given, **checked_arguments(target, arguments, f"{kind} {node['name']}", given))
+
+
+def check(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, given: Collection[str] = ()) -> None:
+    """Binds and type-checks the arguments of a node without building it.
+
+    Raises:
+        UserError: an unknown name or argument, a missing argument, or a value that does not fit its annotation.
+    """
+    target = resolve(registry, check_name(registry, node, kind), kind)
+    arguments = {key: value for key, value in node.items() if key != "name"}
+    checked_arguments(target, arguments, f"{kind} {node['name']}", given)
+
+
+def checked_arguments(
+    target: Callable[..., Any], arguments: Mapping[str, Any], where: str, given: Collection[str] = ()
+) -> dict[str, Any]:
+    """The arguments as the signature of ``target`` wants them, its annotations taken as types.
+
+    Args:
+        target: class or function.
+        arguments: what the user set.
+        where: begins the error: "backbone resenc_s".
+        given: names of the arguments that the code supplies.
+
+    Raises:
+        UserError: see `check`.
+    """
+    parameters = inspect.signature(target).parameters
+    hints = signatures.hints(target)
+    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {key: p for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    assert free or set(given) <= set(named), f"{where} does not take {sorted(set(given) - set(named))}"
+    takes = [key for key in named if key not in given]
+    for key in arguments:
+        if key in given:
+            raise UserError(f"{where}: {key} follows from the rest of the configuration and cannot be set; remove it")
+        if key not in named and not free:
+            known = ", ".join(takes) or "no arguments"
+            raise UserError(f"{where}: unknown argument {key!r}{suggestion(str(key), takes) or ';'} It takes: {known}")
+    for key in takes:
+        if named[key].default is inspect.Parameter.empty and key not in arguments:
+            raise UserError(f"{where}: argument {key!r} is missing; it takes: {', '.join(takes)}")
+    return {key: _fitted(value, hints.get(key, Any), f"{where}: {key}") for key, value in arguments.items()}
+
+
+def _attribute(reference: str) -> Any:
+    module, _, attribute = reference.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _fitted(value: Any, hint: Any, where: str) -> Any:
+    try:
+        return signatures.fit(value, hint)
+    except TypeError:
+        raise UserError(f"{where} must be {signatures.described(hint)}, got {value!r}") from None
