@@ -1,0 +1,76 @@
+"""What every backbone promises to the objectives, the detectors and the transfer files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from pretrain3d.config import UserError
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a feature pyramid.
+
+    Attributes:
+        channels: of the features.
+        stride: image voxels per feature voxel along x, y, z.
+    """
+
+    channels: int
+    stride: tuple[int, int, int]
+
+
+class Backbone(Protocol):
+    """An image to a list of features, finest first.
+
+    Attributes:
+        levels: channels and stride of each output, finest first.
+        in_channels: of the image.
+        size_multiple: the image size along x, y, z must be a multiple of it.
+        arguments: plain values; ``type(backbone)(**arguments)`` builds the same network.
+        runtime_arguments: names in ``arguments`` that change how the network runs, not what its weights mean;
+            weights move freely between networks that differ only there.
+    """
+
+    levels: tuple[Level, ...]
+    in_channels: int
+    size_multiple: tuple[int, int, int]
+    arguments: dict[str, Any]
+    runtime_arguments: frozenset[str]
+
+    def __call__(self, image: Tensor, keep: Tensor | None = None) -> list[Tensor]:
+        """Features of an image.
+
+        Args:
+            image: (B, C, X, Y, Z).
+            keep: (B, 1, X, Y, Z) bool, False = hidden: such voxels change no feature. ``None`` = everything visible.
+
+        Returns:
+            per level (B, channels, X / stride x, Y / stride y, Z / stride z).
+        """
+
+
+def check_image(image: Tensor, in_channels: int, size_multiple: Sequence[int]) -> None:
+    """Refuses an image that the backbone cannot take.
+
+    Args:
+        image: (B, C, X, Y, Z).
+        in_channels: what C must be.
+        size_multiple: (3,) what X, Y, Z must be multiples of.
+
+    Raises:
+        UserError: names the size or the channels, and what would be right.
+    """
+    size = tuple(image.shape[2:])
+    if image.shape[1] != in_channels:
+        raise UserError(f"the image has {image.shape[1]} channel(s); this backbone takes {in_channels}")
+    if any(s % m for s, m in zip(size, size_multiple, strict=True)):
+        raise UserError(f"the image or patch size is {_by(size)}; this backbone needs a multiple of {_by(size_multiple)}")
+
+
+def _by(size: Sequence[int]) -> str:
+    return " x ".join(str(s) for s in size)

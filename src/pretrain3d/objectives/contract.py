@@ -1,0 +1,51 @@
+"""What every pretraining method promises to the LightningModule that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class PyramidLevel(Protocol):
+    """What a method knows of one level of the backbone: `backbones.contract.Level`."""
+
+    @property
+    def channels(self) -> int: ...
+    @property
+    def stride(self) -> tuple[int, int, int]: ...
+
+
+Backbone = Callable[[Tensor, Tensor | None], list[Tensor]]  # (image, keep) -> features, finest first
+Decoder = Callable[[Sequence[PyramidLevel], int], torch.nn.Module]  # (levels, out_channels) -> features to [output, ...]
+
+
+class Method(Protocol):
+    """A pretraining method; an ``nn.Module`` whose parameters are its decoder, tokens and heads.
+
+    Built as ``PRETRAINING[name](levels, in_channels, patch_size, decoder, **arguments)``; ``decoder`` builds a decoder
+    for the levels, finest output first.
+    """
+
+    def prepare(self, batch: dict[str, Any], generator: list[torch.Generator]) -> dict[str, Tensor]:
+        """From a batch to what the networks see.
+
+        Args:
+            batch: the final batch of the data side; ``image`` (B, C, X, Y, Z), ``inside`` (B, 1, X, Y, Z).
+            generator: one per sample, so that a draw depends on the sample and not on its batch.
+
+        Returns:
+            at least ``inputs``, ``targets`` and ``keep`` (B, 1, X, Y, Z) bool, True = visible.
+        """
+
+    def __call__(self, backbone: Backbone, prepared: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Runs the backbone and the method's own networks."""
+
+    def loss(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``loss`` is the total, float32; the rest are parts and baselines for the log."""
+
+    def pictures(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """Slices (X, Y) float32 of the first sample, by name."""
