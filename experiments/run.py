@@ -1,0 +1,63 @@
+"""Runs the stages of an experiment file in order, timed; a stage that is done costs nothing the second time.
+
+    python experiments/run.py experiments/demo.yaml [scale=long] [key=value ...]
+
+A stage is a pretrain3d command line. `{key}` in it is replaced by a value of the file's `values`, of the chosen entry of
+`scales`, or of the command line, in rising order.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pretrain3d.__main__ import main as pretrain3d
+
+
+def read(path: Path, options: dict[str, str]) -> list[tuple[str, list[str]]]:
+    """(name, argument list) of every stage, placeholders filled."""
+    experiment = yaml.safe_load(path.read_text())
+    values: dict[str, Any] = dict(experiment.get("values") or {})
+    scales = experiment.get("scales") or {}
+    scale = options.pop("scale", "") or next(iter(scales), "")
+    if scale not in scales and (scale or scales):
+        sys.exit(f"{path}: scale={scale} is unknown; it is one of {', '.join(scales)}")
+    values |= {"scale": scale, **(scales.get(scale) or {})}
+    unknown = set(options) - set(values)
+    if unknown:
+        sys.exit(f"{path}: {', '.join(sorted(unknown))} is unknown; it takes scale, {', '.join(values)}")
+    values |= options
+    missing = [key for key, value in values.items() if value is None]
+    if missing:
+        sys.exit(f"{path} needs {missing[0]}=...")
+    for _ in range(2):  # values may mention values
+        values = {key: value.format(**values) if isinstance(value, str) else value for key, value in values.items()}
+    return [(stage["name"], stage["run"].format(**values).split()) for stage in experiment["stages"]]
+
+
+def main(arguments: list[str]) -> int:
+    """Runs all stages; stops at the first that fails and returns its status."""
+    if not arguments or "=" in arguments[0]:
+        sys.exit(__doc__)
+    options = dict(argument.split("=", 1) for argument in arguments[1:])
+    stages = read(Path(arguments[0]), options)
+    took: list[tuple[str, float]] = []
+    for index, (name, line) in enumerate(stages, 1):
+        print(f"\n[{index}/{len(stages)}] {name}: pretrain3d {' '.join(line)}", flush=True)
+        start = time.perf_counter()
+        status = pretrain3d(line)
+        took.append((name, time.perf_counter() - start))
+        if status:
+            print(f"{name} ended with status {status} after {took[-1][1]:.0f} s", file=sys.stderr)
+            return status
+    print("\n" + "\n".join(f"{name:<24}{seconds:8.1f} s" for name, seconds in took))
+    print(f"{'all':<24}{sum(seconds for _, seconds in took):8.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

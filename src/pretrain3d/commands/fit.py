@@ -1,0 +1,171 @@
+"""`fit`: one config, one run. Assembles data, backbone and module, trains, and resumes what was killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pretrain3d.config import UserError, build, check, check_names, load
+from pretrain3d.reporting.run_folder import RunFolder
+
+TAKES_CONFIG = True
+USAGE = """\
+pretrain3d fit --config FILE [key=value ...] [+key=value ...]
+
+Trains one run and writes it to <out>/<name>: config.yaml, metrics.csv, checkpoints/last.ckpt and best.ckpt, pictures/.
+Calling it again with the same config resumes an unfinished run and leaves a finished one alone; trainer.max_steps may grow.
+
+  pretrain3d fit --config configs/detect/phantom.yaml trainer.max_steps=100 backbone=resenc_s
+  pretrain3d fit --config configs/detect/phantom.yaml trainer.devices=2 trainer.strategy=ddp trainer.precision=bf16-mixed
+  pretrain3d fit --config configs/detect/phantom.yaml +trainer.fast_dev_run=true
+
+A key that the file or its base mentions is overridden with key=value, another argument of a component is added with
++key=value. `pretrain3d show FILE` prints the resolved config."""
+
+DATA = {"data": "pretrain3d.data.module:DataModule"}
+TRAINER = {"trainer": "lightning:Trainer"}
+OWN_TRAINER_KEYS = ("val_every_n_steps", "checkpoint_every_n_steps")
+
+
+def run(config_path: str | None, paths: list[str], overrides: list[str]) -> int:
+    """Trains the run that the config names; returns the exit status."""
+    if config_path is None or paths:
+        raise UserError("fit takes --config FILE and key=value overrides; see `pretrain3d fit --help`")
+    settings = load(config_path, overrides)
+    check_names(settings)
+    folder = RunFolder(Path(settings["out"]) / settings["name"])
+    start = folder.start_of(settings)
+    if start == "finished":
+        print(f"{folder.path}: finished at step {folder.state()['step']}, nothing to do")
+        return 0
+    fit(settings, folder, resume=start == "resume")
+    return 0
+
+
+def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> None:
+    """Builds everything the config names, then trains. Arguments are checked before any data is touched."""
+    import lightning
+    import torch
+
+    check_arguments(settings)
+    lightning.seed_everything(settings["seed"], verbose=False)
+    torch.set_float32_matmul_precision("high")
+    datamodule = build(DATA, {"name": "data", **settings["data"]}, "data", seed=settings["seed"])
+    module = assemble(settings, datamodule, folder)
+    trainer = make_trainer(settings, folder)
+    if trainer.is_global_zero:
+        folder.open(settings)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=str(folder.last) if resume else None, weights_only=True)
+    if trainer.is_global_zero:
+        print(f"{folder.path}: {trainer.global_step} steps")
+
+
+def check_arguments(settings: dict[str, Any]) -> None:
+    """Binds and type-checks the arguments of every component.
+
+    Raises:
+        UserError: an argument that a component does not take, lacks, or of another type.
+    """
+    from pretrain3d.backbones import BACKBONES
+    from pretrain3d.detection import DETECTORS
+    from pretrain3d.modules import MODULES
+    from pretrain3d.modules.optim import OPTIMIZERS
+    from pretrain3d.objectives import PRETRAINING
+
+    module = settings["module"]
+    check(DATA, {"name": "data", **settings["data"]}, "data", given=("seed",))
+    check(BACKBONES, settings["backbone"], "backbone", given=("in_channels",))
+    given = ["backbone", "patch_size", "note"]
+    if module["name"] == "detection":
+        given += ["classes", "mirror_classes"]
+        check(DETECTORS, module["detector"], "module.detector", given=("levels", "num_classes", "anchors"))
+    else:
+        check(PRETRAINING, module["method"], "module.method", given=("levels", "in_channels", "patch_size"))
+    check(MODULES, module, "module", given=tuple(given))
+    optimizer = {key: value for key, value in module["optimizer"].items() if key != "weight_decay"}
+    check(OPTIMIZERS, optimizer, "module.optimizer", given=("groups",))
+    known = {key: value for key, value in settings["trainer"].items() if key not in OWN_TRAINER_KEYS}
+    check(TRAINER, {"name": "trainer", **known}, "trainer")
+
+
+def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> Any:
+    """The LightningModule of a config: backbone, transferred weights, and the head that the module section names."""
+    from pretrain3d.backbones import BACKBONES
+    from pretrain3d.backbones.transfer import transfer_into
+    from pretrain3d.modules import MODULES
+    from pretrain3d.reporting.results import commit
+
+    store = datamodule.store
+    backbone_node = {**settings["backbone"], "in_channels": len(store.modality)}
+    backbone = build(BACKBONES, backbone_node, "backbone")
+    transfer = settings.get("transfer") or {}
+    module_node = dict(settings["module"])
+    given: dict[str, Any] = {"backbone": backbone, "patch_size": tuple(datamodule.patch_size)}
+    method = module_node.get("method", {}).get("name", "")
+    if module_node["name"] == "detection":
+        detector = dict(module_node["detector"])
+        if detector.get("anchors") is None:
+            detector["anchors"] = store.plan["anchors"]
+        module_node["detector"] = detector
+        given |= {"classes": store.classes, "mirror_classes": store.mirror_classes}
+        method = detector["name"]
+    note = {
+        "version": 1,
+        "kind": module_node["name"],
+        "seed": settings["seed"],
+        "backbone": backbone_node,
+        "module": module_node,
+        "classes": list(store.classes),
+        "mirror_classes": dict(store.mirror_classes),
+        "preprocessing": datamodule.preprocessing(),
+        "source": {
+            "run": settings["name"],
+            "commit": commit(),
+            "method": method,
+            "data": store.name,
+            "data_hash": store.data_hash,
+            "licence": store.licence,
+        },
+        "transfer": None,
+    }
+    if transfer.get("path"):
+        report = transfer_into(backbone, Path(transfer["path"]), adapt=tuple(transfer.get("adapt") or ()))
+        note["transfer"] = report.to_dict()
+        print(f"{folder.path}: {report}")
+    return build(MODULES, module_node, "module", note=note, **given)
+
+
+def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:
+    """Lightning's Trainer with the callbacks and loggers of the framework; epochs play no part, steps count."""
+    import lightning
+
+    from pretrain3d.reporting.callbacks import Checkpoints, Pictures, Progress, Throughput
+    from pretrain3d.reporting.csv_logger import MetricsCSV
+    from pretrain3d.reporting.wandb_logger import make_wandb_logger
+
+    node = dict(settings["trainer"])
+    accumulate = int(node.get("accumulate_grad_batches", 1))
+    val_every = int(node.pop("val_every_n_steps"))
+    checkpoint_every = int(node.pop("checkpoint_every_n_steps"))
+    detection = settings["module"]["name"] == "detection"
+    loggers: list[Any] = [MetricsCSV(folder.path)]
+    wandb_logger = make_wandb_logger((settings.get("logger") or {}).get("wandb"), folder.path, settings)
+    if wandb_logger is not None:
+        loggers.append(wandb_logger)
+    checkpoints = Checkpoints(
+        folder.path,
+        every_n_steps=checkpoint_every,
+        monitor="val/mAP" if detection else "val/loss",
+        mode="max" if detection else "min",
+    )
+    return lightning.Trainer(
+        **{"num_sanity_val_steps": 0, "enable_model_summary": False, **node},
+        default_root_dir=folder.path,
+        max_epochs=-1,
+        val_check_interval=val_every * accumulate,
+        check_val_every_n_epoch=None,
+        use_distributed_sampler=False,
+        enable_checkpointing=True,
+        logger=loggers,
+        callbacks=[Progress(), Throughput(), Pictures(folder.path), checkpoints],
+    )

@@ -1,0 +1,59 @@
+"""From a checkpoint file back to a module that predicts: nothing else is needed."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain3d.backbones import BACKBONES
+from pretrain3d.config import UserError, build
+from pretrain3d.modules import MODULES
+from pretrain3d.modules.base import NOTE, BaseModule
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint that `fit` wrote, on the CPU; executes nothing that is stored in it.
+
+    Raises:
+        UserError: not a file, not readable, or not of pretrain3d.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, dict) or NOTE not in checkpoint:
+        raise UserError(f"{path} is not a checkpoint of pretrain3d: it has no {NOTE!r} entry")
+    return checkpoint
+
+
+def load_module(path: Path, kind: str, device: str | torch.device = "cpu") -> BaseModule:
+    """The trained module of a checkpoint, in eval mode.
+
+    Args:
+        path: a `.ckpt` written by `fit`.
+        kind: ``detection`` or ``reconstruction``; what the caller can use.
+        device: where it goes.
+
+    Raises:
+        UserError: see `read_checkpoint`, or the checkpoint is of another kind.
+    """
+    checkpoint = read_checkpoint(path)
+    note = checkpoint[NOTE]
+    if note["kind"] != kind:
+        raise UserError(f"{path} holds a {note['kind']} module; a {kind} module is needed")
+    backbone = build(BACKBONES, note["backbone"], "backbone")
+    given: dict[str, Any] = {
+        "backbone": backbone,
+        "note": note,
+        "patch_size": tuple(note["preprocessing"]["patch_size"]),
+    }
+    if kind == "detection":
+        given |= {"classes": note["classes"], "mirror_classes": note["mirror_classes"]}
+    module = build(MODULES, note["module"], "module", **given)
+    module.load_state_dict(checkpoint["state_dict"])
+    return module.to(device).eval()

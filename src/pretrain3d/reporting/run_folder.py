@@ -1,0 +1,92 @@
+"""The folder of a run: what it holds, and whether a config starts, resumes or has finished it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pretrain3d.config import UserError, read_yaml, to_yaml
+from pretrain3d.reporting.results import write_json, write_text
+
+
+class RunFolder:
+    """``<out>/<name>`` of a run; see docs/design.md for what lies in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    def checkpoint(self, which: str) -> Path:
+        """The checkpoint ``last`` or ``best``.
+
+        Raises:
+            UserError: another name, or the run has no such checkpoint.
+        """
+        if which not in ("last", "best"):
+            raise UserError(f"checkpoint={which}: it is last or best")
+        path = self.path / "checkpoints" / f"{which}.ckpt"
+        if not path.is_file():
+            raise UserError(f"{self.path} holds no checkpoints/{which}.ckpt; is it the folder of a run?")
+        return path
+
+    def state(self) -> dict[str, Any]:
+        """``{"status": "new" | "running" | "finished", "step": n}``."""
+        path = self.path / "state.json"
+        return json.loads(path.read_text()) if path.is_file() else {"status": "new", "step": 0}
+
+    def config(self) -> dict[str, Any]:
+        """The resolved config of the run.
+
+        Raises:
+            UserError: the folder holds none.
+        """
+        path = self.path / "config.yaml"
+        if not path.is_file():
+            raise UserError(f"{self.path} holds no config.yaml; is it the folder of a run?")
+        return read_yaml(path)
+
+    def open(self, settings: dict[str, Any]) -> None:
+        """Writes the config and marks the run as running."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "config.yaml", to_yaml(settings))
+        write_json(self.path / "state.json", {"status": "running", "step": self.state()["step"]})
+
+    def start_of(self, settings: dict[str, Any]) -> str:
+        """What `fit` with this config does here: ``fresh``, ``resume`` or ``finished``.
+
+        Raises:
+            UserError: the folder belongs to another config, or `max_steps` would shrink.
+        """
+        if not (self.path / "config.yaml").is_file():
+            return "fresh"
+        old = _flat(self.config())
+        new = _flat(settings)
+        steps = "trainer.max_steps"
+        differing = sorted(key for key in old.keys() | new.keys() if key != steps and old.get(key) != new.get(key))
+        if differing:
+            shown = "; ".join(f"{key} {old.get(key)!r} there, {new.get(key)!r} asked" for key in differing[:3])
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise UserError(f"{self.path} holds a run of another config ({shown}{more}); give this run another name=")
+        state = self.state()
+        if state["status"] == "finished":
+            if new[steps] < state["step"]:
+                raise UserError(
+                    f"{self.path} already ran {state['step']} steps; trainer.max_steps={new[steps]} is less"
+                )
+            if new[steps] == state["step"]:
+                return "finished"
+        return "resume" if self.last.is_file() else "fresh"
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,93 @@
+"""The whole chain as a user types it, in one process and at the smallest size that is still real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel
+import pytest
+import torch
+
+from pretrain3d.__main__ import main
+
+TINY = [
+    "data.patch_size=[32,32,32]", "data.batch_size=2", "data.num_workers=0", "module.warmup_steps=1",
+    "trainer.max_steps=2", "trainer.val_every_n_steps=2", "trainer.checkpoint_every_n_steps=1",
+    "trainer.log_every_n_steps=1", "trainer.accelerator=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MAE, its export, and a detector from it, two steps each."""
+    out = tmp_path_factory.mktemp("runs")
+    common = [f"out={out}", f"data.store={phantom_store}", *TINY]
+    assert main(["fit", "--config", "configs/pretrain/phantom_mae.yaml", "name=mae", *common]) == 0
+    assert main(["export", str(out / "mae"), f"out={out / 'mae.pt'}"]) == 0
+    detect = ["fit", "--config", "configs/detect/phantom.yaml", "name=det", f"transfer.path={out / 'mae.pt'}"]
+    assert main([*detect, "module.overlap=0", *common]) == 0
+    return out
+
+
+def test_pretrained_weights_arrive(runs: Path) -> None:
+    exported = torch.load(runs / "mae.pt", weights_only=True)
+    note = torch.load(runs / "det" / "checkpoints" / "last.ckpt", weights_only=True)["pretrain3d"]
+    assert note["transfer"]["source"]["method"] == "mae"
+    assert note["backbone"]["name"] == exported["backbone"]["name"] == "resenc_xs"
+    assert note["preprocessing"]["spacing_mm"] == exported["preprocessing"]["spacing_mm"]
+
+
+def test_test_and_table(runs: Path, phantom_store: Path) -> None:
+    assert main(["test", str(runs / "det"), "samples=50", "pictures=1"]) == 0
+    result = json.loads((runs / "det" / "result.json").read_text())
+    assert {"mAP", "AP@0.10", "AP@0.50", "FROC@0.10"} <= result["metrics"].keys()
+    interval = result["metrics"]["AP@0.10"]
+    assert interval["low"] <= interval["value"] <= interval["high"]
+    assert result["backbone"]["init"] == "mae"
+    out = runs / "mean_box"
+    assert main(["test", "baseline=mean_box", f"store={phantom_store}", f"out={out}", "samples=50"]) == 0
+    table, report = runs / "table.md", runs / "report.html"
+    assert main(["table", str(runs / "det"), str(out), f"out={table}", f"report={report}"]) == 0
+    assert "mAP" in table.read_text() and "mean_box" in table.read_text()
+    html = report.read_text()
+    assert "<html" in html and "http://" not in html.replace("http://www.w3.org", "")
+    # The score command, given the files that `test` wrote, finds the same numbers.
+    scores = runs / "scores.json"
+    files = [f"predictions={runs / 'det' / 'predictions.json'}", f"targets={runs / 'det' / 'targets.json'}"]
+    assert main(["score", *files, f"out={scores}", "samples=50"]) == 0
+    assert json.loads(scores.read_text())["mAP"] == pytest.approx(result["metrics"]["mAP"]["value"], abs=1e-9)
+
+
+def test_predict_needs_one_file_and_a_nifti(runs: Path, phantom_raw: Path) -> None:
+    image = sorted((phantom_raw / "imagesTs").glob("*_0000.nii.gz"))[0]
+    out = runs / "predicted"
+    assert main(["predict", str(runs / "det" / "checkpoints" / "last.ckpt"), str(image), f"out={out}"]) == 0
+    found = json.loads((out / "predictions.json").read_text())
+    (case,) = found["cases"].values()
+    shape = nibabel.load(image).shape
+    for box in case["boxes"]:
+        assert all(-1e-3 <= box[axis] < box[axis + 3] <= shape[axis] + 1e-3 for axis in range(3))
+
+
+def test_finished_run_is_left_alone_and_another_config_is_refused(
+    runs: Path, phantom_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["fit", "--config", "configs/pretrain/phantom_mae.yaml", "name=mae", f"out={runs}",
+            f"data.store={phantom_store}", *TINY]  # fmt: skip
+    before = (runs / "mae" / "checkpoints" / "last.ckpt").read_bytes()
+    assert main(line) == 0
+    assert "finished" in capsys.readouterr().out
+    assert main([*line, "module.optimizer.lr=0.5"]) == 2
+    assert "module.optimizer.lr" in capsys.readouterr().err
+    assert (runs / "mae" / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert main([*line[:-1], "trainer.max_steps=3", line[-1]]) == 0
+    assert json.loads((runs / "mae" / "state.json").read_text())["step"] == 3
+
+
+def test_mistakes_cost_one_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "configs/detect/phantom.yaml", "data.store=nowhere/store"]) == 2
+    assert main(["test", str(runs / "absent")]) == 2
+    assert main(["predict", str(runs / "absent.ckpt"), "x.nii.gz", "out=y"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(errors) == 3 and all(line.startswith("pretrain3d: error:") for line in errors)
