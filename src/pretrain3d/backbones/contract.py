@@ -34,6 +34,7 @@ class Backbone(Protocol):
         arguments: plain values; ``type(backbone)(**arguments)`` builds the same network.
         runtime_arguments: names in ``arguments`` that change how the network runs, not what its weights mean;
             weights move freely between networks that differ only there.
+        input_weights: names of the weights whose second dimension is the channel of the image.
     """
 
     levels: tuple[Level, ...]
@@ -41,6 +42,7 @@ class Backbone(Protocol):
     size_multiple: tuple[int, int, int]
     arguments: dict[str, Any]
     runtime_arguments: frozenset[str]
+    input_weights: tuple[str, ...]
 
     def __call__(self, image: Tensor, keep: Tensor | None = None) -> list[Tensor]:
         """Features of an image.
@@ -69,7 +71,9 @@ def check_image(image: Tensor, in_channels: int, size_multiple: Sequence[int]) -
     if image.shape[1] != in_channels:
         raise UserError(f"the image has {image.shape[1]} channel(s); this backbone takes {in_channels}")
     if any(s % m for s, m in zip(size, size_multiple, strict=True)):
-        raise UserError(f"the image or patch size is {_by(size)}; this backbone needs a multiple of {_by(size_multiple)}")
+        raise UserError(
+            f"the image or patch size is {_by(size)}; this backbone needs a multiple of {_by(size_multiple)}"
+        )
 
 
 def _by(size: Sequence[int]) -> str:

@@ -60,7 +60,13 @@ class ConvBlock(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: Triple, stride: Triple, bias: bool = True, activate: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: Triple,
+        stride: Triple,
+        bias: bool = True,
+        activate: bool = True,
     ) -> None:
         super().__init__()
         padding = tuple(k // 2 for k in kernel)
@@ -159,6 +165,7 @@ class ResEnc(nn.Module):
     """
 
     runtime_arguments = frozenset({"masking", "checkpointing"})
+    input_weights = ("stem.conv.weight",)
 
     def __init__(
         self,
@@ -206,7 +213,9 @@ class ResEnc(nn.Module):
         check_image(image, self.in_channels, self.size_multiple)
         if tuple(image.shape[2:]) == self.size_multiple:
             size = " x ".join(str(s) for s in self.size_multiple)
-            raise UserError(f"the image or patch size is {size}; one voxel is left on the coarsest level, double an axis")
+            raise UserError(
+                f"the image or patch size is {size}; one voxel is left on the coarsest level, double an axis"
+            )
         masks: list[Tensor | None] = [None] * len(self.levels)
         active = None
         if keep is not None:

@@ -20,7 +20,9 @@ class PyramidLevel(Protocol):
 
 
 Backbone = Callable[[Tensor, Tensor | None], list[Tensor]]  # (image, keep) -> features, finest first
-Decoder = Callable[[Sequence[PyramidLevel], int], torch.nn.Module]  # (levels, out_channels) -> features to [output, ...]
+Decoder = Callable[
+    [Sequence[PyramidLevel], int], torch.nn.Module
+]  # (levels, out_channels) -> features to [output, ...]
 
 
 class Method(Protocol):

@@ -41,13 +41,15 @@ class MAE(nn.Module):
         patch_size: Sequence[int],
         decoder: Decoder,
         ratio: float = 0.75,
-        block: int | Sequence[int] | None = None,
+        block: int | tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__()
         if tuple(levels[0].stride) != (1, 1, 1):
             raise UserError(f"mae: the backbone's finest stride is {levels[0].stride}; features at stride 1 are needed")
         self.ratio = ratio
-        self.block = block_size(patch_size) if block is None else (block,) * 3 if isinstance(block, int) else tuple(block)
+        self.block = (
+            block_size(patch_size) if block is None else (block,) * 3 if isinstance(block, int) else tuple(block)
+        )
         num_cells = int(np.prod([-(-size // side) for size, side in zip(patch_size, self.block, strict=True)]))
         if not 0 < hidden_cells(num_cells, ratio) < num_cells:
             raise UserError(

@@ -1,0 +1,255 @@
+"""The file in which a backbone travels from pretraining to detection: written whole, loaded strictly.
+
+``{"format", "version", "backbone": {"name", **arguments}, "preprocessing", "source", "weights": {name: tensor}}``, plain
+values throughout, readable with ``torch.load(path, weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain3d.backbones import BACKBONES
+from pretrain3d.config import UserError, build, suggestion
+
+FORMAT = "pretrain3d-backbone"
+VERSION = 1
+ADAPTATIONS = ("channels",)
+SHOWN = 3  # names in an error
+
+
+@dataclass
+class Report:
+    """What a transfer did; every tensor of the backbone was loaded, or the transfer raised.
+
+    Attributes:
+        path: the file.
+        fingerprint: of the weights in the file.
+        tensors, parameters: how many were loaded.
+        adaptations: what was changed to fit, one sentence each; empty when nothing was.
+        preprocessing, source: as the file states them.
+    """
+
+    path: str
+    fingerprint: str
+    tensors: int
+    parameters: int
+    adaptations: list[str] = field(default_factory=list)
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        changes = "; ".join(self.adaptations) or "nothing adapted"
+        return (
+            f"loaded {self.tensors} tensors ({self.parameters:,} parameters) from {self.path}, "
+            f"fingerprint {self.fingerprint}, {changes}"
+        )
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits of the SHA-256 over names, types, shapes and bytes of a state dict, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def export_weights(
+    path: str | Path,
+    backbone_node: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    preprocessing: Mapping[str, Any],
+    source: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Writes the file, atomically.
+
+    Args:
+        path: where; its folder is made.
+        backbone_node: ``{"name": ..., **arguments}``, everything that builds the backbone.
+        weights: the state dict of that backbone.
+        preprocessing: spacing, intensity, channels, patch size; plain values.
+        source: run, commit, step, method, data hash, licence; plain values.
+
+    Returns:
+        What was written, as `load_export` gives it back.
+
+    Raises:
+        UserError: the weights are not those of that backbone.
+    """
+    path = Path(path)
+    _check_names(_meta_backbone(backbone_node).state_dict(), weights, f"cannot export to {path}", "the checkpoint")
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "backbone": dict(backbone_node),
+        "preprocessing": dict(preprocessing),
+        "source": dict(source),
+        # clones: a view would drag its whole storage into the file
+        "weights": {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()},
+    }
+    _check_plain({key: value for key, value in content.items() if key != "weights"}, "export")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return content
+
+
+def load_export(path: str | Path) -> dict[str, Any]:
+    """Reads a file of `export_weights` on the CPU; executes nothing that is stored in it.
+
+    Raises:
+        UserError: no such file, not an export, of a newer version, or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `pretrain3d export RUN out={path}` writes one")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read as a backbone file: {reason}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        keys = f"it holds {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else "it is no table"
+        raise UserError(f"{path} is not a file of `pretrain3d export` ({keys})")
+    if content["version"] != VERSION:
+        raise UserError(f"{path} has format version {content['version']}, this release reads version {VERSION}")
+    return content
+
+
+def load_backbone(path: str | Path) -> nn.Module:
+    """The backbone of an export, with its weights, on the CPU, in eval mode.
+
+    Raises:
+        UserError: see `load_export`; or the weights are not those of the backbone that the file names.
+    """
+    content = load_export(path)
+    backbone = build(BACKBONES, content["backbone"], "backbone")
+    _check_names(backbone.state_dict(), content["weights"], str(path), "the file")
+    backbone.load_state_dict(content["weights"])
+    return backbone.eval()
+
+
+def transfer_into(backbone: nn.Module, path: str | Path, adapt: Sequence[str] = ()) -> Report:
+    """Loads the weights of an export into a backbone, all of them or none.
+
+    Args:
+        backbone: fulfils `contract.Backbone`; it is changed in place.
+        path: a file of `export_weights`.
+        adapt: what may be changed to fit. ``"channels"``: a network of one input channel for an image of C channels; the
+            first kernels are repeated over the channels and divided by C.
+
+    Raises:
+        UserError: the file and the backbone differ; names the first differences with both values.
+    """
+    for name in adapt:
+        if name not in ADAPTATIONS:
+            known = ", ".join(ADAPTATIONS)
+            raise UserError(
+                f"transfer: unknown adaptation {name!r}{suggestion(name, ADAPTATIONS) or ';'} Known: {known}"
+            )
+    content = load_export(path)
+    stored = _meta_backbone(content["backbone"])
+    weights = dict(content["weights"])
+    _check_names(stored.state_dict(), weights, str(path), "the file")
+    _check_arguments(stored, backbone, path)
+    adaptations = _adapt_channels(stored, backbone, weights, path, adapt)
+    _check_names(backbone.state_dict(), weights, f"{path} does not fit", "the file")
+    backbone.load_state_dict(weights)
+    return Report(
+        path=str(path),
+        fingerprint=fingerprint(content["weights"]),
+        tensors=len(weights),
+        parameters=sum(tensor.numel() for tensor in weights.values()),
+        adaptations=adaptations,
+        preprocessing=content["preprocessing"],
+        source=content["source"],
+    )
+
+
+def _meta_backbone(node: Mapping[str, Any]) -> Any:
+    with torch.device("meta"):  # names and shapes only
+        return build(BACKBONES, node, "backbone")
+
+
+def _check_arguments(stored: Any, backbone: Any, path: str | Path) -> None:
+    """Weights of equal shape can still mean another network (strides, say): the arguments must agree too."""
+    if type(stored) is not type(backbone):
+        raise UserError(f"{path} holds a {type(stored).__name__}, the model's backbone is a {type(backbone).__name__}")
+    free = stored.runtime_arguments | {"in_channels"}
+    differing = [
+        f"{key} is {value} in the file and {backbone.arguments[key]} in the model"
+        for key, value in stored.arguments.items()
+        if key not in free and value != backbone.arguments[key]
+    ]
+    if differing:
+        raise UserError(f"{path} does not fit: {'; '.join(differing[:SHOWN])}; set `backbone` as in the file")
+
+
+def _adapt_channels(
+    stored: Any, backbone: Any, weights: dict[str, Tensor], path: str | Path, adapt: Sequence[str]
+) -> list[str]:
+    """Changes ``weights`` in place where the image has more channels and that is allowed; says what it did."""
+    old, new = stored.in_channels, backbone.in_channels
+    if old == new:
+        return []
+    differ = f"{path} does not fit: in_channels is {old} in the file and {new} in the model"
+    if "channels" not in adapt:
+        raise UserError(f"{differ}; transfer.adapt=[channels] repeats the first kernels of a 1-channel file")
+    if old != 1:
+        raise UserError(f"{differ}; only a file of 1 channel can be adapted")
+    for name in backbone.input_weights:
+        weight = weights[name]  # (out, 1, kx, ky, kz)
+        weights[name] = weight.repeat(1, new, *[1] * (weight.ndim - 2)) / new
+    return [f"channels: {', '.join(backbone.input_weights)} repeated over {new} channels and divided by {new}"]
+
+
+def _check_names(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str, giver: str) -> None:
+    """Strict: the same names, the same shapes."""
+    missing = [name for name in wanted if name not in given]
+    unexpected = [name for name in given if name not in wanted]
+    shapes = [
+        f"{name} is {tuple(given[name].shape)} in {giver} and {tuple(wanted[name].shape)} in the backbone"
+        for name in wanted
+        if name in given and given[name].shape != wanted[name].shape
+    ]
+    problems = [
+        *([f"{giver} lacks {len(missing)} tensors ({', '.join(missing[:SHOWN])})"] if missing else []),
+        *([f"{giver} has {len(unexpected)} unknown tensors ({', '.join(unexpected[:SHOWN])})"] if unexpected else []),
+        *shapes[:SHOWN],
+    ]
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}")
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Only what ``weights_only=True`` reads back: a file that cannot be loaded must not be written."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(item, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_plain(item, where)
+    else:
+        plain = value is None or type(value) in (bool, int, float, str)
+        assert plain, f"{where} is a {type(value).__name__}; plain values only"
