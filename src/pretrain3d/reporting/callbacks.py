@@ -1,0 +1,314 @@
+"""What watches a run: checkpoints that survive a kill, pictures, speed, and a progress bar without epochs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from PIL import Image
+
+from pretrain3d.config import UserError
+from pretrain3d.modules.base import BaseModule
+from pretrain3d.reporting.csv_logger import MetricsCSV
+from pretrain3d.reporting.results import write_json
+
+Trainer = lightning.Trainer
+Module = lightning.LightningModule
+
+
+class Checkpoints(Callback):
+    """``checkpoints/last.ckpt``, ``checkpoints/best.ckpt`` and ``state.json`` of a run folder.
+
+    The checkpoint of step k is written when everything of step k is over (its optimiser step, its row of metrics, its
+    validation), which is at the start of the next step or at the end of training. So whenever the process is killed,
+    ``last.ckpt`` is a whole file, the rows of ``metrics.csv`` up to its step are on disk, and resuming from it repeats
+    whatever was not over. A checkpoint is written every ``every_n_steps`` steps, after each validation and at the end.
+
+    Lightning's own checkpoints are to be switched off (``Trainer(enable_checkpointing=False)``).
+
+    Args:
+        folder: the run's folder.
+        every_n_steps: optimiser steps between checkpoints.
+        monitor: logged key of a validation that ``best.ckpt`` is the best of; None: no ``best.ckpt``.
+        mode: ``"max"`` or ``"min"``; of equal values the earlier stays.
+    """
+
+    def __init__(
+        self, folder: str | Path, every_n_steps: int, monitor: str | None = "val/mAP", mode: str = "max"
+    ) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"checkpoints are to be written every {every_n_steps} steps; expected 1 or more")
+        assert mode in ("max", "min"), mode
+        self.run_folder = Path(folder)
+        self.folder = self.run_folder / "checkpoints"
+        self.every_n_steps = every_n_steps
+        self.monitor = monitor
+        self.mode = mode
+        self.best: float | None = None
+        self._best_is_new = False
+        self._validated_step = -1
+        self._saved_step = -1
+        self._saving = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "monitor": self.monitor, "mode": self.mode}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
+        step = trainer.global_step
+        self._saved_step = step
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob("*.tmp"):
+                stale.unlink()
+            self._write_state("running", step)
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.start_from(step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._validated_step = trainer.global_step
+        if self.monitor is None:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            raise UserError(f"the best checkpoint is chosen by {self.monitor}, which is not logged; logged: {known}")
+        value = float(trainer.callback_metrics[self.monitor])
+        sign = 1 if self.mode == "max" else -1
+        if np.isfinite(value) and (self.best is None or sign * value > sign * self.best):
+            self.best, self._best_is_new = value, True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
+        # the first micro batch of step k + 1; during its later ones step k is already saved
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0 or self._validated_step == step
+        if step > 0 and due and self._saved_step != step:
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
+        if self._saved_step != trainer.global_step:
+            self._save(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Module) -> None:
+        """Also called (unlike `on_train_end`) for a run that was killed between its last checkpoint and this."""
+        step = trainer.global_step
+        over = 0 <= trainer.max_steps <= step  # otherwise stopped by a time limit: a later `fit` goes on
+        if trainer.is_global_zero:
+            self._write_state("finished" if over else "running", step)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
+        if self._saving:
+            _end_of_step(checkpoint["loops"]["fit_loop"], trainer.global_step, self._validated_step)
+
+    def _save(self, trainer: Trainer, module: Module) -> None:
+        """Writes ``last.ckpt``, and before it ``best.ckpt``: killed in between, the same best is found again."""
+        if isinstance(module, BaseModule):
+            module.check_pending()  # a checkpoint with NaN weights must not replace a good one
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.flush()
+        last, best = self.folder / "last.ckpt", self.folder / "best.ckpt"
+        temporary = self.folder / "last.ckpt.tmp"
+        self._saving = True
+        trainer.save_checkpoint(temporary, weights_only=False)  # on every process
+        self._saving = False
+        if trainer.is_global_zero:
+            _sync(temporary)
+            if self._best_is_new:
+                copy = self.folder / "best.ckpt.tmp"
+                shutil.copyfile(temporary, copy)
+                _sync(copy)
+                os.replace(copy, best)
+            os.replace(temporary, last)
+            _sync(self.folder)
+            self._write_state("running", trainer.global_step)
+        self._best_is_new = False
+        self._saved_step = trainer.global_step
+
+    def _write_state(self, status: str, step: int) -> None:
+        write_json(self.run_folder / "state.json", {"status": status, "step": step})
+
+
+def _end_of_step(loops: dict[str, Any], step: int, validated_step: int) -> None:
+    """Rewrites Lightning's progress counters to "step over, nothing after it begun", inside an epoch without end.
+
+    At the hook where a checkpoint is written the next batch is already counted as fetched; at the end of training the
+    epoch is counted as over. Lightning would go on from such counters one batch late or in a new epoch. It also counts
+    a step for the loggers once more when it skips a validation that was already done, so that count is one lower then.
+    """
+    for count in ("total", "current"):
+        batches = loops["epoch_loop.batch_progress"][count]
+        batches.update(dict.fromkeys(batches, batches["completed"]))
+        epochs = loops["epoch_progress"][count]
+        epochs.update(processed=epochs["started"] - 1, completed=epochs["started"] - 1, ready=epochs["started"])
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1 if validated_step == step else step
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file (or a folder's list of names) is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Pictures(Callback):
+    """Writes the pictures of the first validation case to ``<run>/pictures/step<N>_<name>.png``: first and last step.
+
+    ``validation_step`` returns ``{"pictures": {name: array}}``: (H, W) numbers become grey, (H, W, 3) are colours
+    (uint8, or floats from 0 to 1). All grey pictures of a step share the window of the first one, so that an original
+    and its reconstruction can be compared.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder) / "pictures"
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        first = batch_idx == 0 and dataloader_idx == 0 and trainer.is_global_zero and not trainer.sanity_checking
+        if not first or not isinstance(outputs, Mapping) or not outputs.get("pictures"):
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        images = as_images(outputs["pictures"])
+        for name, image in images.items():
+            image.save(self.folder / f"step{trainer.global_step:07d}_{name}.png")
+            for old in sorted(self.folder.glob(f"step*_{name}.png"))[1:-1]:
+                old.unlink()
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):  # W&B
+                for name, image in images.items():
+                    logger.log_image(key=f"pictures/{name}", images=[image], step=trainer.global_step - 1)
+
+
+def as_images(pictures: Mapping[str, Any]) -> dict[str, Image.Image]:
+    """Arrays -> 8-bit images; see `Pictures`."""
+    arrays = {name: np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
+              for name, array in pictures.items()}  # fmt: skip
+    for name, array in arrays.items():
+        assert array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3), f"picture {name}: shape {array.shape}"
+    grey = [array for array in arrays.values() if array.ndim == 2]
+    low, high = np.percentile(grey[0], (0.5, 99.5)) if grey else (0.0, 1.0)
+    images = {}
+    for name, array in arrays.items():
+        if array.ndim == 2:
+            array = (array.astype(np.float64) - low) / max(float(high - low), 1e-6)
+        if array.dtype != np.uint8:
+            array = np.round(np.nan_to_num(np.clip(array, 0.0, 1.0)) * 255).astype(np.uint8)
+        images[name] = Image.fromarray(array)
+    return images
+
+
+class Throughput(Callback):
+    """Logs ``perf/patches_per_second`` (training only, all processes) and ``perf/seconds_left`` (everything)."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None  # time and step at the end of this session's first step
+        self._since = 0.0
+        self._paused = 0.0
+        self._patches = 0
+        self._step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
+        self._first, self._step = None, trainer.global_step
+        self._since, self._paused, self._patches = time.monotonic(), 0.0, 0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Module) -> None:
+        self._paused -= time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
+        self._paused += time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._patches += len(batch["image"]) * trainer.world_size
+        step = trainer.global_step
+        if step == self._step:  # a micro batch of an unfinished step
+            return
+        self._step = step
+        now = time.monotonic()
+        if self._first is None:  # compilation and the workers' start are not speed
+            self._first = (now, step)
+            self._since, self._paused, self._patches = now, 0.0, 0
+        elif step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            seconds = max(now - self._since - self._paused, 1e-9)
+            pl_module.log("perf/patches_per_second", self._patches / seconds)
+            start, first_step = self._first
+            if trainer.max_steps >= 0:
+                pl_module.log("perf/seconds_left", (trainer.max_steps - step) * (now - start) / (step - first_step))
+            self._since, self._paused, self._patches = now, 0.0, 0
+
+
+class Progress(TQDMProgressBar):
+    """One bar over ``max_steps`` (the loader has no end), resumed where the run was; lines where there is no terminal.
+
+    Args:
+        title: in front of the bar.
+        lines: how many lines a whole run writes into a file or pipe.
+    """
+
+    def __init__(self, title: str = "fit", lines: int = 20) -> None:
+        self._terminal = sys.stdout.isatty()
+        super().__init__(refresh_rate=1 if self._terminal else 0, leave=False)
+        self.title = title
+        self.lines = lines
+        self._last_line = 0
+        self._start = (0.0, 0)
+
+    def init_train_tqdm(self) -> Tqdm:
+        bar = super().init_train_tqdm()
+        bar.set_description_str(self.title)
+        return bar
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        super().on_train_start(trainer)
+        self._start = (time.monotonic(), trainer.global_step)
+        self._last_line = self._line_of(trainer)
+        bar = self.train_progress_bar
+        bar.reset(total=trainer.max_steps if trainer.max_steps >= 0 else None)
+        bar.initial = bar.n = trainer.global_step  # so that the rate is of this session
+        bar.refresh()
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Nothing: the bar does not start again, there are no epochs."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        bar, step = self.train_progress_bar, trainer.global_step
+        if bar.n != step and not bar.disable:
+            bar.n = step
+            bar.set_postfix(self.get_metrics(trainer, pl_module))
+        elif not self._terminal and self._line_of(trainer) != self._last_line:
+            self._last_line = self._line_of(trainer)
+            if trainer.is_global_zero:
+                sys.stdout.write(self._line(trainer, pl_module) + "\n")
+                sys.stdout.flush()
+
+    def get_metrics(self, trainer: Trainer, pl_module: Module) -> dict[str, int | str | float | dict[str, float]]:
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        return items
+
+    def _line_of(self, trainer: Trainer) -> int:
+        return trainer.global_step * self.lines // max(trainer.max_steps, 1)
+
+    def _line(self, trainer: Trainer, module: Module) -> str:
+        start, first = self._start
+        step, seconds = trainer.global_step, time.monotonic() - start
+        left = (trainer.max_steps - step) * seconds / max(step - first, 1)
+        shown = [f"{key} {value:.3f}" for key, value in self.get_metrics(trainer, module).items()
+                 if isinstance(value, float)]  # fmt: skip
+        clock = f"{Tqdm.format_interval(seconds)}<{Tqdm.format_interval(left)}"
+        return f"{self.title}: {step}/{trainer.max_steps} [{clock}] " + " ".join(shown)

@@ -1,0 +1,181 @@
+"""`result.json`, the one source of every table and report, and files that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pretrain3d.config import UserError
+
+REQUIRED = ("run", "metrics", "per_class", "cases", "config", "seed")
+PACKAGES = ("torch", "lightning", "monai", "numpy")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file atomically: a reader, and a restart after a kill, see the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")  # one writer per file: a killed one leaves one name
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes plain values as JSON, atomically; a NaN or an infinity becomes null, which is what JSON can say."""
+    write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        UserError: there is no such file, or it is not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a JSON file ({error})") from None
+
+
+def write_result(
+    folder: str | Path,
+    *,
+    run: str,
+    metrics: Mapping[str, Mapping[str, float | None]],
+    per_class: Mapping[str, Mapping[str, Mapping[str, float | None]]],
+    curves: Mapping[str, Any],
+    cases: list[dict[str, Any]],
+    config: Mapping[str, Any],
+    seed: int,
+    data: Mapping[str, Any],
+    cost: Mapping[str, Any] | None = None,
+    backbone: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes ``<folder>/result.json``; commit and environment are filled in.
+
+    Args:
+        folder: the run's folder; made when missing.
+        run: name of the row in a table.
+        metrics: ``{key: {"value", "low", "high"}}``; low and high are the 95 % interval over cases, None without one.
+        per_class: ``{class: {key: {"value", "low", "high"}}}``.
+        curves: ``{"froc": {"false_positives_per_case": [...], "sensitivity": [...]}, "pr": {...}}``.
+        cases: one row per case.
+        config: the resolved configuration.
+        seed: of the run.
+        data: ``{"hash", "name", "licence", "cases"}``.
+        cost: ``{"seconds", "steps", "samples"}``; None for a baseline that was not trained.
+        backbone: ``{"name", "fingerprint", "init"}``; None for a baseline.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {
+        "run": run, "metrics": metrics, "per_class": per_class, "curves": curves, "cases": cases, "config": config,
+        "commit": commit(), "environment": environment(), "seed": seed, "cost": cost, "data": data,
+        "backbone": backbone,
+    }  # fmt: skip
+    write_json(folder / "result.json", result)
+    return folder / "result.json"
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """Reads the ``result.json`` of a run folder, or that file itself.
+
+    Raises:
+        UserError: there is none, or it is not a result.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "result.json").exists():
+            raise UserError(f"{path} holds no result.json; run `pretrain3d test {path}` first")
+        path = path / "result.json"
+    result = read_json(path)
+    if not isinstance(result, dict):
+        raise UserError(f"{path} is not a result: expected a JSON object, got a {type(result).__name__}")
+    missing = [key for key in REQUIRED if key not in result]
+    if missing:
+        raise UserError(f"{path} is not a result: it lacks {', '.join(missing)}")
+    for key, entry in _entries(result):
+        if not isinstance(entry, dict) or "value" not in entry:
+            raise UserError(f"{path}: {key} is {entry!r}; expected {{value, low, high}}")
+    return result
+
+
+def _entries(result: dict[str, Any]) -> list[tuple[str, Any]]:
+    entries = list(result["metrics"].items())
+    for name, keys in result["per_class"].items():
+        entries += [(f"{name} {key}", entry) for key, entry in (keys or {}).items()]
+    return entries
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as a result records them."""
+    import torch
+
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"python": platform.python_version(), **versions, "cpu": _cpu(), "cores": _cores(), "gpu": gpu}
+
+
+def commit() -> dict[str, Any] | None:
+    """``{"hash", "dirty"}`` of the checkout that this package lies in; None outside one (an installed wheel)."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+
+    try:
+        if not git("ls-files", "results.py"):  # an ignored environment inside someone else's checkout
+            return None
+        return {"hash": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _plain(value: Any) -> Any:
+    """Numpy and torch scalars and arrays, paths and tuples -> what JSON holds."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
