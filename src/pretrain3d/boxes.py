@@ -1,0 +1,261 @@
+"""Boxes as plain tensors: overlap, coding, suppression and clustering.
+
+A box is a row ``x1 y1 z1 x2 y2 z2`` in half-open voxels: an object on voxels 3..5 is ``[3, 6)``, columns ``i`` and
+``i + 3`` belong to spatial axis ``i``, and the size is ``x2 - x1`` without any ``+ 1``. Everything is computed in float32:
+in bf16 a box of 4-8 voxels at coordinates of 100-300 overlaps *itself* by only 0.75.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+MAX_LOG_SCALE = math.log(1000.0 / 16.0)  # a decoded box is at most 62.5 times its anchor
+_TINY = torch.finfo(torch.float32).tiny
+_CHUNK = 512  # boxes whose mutual suppression is resolved at once
+_ROWS = 64  # kept boxes compared at once: rows x columns stays inside the cache
+
+
+def sizes(boxes: Tensor) -> Tensor:
+    """(..., 6) boxes -> (..., 3) edge lengths in voxels."""
+    boxes = boxes.float()
+    return boxes[..., 3:] - boxes[..., :3]
+
+
+def centers(boxes: Tensor) -> Tensor:
+    """(..., 6) boxes -> (..., 3) continuous centres in voxels."""
+    boxes = boxes.float()
+    return (boxes[..., :3] + boxes[..., 3:]) * 0.5
+
+
+def area(boxes: Tensor) -> Tensor:
+    """(..., 6) boxes -> (...) volumes in voxels."""
+    return sizes(boxes).prod(dim=-1)
+
+
+def intersection(a: Tensor, b: Tensor) -> Tensor:
+    """Shared volume of broadcastable (..., 6) boxes, axis by axis so that no (..., 3) intermediate is made."""
+    a, b = a.float(), b.float()
+    edges = [
+        (torch.minimum(a[..., i + 3], b[..., i + 3]) - torch.maximum(a[..., i], b[..., i])).clamp(min=0)
+        for i in range(3)
+    ]
+    return edges[0] * edges[1] * edges[2]
+
+
+def aligned_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of broadcastable boxes: (..., 6) with (..., 6) -> (...); two empty boxes have IoU 0."""
+    shared = intersection(a, b)
+    return shared / (area(a) + area(b) - shared).clamp(min=_TINY)
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of all pairs: (N, 6) and (M, 6) -> (N, M); leading batch dimensions are allowed."""
+    return aligned_iou(a[..., :, None, :], b[..., None, :, :])
+
+
+def aligned_giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU in [-1, 1] of broadcastable boxes: (..., 6) with (..., 6) -> (...).
+
+    Source: Rezatofighi et al. 2019, "Generalized Intersection over Union", algorithm 1.
+    """
+    a, b = a.float(), b.float()
+    shared = intersection(a, b)
+    union = area(a) + area(b) - shared
+    hull = torch.maximum(a[..., 3:], b[..., 3:]) - torch.minimum(a[..., :3], b[..., :3])
+    hull_area = hull.prod(dim=-1)
+    return shared / union.clamp(min=_TINY) - (hull_area - union) / hull_area.clamp(min=_TINY)
+
+
+def giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU of all pairs: (N, 6) and (M, 6) -> (N, M)."""
+    return aligned_giou(a[..., :, None, :], b[..., None, :, :])
+
+
+def clip(boxes: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(..., 6) boxes cut to the volume ``[0, shape)``; a box outside it becomes empty, not inverted."""
+    assert len(shape) == 3, f"expected a 3D shape, got {tuple(shape)}"
+    return torch.stack([boxes[..., i].float().clamp(0, shape[i % 3]) for i in range(6)], dim=-1)
+
+
+def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """Boxes relative to anchors: (..., 6) -> (..., 6) deltas ``dx dy dz dw dh dd``.
+
+    Shifts are in anchor sizes, scales are logarithms of size ratios; all weights are 1. Boxes need a positive size.
+
+    Source: Ren et al. 2015, "Faster R-CNN", equation 2, with a third axis.
+    """
+    anchor_sizes = sizes(anchors)
+    shift = (centers(boxes) - centers(anchors)) / anchor_sizes
+    return torch.cat([shift, torch.log(sizes(boxes) / anchor_sizes)], dim=-1)
+
+
+def decode(deltas: Tensor, anchors: Tensor) -> Tensor:
+    """Inverse of `encode`; the log scale is cut at `MAX_LOG_SCALE` so that no size overflows."""
+    deltas = deltas.float()
+    anchor_sizes = sizes(anchors)
+    center = centers(anchors) + deltas[..., :3] * anchor_sizes
+    half = 0.5 * anchor_sizes * deltas[..., 3:].clamp(max=MAX_LOG_SCALE).exp()
+    return torch.cat([center - half, center + half], dim=-1)
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None = None) -> Tensor:
+    """Greedy non-maximum suppression, vectorised and exact.
+
+    A box is dropped when a better box that was itself kept overlaps it with IoU *above* the threshold (an equal IoU
+    survives). Equal scores are taken in input order.
+
+    Args:
+        boxes: (N, 6), finite.
+        scores: (N,), finite.
+        iou_threshold: in [0, 1].
+        max_keep: stop once this many boxes are kept (the best ones); None keeps all.
+
+    Returns:
+        Indices of the kept boxes, best first.
+    """
+    assert boxes.shape == (scores.shape[0], 6), f"{tuple(boxes.shape)} boxes, {tuple(scores.shape)} scores"
+    wanted = len(scores) if max_keep is None else max_keep
+    alive = torch.sort(scores, descending=True, stable=True).indices
+    boxes = boxes.detach().float()
+    kept: list[Tensor] = []
+    count = 0
+    while len(alive) and count < wanted:
+        chunk, alive = alive[:_CHUNK], alive[_CHUNK:]
+        chunk = chunk[_greedy_keep(boxes[chunk], iou_threshold)]
+        kept.append(chunk)
+        count += len(chunk)
+        if len(alive) and count < wanted:
+            alive = alive[~_overlapped(boxes[chunk], boxes[alive], iou_threshold)]
+    return torch.cat(kept)[:wanted] if kept else alive
+
+
+def _greedy_keep(boxes: Tensor, threshold: float) -> Tensor:
+    """(n,) bool of the greedy survivors among boxes sorted best first.
+
+    ``keep = not suppressed by a kept better box`` is iterated from "all kept". After n rounds every box with fewer than n
+    better boxes before it in its chain is right for good, so the fixed point is the greedy solution.
+    """
+    suppresses = (iou(boxes, boxes) > threshold).triu(diagonal=1).T.float()  # [i, j] = 1: better box j would drop i
+    keep = torch.ones(len(boxes), device=boxes.device)
+    while True:
+        updated = (suppresses @ keep == 0).float()
+        if torch.equal(updated, keep):
+            return keep.bool()
+        keep = updated
+
+
+def _overlapped(kept: Tensor, others: Tensor, threshold: float) -> Tensor:
+    """(M,) bool: which of the (M, 6) others some kept box overlaps with IoU above the threshold.
+
+    IoU is at most the overlap ratio along any single axis, so along the axis on which the boxes are spread most, a kept
+    box [a, b) only needs the others that start in ``(a - (1 - t) * longest other, a + (1 - t) * (b - a))``.
+    """
+    spread = others[:, :3].std(dim=0, correction=0) / sizes(others).mean(dim=0).clamp(min=_TINY)
+    axis = int(spread.argmax())
+    order = others[:, axis].argsort()
+    others = others[order]
+    kept = kept[kept[:, axis].argsort()]
+    start, length = kept[:, axis], (kept[:, axis + 3] - kept[:, axis]).clamp(min=0)
+    longest = sizes(others)[:, axis].max().clamp(min=0)
+    slack = 1.0 - threshold + 1e-3  # the margin covers float32 rounding
+    other_start = others[:, axis].contiguous()
+    first = torch.searchsorted(other_start, start - slack * longest - 1e-3).tolist()
+    last = torch.searchsorted(other_start, start + slack * length + 1e-3, right=True).tolist()
+    hit = torch.zeros(len(others), dtype=torch.bool, device=others.device)
+    columns = others.T.contiguous()  # (6, M): one contiguous row per coordinate
+    volumes = area(others)
+    for row in range(0, len(kept), _ROWS):
+        begin, end = first[row], max(last[row : row + _ROWS])  # `first` rises with the sorted starts
+        if begin < end:
+            block = columns[:, begin:end].T
+            hit[begin:end] |= _any_above(kept[row : row + _ROWS], block, volumes[begin:end], threshold)
+    result = torch.empty_like(hit)
+    result[order] = hit
+    return result
+
+
+def _any_above(rows: Tensor, columns: Tensor, volumes: Tensor, threshold: float) -> Tensor:
+    """(m,) bool: whether any of the (n, 6) rows has an IoU above the threshold with each of the (m, 6) columns."""
+    shared = intersection(rows[:, None], columns[None])  # (n, m)
+    union = (area(rows)[:, None] + volumes[None]).sub_(shared).clamp_(min=_TINY)
+    return (shared.div_(union) > threshold).any(dim=0)
+
+
+def batched_nms(
+    boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_keep: int | None = None
+) -> Tensor:
+    """`nms` within each class; boxes of different classes never suppress each other.
+
+    Classes run one by one: shifting them apart in space, as is often done, costs the float32 precision that small boxes
+    need.
+
+    Args:
+        boxes: (N, 6).
+        scores: (N,).
+        labels: (N,) integers.
+        iou_threshold: in [0, 1].
+        max_keep: the most boxes to keep, over all classes together.
+
+    Returns:
+        Indices of the kept boxes, best first over all classes.
+    """
+    kept = []
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero()[:, 0]
+        kept.append(members[nms(boxes[members], scores[members], iou_threshold, max_keep)])
+    if not kept:
+        return torch.zeros(0, dtype=torch.long, device=boxes.device)
+    indices = torch.cat(kept).sort().values  # input order first, so that equal scores keep it
+    indices = indices[torch.sort(scores[indices], descending=True, stable=True).indices]
+    return indices if max_keep is None else indices[:max_keep]
+
+
+def weighted_box_clustering(
+    boxes: Tensor, scores: Tensor, labels: Tensor, weights: Tensor, expected: Tensor, iou_threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fuses the boxes that several views (mirrored images, folds) predict for the same object.
+
+    Within a class the best box b* gathers the cluster C of boxes with IoU(b, b*) above the threshold; with
+    v = IoU(b, b*) * weight the fused box is the mean of C weighted by v * score, and
+
+        score = sum(v * score) / (sum(v) + max(0, expected - |C|) * mean(v))
+
+    ``expected`` says how many views could have predicted b*, so a box that every view found keeps its mean score however
+    many views were run, and one that a single view of n found gets about 1/n of it.
+
+    Args:
+        boxes: (N, 6).
+        scores: (N,) positive.
+        labels: (N,) integers.
+        weights: (N,) trust in each box, for instance lower near a tile's border.
+        expected: (N,) number of views that cover the box.
+        iou_threshold: in [0, 1).
+
+    Returns:
+        Boxes (M, 6), scores (M,) and labels (M,), best first.
+
+    Source: Jaeger et al. 2018, "Retina U-Net", section 3.2, in the form of nnDetection v0.1 (without the area factor),
+    where the expected count is one number for all boxes.
+    """
+    fused_boxes, fused_scores, fused_labels = [boxes.new_zeros((0, 6))], [scores.new_zeros(0)], [labels.new_zeros(0)]
+    for label in labels.unique().tolist():
+        alive = (labels == label).nonzero()[:, 0]
+        alive = alive[torch.sort(scores[alive], descending=True, stable=True).indices]
+        while len(alive):
+            overlap = iou(boxes[alive[:1]], boxes[alive])[0]
+            inside = overlap > iou_threshold
+            inside[0] = True  # the best box belongs to its own cluster even when it is empty
+            members = alive[inside]
+            votes = overlap[inside].clamp(min=_TINY) * weights[members]
+            gains = votes * scores[members]
+            missing = (expected[alive[0]] - len(members)).clamp(min=0)
+            fused_scores.append((gains.sum() / (votes.sum() + missing * votes.mean()))[None])
+            fused_boxes.append(((gains[:, None] * boxes[members]).sum(dim=0) / gains.sum())[None])
+            fused_labels.append(labels[alive[:1]])
+            alive = alive[~inside]
+    all_scores = torch.cat(fused_scores)
+    order = torch.sort(all_scores, descending=True, stable=True).indices
+    return torch.cat(fused_boxes)[order], all_scores[order], torch.cat(fused_labels)[order]
