@@ -1,0 +1,63 @@
+"""Average precision by COCO's 101-point rule, in float64, for any number of case weightings at once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pretrain3d.evaluation.matching import ClassMatches
+
+RECALLS = np.linspace(0.0, 1.0, 101)
+
+
+def average_precision(matches: ClassMatches, weights: np.ndarray) -> np.ndarray:
+    """AP of one class: the mean, over 101 recalls, of the best precision at that recall or beyond.
+
+    A case of weight w counts as w copies of it, so that bootstrap samples need no second matching.
+
+    Args:
+        weights: (S, C) how often each sample holds each case; ones for the plain value.
+
+    Returns:
+        (S, T): AP per sample and IoU threshold; nan where a sample holds no object of the class.
+
+    Source: Lin et al., Microsoft COCO (2014), as in pycocotools (equal to 1e-9). Recall stays float64: in float32 k/n
+        misses a recall level it reaches. Classes without objects are left out of means, not counted as -1.
+    """
+    weights = np.asarray(weights, np.float64)
+    num_objects = weights @ matches.objects  # (S,)
+    result = np.zeros((len(weights), matches.hits.shape[1]))
+    found = np.flatnonzero(matches.hits.any(axis=1))
+    seen = weights @ matches.counts_before(found + 1)  # (S, F): predictions up to and with each of these
+    for column in range(result.shape[1]):
+        here = matches.hits[found, column]
+        result[:, column] = _from_hits(weights[:, matches.case[found[here]]], seen[:, here], num_objects)
+    result[num_objects == 0] = np.nan
+    return result
+
+
+def _from_hits(found: np.ndarray, seen: np.ndarray, num_objects: np.ndarray) -> np.ndarray:
+    """AP from the hits alone (precision is best at a hit, and recall changes only there).
+
+    Args:
+        found: (S, H) weight of each hit, in descending score.
+        seen: (S, H) weight of all predictions up to and with it.
+        num_objects: (S,).
+    """
+    true = found.cumsum(axis=1)  # (S, H)
+    precision = np.divide(true, seen, out=np.zeros_like(true), where=seen > 0)
+    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    recall = true / np.maximum(num_objects, 1)[:, None]
+    reached = np.searchsorted(RECALLS, recall, side="right")  # levels that this hit or an earlier one reaches
+    return (np.diff(reached, axis=1, prepend=0) * precision).sum(axis=1) / len(RECALLS)
+
+
+def precision_recall(matches: ClassMatches, column: int) -> dict[str, list[float]]:
+    """The 101-point curve of one class at one IoU threshold: {"recall", "precision"}; empty without objects."""
+    total = int(matches.objects.sum())
+    if total == 0:
+        return {"recall": [], "precision": []}
+    hits = np.flatnonzero(matches.hits[:, column])
+    precision = np.arange(1, len(hits) + 1) / (hits + 1)
+    precision = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)  # 0 beyond the last recall reached
+    first = np.searchsorted(np.arange(1, len(hits) + 1) / total, RECALLS, side="left")
+    return {"recall": RECALLS.tolist(), "precision": precision[first].tolist()}

@@ -1,0 +1,200 @@
+"""The score file: boxes of any detector, or the objects they are judged by, as JSON (docs/design.md section 5)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pretrain3d.config import UserError
+
+Kind = Literal["predictions", "targets"]
+SHOWN = 5  # problems named in one error; the rest are counted
+
+
+@dataclass(frozen=True)
+class ScoreFile:
+    """A validated score file.
+
+    Attributes:
+        classes: class names; labels index into them.
+        cases: case id -> "boxes" (N, 6) float64 voxels of the input file, "labels" (N,) int64, and "scores" (N,)
+            float64 (predictions) or "annotated" tuple of class indices (targets).
+    """
+
+    path: Path
+    classes: list[str]
+    cases: dict[str, dict[str, Any]]
+
+
+def read(path: str | Path, kind: Kind) -> ScoreFile:
+    """Reads and checks one file.
+
+    Raises:
+        UserError: naming the file and up to five cases with what is wrong in them: inverted or non-finite boxes, labels
+            out of range, missing or non-finite scores, lists of different lengths, objects of classes not annotated.
+    """
+    path = Path(path)
+    content = _load(path)
+    classes, cases = content["classes"], content["cases"]
+    problems: list[str] = []
+    checked = {case_id: _check_case(case_id, entry, kind, len(classes), problems) for case_id, entry in cases.items()}
+    _refuse(problems, f"{path}: ")
+    return ScoreFile(path, classes, checked)
+
+
+def read_pair(predictions: str | Path, targets: str | Path) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """Reads both files and brings the predictions' labels into the targets' class order, by name.
+
+    Returns:
+        classes of the targets; predictions and targets as `matching.match` takes them.
+
+    Raises:
+        UserError: as `read`; also a class that only the predictions have, or a case in one file only.
+    """
+    found, true = read(predictions, "predictions"), read(targets, "targets")
+    unknown = [name for name in found.classes if name not in true.classes]
+    _refuse(
+        [f"class {name!r} is not in {true.path}, whose classes are {', '.join(true.classes)}" for name in unknown],
+        f"{found.path}: ",
+    )
+    lonely = [f"case {case_id!r} is in {found.path} only" for case_id in found.cases if case_id not in true.cases]
+    lonely += [f"case {case_id!r} is in {true.path} only" for case_id in true.cases if case_id not in found.cases]
+    _refuse(lonely, "both files must list the same cases, a case without boxes with empty lists: ")
+    index = np.array([true.classes.index(name) for name in found.classes], np.int64)
+    renamed = {case_id: {**entry, "labels": index[entry["labels"]]} for case_id, entry in found.cases.items()}
+    return true.classes, renamed, true.cases
+
+
+def write(path: str | Path, classes: Sequence[str], cases: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes a score file atomically, from arrays, tensors or lists; keys other than the format's are left out."""
+    keys = ("boxes", "scores", "labels", "annotated")
+    plain = {i: {key: _plain(entry[key]) for key in keys if key in entry} for i, entry in cases.items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(json.dumps({"classes": list(classes), "cases": plain}, allow_nan=False) + "\n")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _plain(values: Any) -> list[Any]:
+    return values.tolist() if hasattr(values, "tolist") else list(values)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The file's content with its outer shape checked."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # also what is no UTF-8
+        raise UserError(f"{path}: not a score file: {error}") from None
+    if not isinstance(content, dict) or set(content) < {"classes", "cases"}:
+        raise UserError(f'{path}: not a score file: expected {{"classes": [...], "cases": {{...}}}}')
+    classes = content["classes"]
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{path}: classes must be a list of names, not {_short(classes)}")
+    if len(set(classes)) < len(classes):
+        raise UserError(f"{path}: classes holds a name twice: {', '.join(classes)}")
+    if not isinstance(content["cases"], dict) or not content["cases"]:
+        raise UserError(f"{path}: cases must map at least one case id to its boxes, not {_short(content['cases'])}")
+    return content
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice")
+    return result
+
+
+def _check_case(case_id: str, entry: Any, kind: Kind, num_classes: int, problems: list[str]) -> dict[str, Any]:
+    """The case's arrays; what is wrong is added to `problems`, and what it returns is then not used."""
+
+    def problem(text: str) -> None:
+        problems.append(f"case {case_id!r}: {text}")
+
+    needed = ("boxes", "scores", "labels") if kind == "predictions" else ("boxes", "labels")
+    lists: dict[str, Any] = {}
+    for key in needed:
+        lists[key] = entry.get(key) if isinstance(entry, dict) else None
+        if not isinstance(lists[key], list):
+            problem(
+                f"{key} must be a list, not {_short(lists[key])}" if lists[key] is not None else f"{key} is missing"
+            )
+    if any(not isinstance(values, list) for values in lists.values()):
+        return {}
+    lengths = {key: len(values) for key, values in lists.items()}
+    if len(set(lengths.values())) > 1:
+        problem("lists of different lengths: " + ", ".join(f"{size} {key}" for key, size in lengths.items()))
+        return {}
+
+    bad = len(problems)
+    for index, box in enumerate(lists["boxes"]):
+        reason = _box_problem(box, kind)
+        if reason:
+            problem(f"box {index} {_short(box)} {reason}")
+    for index, label in enumerate(lists["labels"]):
+        if not _is_label(label, num_classes):
+            problem(f"label {index} is {_short(label)}, not a class index of 0..{num_classes - 1}")
+    for index, score in enumerate(lists.get("scores", [])):
+        if not _is_finite(score):
+            problem(f"score {index} is {_short(score)}, not a finite number")
+    annotated = entry.get("annotated", list(range(num_classes))) if kind == "targets" else []
+    if not isinstance(annotated, list) or not all(_is_label(label, num_classes) for label in annotated):
+        problem(f"annotated must list class indices of 0..{num_classes - 1}, not {_short(annotated)}")
+    elif kind == "targets" and len(problems) == bad:
+        for label in sorted(set(lists["labels"]) - set(annotated)):
+            problem(f"has objects of class {label}, which its annotated {annotated} leaves out")
+    if len(problems) > bad:
+        return {}
+    arrays: dict[str, Any] = {
+        "boxes": np.array(lists["boxes"], np.float64).reshape(-1, 6),
+        "labels": np.array(lists["labels"], np.int64),
+    }
+    if kind == "predictions":
+        return arrays | {"scores": np.array(lists["scores"], np.float64)}
+    return arrays | {"annotated": tuple(annotated)}
+
+
+def _box_problem(box: Any, kind: Kind) -> str:
+    """What is wrong with one box, or nothing. A prediction without volume is allowed: it hits nothing."""
+    if not isinstance(box, list) or len(box) != 6:
+        return "is not six numbers x1, y1, z1, x2, y2, z2"
+    if not all(_is_finite(value) for value in box):
+        return "holds a value that is not a finite number"
+    for axis in range(3):
+        if box[axis + 3] < box[axis]:
+            return f"is inverted: {'xyz'[axis]}2 < {'xyz'[axis]}1"
+        if box[axis + 3] == box[axis] and kind == "targets":
+            return f"is empty: {'xyz'[axis]}2 = {'xyz'[axis]}1"
+    return ""
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(abs(value) < float("inf"))
+
+
+def _is_label(value: Any, num_classes: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < num_classes
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _refuse(problems: list[str], prefix: str) -> None:
+    """Raises one line with the first problems and how many more there are."""
+    if problems:
+        rest = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise UserError(prefix + "; ".join(problems[:SHOWN]) + rest)
