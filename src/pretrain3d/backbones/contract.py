@@ -72,9 +72,10 @@ def check_image(image: Tensor, in_channels: int, size_multiple: Sequence[int]) -
         raise UserError(f"the image has {image.shape[1]} channel(s); this backbone takes {in_channels}")
     if any(s % m for s, m in zip(size, size_multiple, strict=True)):
         raise UserError(
-            f"the image or patch size is {_by(size)}; this backbone needs a multiple of {_by(size_multiple)}"
+            f"the image or patch size is {by_text(size)}; this backbone needs a multiple of {by_text(size_multiple)}"
         )
 
 
-def _by(size: Sequence[int]) -> str:
+def by_text(size: Sequence[int]) -> str:
+    """A size for an error: "64 x 64 x 32"."""
     return " x ".join(str(s) for s in size)

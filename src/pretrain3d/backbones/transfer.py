@@ -1,7 +1,7 @@
 """The file in which a backbone travels from pretraining to detection: written whole, loaded strictly.
 
-``{"format", "version", "backbone": {"name", **arguments}, "preprocessing", "source", "weights": {name: tensor}}``, plain
-values throughout, readable with ``torch.load(path, weights_only=True)``.
+``{"format", "version", "backbone": {"name", **arguments}, "preprocessing", "source", "weights": {name: tensor}}``,
+plain values throughout, readable with ``torch.load(path, weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class Report:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """16 hexadecimal digits of the SHA-256 over names, types, shapes and bytes of a state dict, in the order of names."""
+    """16 hexadecimal digits of the SHA-256 over a state dict: names (sorted), types, shapes and bytes."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -156,18 +156,16 @@ def transfer_into(backbone: nn.Module, path: str | Path, adapt: Sequence[str] = 
     Args:
         backbone: fulfils `contract.Backbone`; it is changed in place.
         path: a file of `export_weights`.
-        adapt: what may be changed to fit. ``"channels"``: a network of one input channel for an image of C channels; the
-            first kernels are repeated over the channels and divided by C.
+        adapt: what may be changed to fit. ``"channels"``: a file of one input channel for an image of C channels;
+            the first kernels are repeated over the channels and divided by C.
 
     Raises:
         UserError: the file and the backbone differ; names the first differences with both values.
     """
     for name in adapt:
         if name not in ADAPTATIONS:
-            known = ", ".join(ADAPTATIONS)
-            raise UserError(
-                f"transfer: unknown adaptation {name!r}{suggestion(name, ADAPTATIONS) or ';'} Known: {known}"
-            )
+            hint = f"{suggestion(name, ADAPTATIONS) or ';'} Known: {', '.join(ADAPTATIONS)}"
+            raise UserError(f"transfer: unknown adaptation {name!r}{hint}")
     content = load_export(path)
     stored = _meta_backbone(content["backbone"])
     weights = dict(content["weights"])
