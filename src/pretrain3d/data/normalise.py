@@ -1,0 +1,169 @@
+"""From raw intensities to network input: one clip and one affine map per channel, applied on reading."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain3d.config import UserError
+from pretrain3d.data.fingerprint import merge
+from pretrain3d.data.splits import fold_cases
+from pretrain3d.data.store import Case, Store
+
+SCHEMES = ("ct", "zscore", "window")
+FOREGROUNDS = ("objects", "body")
+PERCENTILES = (0.5, 99.5)
+MIN_STD = 1e-6
+
+Array = TypeVar("Array", np.ndarray, Tensor)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """``(clip(x, low, high) - mean) / std`` per channel.
+
+    Attributes:
+        low: (C) lower clip, may be ``-inf``.
+        high: (C) upper clip, may be ``inf``.
+        mean: (C).
+        std: (C), above zero.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def pad_value(self) -> tuple[float, ...]:
+        """(C) raw value outside the volume: ``low`` where it is finite, else ``mean``."""
+        return tuple(a if math.isfinite(a) else m for a, m in zip(self.low, self.mean, strict=True))
+
+    def __call__(self, image: Array) -> Array:
+        """(C, X, Y, Z) raw intensities -> float32, an array for an array and a tensor for a tensor."""
+        assert len(image) == len(self.mean), (image.shape, len(self.mean))
+        if isinstance(image, Tensor):
+            low, high, mean, std = (
+                torch.tensor(v, dtype=torch.float32, device=image.device).view(-1, 1, 1, 1) for v in self._parts
+            )
+            return (image.float().clamp(low, high) - mean) / std
+        low, high, mean, std = (np.asarray(v, dtype=np.float32).reshape(-1, 1, 1, 1) for v in self._parts)
+        return (np.clip(image.astype(np.float32), low, high) - mean) / std
+
+    @property
+    def _parts(self) -> tuple[tuple[float, ...], ...]:
+        return self.low, self.high, self.mean, self.std
+
+
+def normalisation_for(
+    store: Store, intensity: dict[str, Any], fold: int, num_folds: int = 5, seed: int = 0
+) -> Callable[[Case], Normalisation]:
+    """How to normalise each case of a store.
+
+    Args:
+        store: the statistics come from its records; no volume is read.
+        intensity: the plan's ``intensity``; see `resolve_intensity`.
+        fold: "ct" takes its statistics from the training cases of this fold only.
+        num_folds: as in `fold_cases`.
+        seed: as in `fold_cases`.
+
+    Raises:
+        UserError: unknown scheme or foreground, missing or senseless values.
+    """
+    resolved = resolve_intensity(store, intensity, fold, num_folds, seed)
+    return normalisation_of(resolved, len(store.modality))
+
+
+def normalisation_of(resolved: dict[str, Any], channels: int) -> Callable[[Case], Normalisation]:
+    """`normalisation_for` without a store, from what `resolve_intensity` gave (a checkpoint holds that)."""
+    if resolved["scheme"] == "zscore":
+        low, high = (_per_channel(resolved.get(k), channels, k, d) for k, d in (("low", -math.inf), ("high", math.inf)))
+
+        def per_case(case: Case) -> Normalisation:
+            body = case.histograms["body"]
+            return Normalisation(low, high, tuple(h.mean for h in body), tuple(max(h.std, MIN_STD) for h in body))
+
+        return per_case
+    fixed = Normalisation(*(_per_channel(resolved[key], channels, key) for key in ("low", "high", "mean", "std")))
+    if any(a >= b for a, b in zip(fixed.low, fixed.high, strict=True)) or min(fixed.std) <= 0:
+        raise UserError(f"intensity: low must be below high and std above 0, got {resolved}")
+    return lambda case: fixed
+
+
+def resolve_intensity(
+    store: Store, intensity: dict[str, Any], fold: int, num_folds: int = 5, seed: int = 0
+) -> dict[str, Any]:
+    """The plan's ``intensity`` with every number filled in, so that it means the same without the store.
+
+    "ct": percentiles 0.5 and 99.5, then mean and standard deviation of the values clipped to them, of the foreground of
+    the fold's training cases (nnDetection and nnU-Net take mean and standard deviation before clipping; the difference
+    is small and this one gives exactly mean 0 and std 1). "zscore": per case, mean and std of the body. "window":
+    ``low`` and ``high`` become -1 and 1. A number that is given (one for all channels or one per channel) stays.
+
+    Raises:
+        UserError: unknown scheme or foreground, missing or senseless values.
+    """
+    scheme = intensity.get("scheme")
+    if scheme not in SCHEMES:
+        raise UserError(f"intensity.scheme is {scheme!r}; use one of {', '.join(SCHEMES)}")
+    given = {key: intensity.get(key) for key in ("low", "high", "mean", "std")}
+    channels = len(store.modality)
+    if scheme == "zscore":
+        if given["mean"] is not None or given["std"] is not None:
+            raise UserError("intensity.scheme zscore takes mean and std from each case; leave them null or use window")
+        return {"scheme": scheme, **given}
+    if scheme == "window":
+        if given["low"] is None or given["high"] is None:
+            raise UserError("intensity.scheme window needs low and high")
+        low, high = (_per_channel(given[key], channels, key) for key in ("low", "high"))
+        defaults = {
+            "mean": [(a + b) / 2 for a, b in zip(low, high, strict=True)],
+            "std": [(b - a) / 2 for a, b in zip(low, high, strict=True)],
+        }
+    else:
+        if any(value is None for value in given.values()):
+            defaults = _foreground_statistics(store, intensity, fold, num_folds, seed)
+    return {"scheme": scheme, **{k: defaults[k] if value is None else value for k, value in given.items()}}
+
+
+def _foreground_statistics(
+    store: Store, intensity: dict[str, Any], fold: int, num_folds: int, seed: int
+) -> dict[str, list[float]]:
+    """Per channel, from the merged histograms of the fold's training cases ("pretrain" cases where there are none)."""
+    splits = fold_cases(store, fold, num_folds, seed)
+    cases = [store.cases[case_id] for case_id in splits["train"] or splits["pretrain"]]
+    has_objects = any(case.histograms["objects"][0].total for case in cases)
+    foreground = intensity.get("foreground") or ("objects" if has_objects else "body")
+    if foreground not in FOREGROUNDS:
+        raise UserError(f"intensity.foreground is {foreground!r}; use one of {', '.join(FOREGROUNDS)}")
+    statistics: dict[str, list[float]] = {"low": [], "high": [], "mean": [], "std": []}
+    for channel in range(len(store.modality)):
+        histogram = merge([case.histograms[foreground][channel] for case in cases])
+        if not histogram.total:
+            raise UserError(f"{store.path}: no voxel of foreground {foreground!r} in the training cases of fold {fold}")
+        low, high = intensity.get("low"), intensity.get("high")
+        low = histogram.percentile(PERCENTILES[0]) if low is None else _at(low, channel)
+        high = histogram.percentile(PERCENTILES[1]) if high is None else _at(high, channel)
+        mean, std = histogram.clipped_moments(low, high)
+        for key, value in zip(statistics, (low, high, mean, max(std, MIN_STD)), strict=True):
+            statistics[key].append(float(value))
+    return statistics
+
+
+def _at(value: Any, channel: int) -> float:
+    return float(value[channel] if isinstance(value, list | tuple) else value)
+
+
+def _per_channel(value: Any, channels: int, key: str, default: float | None = None) -> tuple[float, ...]:
+    """One number for all channels, or one each."""
+    value = default if value is None else value
+    values = list(value) if isinstance(value, list | tuple) else [value] * channels
+    if len(values) != channels or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        raise UserError(f"intensity.{key} must be a number or a list of {channels} numbers, got {value!r}")
+    return tuple(float(v) for v in values)
