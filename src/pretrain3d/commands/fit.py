@@ -50,6 +50,8 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> None:
     check_arguments(settings)
     lightning.seed_everything(settings["seed"], verbose=False)
     torch.set_float32_matmul_precision("high")
+    if settings["data"]["intensity"] == "pretrained":
+        settings = intensity_of_transfer(settings)
     datamodule = build(DATA, {"name": "data", **settings["data"]}, "data", seed=settings["seed"])
     module = assemble(settings, datamodule, folder)
     trainer = make_trainer(settings, folder)
@@ -117,7 +119,7 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         "module": module_node,
         "classes": list(store.classes),
         "mirror_classes": dict(store.mirror_classes),
-        "preprocessing": datamodule.preprocessing(),
+        "preprocessing": preprocessing(settings, datamodule),
         "source": {
             "run": settings["name"],
             "commit": commit(),
@@ -133,6 +135,36 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         note["transfer"] = report.to_dict()
         print(f"{folder.path}: {report}")
     return build(MODULES, module_node, "module", note=note, **given)
+
+
+def preprocessing(settings: dict[str, Any], datamodule: Any) -> dict[str, Any]:
+    """What must be done to a file before the network sees it; travels in checkpoints and exports."""
+    from pretrain3d.data.normalise import resolve_intensity
+
+    store, data = datamodule.store, settings["data"]
+    scheme = data["intensity"] or store.plan["intensity"]
+    return {
+        "axes": "RAS",
+        "modality": list(store.modality),
+        "spacing_mm": [float(value) for value in store.spacing_mm],
+        "patch_size": list(datamodule.patch_size),
+        "intensity": resolve_intensity(store, scheme, data["fold"], data["num_folds"]),
+    }
+
+
+def intensity_of_transfer(settings: dict[str, Any]) -> dict[str, Any]:
+    """The config with ``data.intensity: pretrained`` replaced by what the transferred file was trained on.
+
+    Raises:
+        UserError: nothing is transferred.
+    """
+    from pretrain3d.backbones.transfer import load_export
+
+    path = (settings.get("transfer") or {}).get("path")
+    if not path:
+        raise UserError("data.intensity=pretrained takes the normalisation of transfer.path, which is not given")
+    intensity = load_export(path)["preprocessing"]["intensity"]
+    return {**settings, "data": {**settings["data"], "intensity": intensity}}
 
 
 def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:

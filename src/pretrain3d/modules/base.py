@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pretrain3d.config import UserError, build
 from pretrain3d.modules.averaging import Average
 from pretrain3d.modules.optim import OPTIMIZERS, parameter_groups, schedule
+from pretrain3d.parallel import all_sum, world_size
 
 NOTE = "pretrain3d"  # key of the checkpoint under which everything lies that `export`, `test` and `predict` need
 
@@ -99,15 +100,28 @@ class BaseModule(lightning.LightningModule):
             UserError: the loss of the previous step was NaN or infinite; names its cases.
         """
         self.check_pending()
-        total = losses["loss"]
-        size = len(batch["case_ids"])
-        on_step = stage == "train"
-        for key, value in losses.items():
-            self.log(f"{stage}/{key}", value.detach(), on_step=on_step, on_epoch=not on_step, batch_size=size,
-                     prog_bar=key == "loss", sync_dist=not on_step)  # fmt: skip
-        if on_step:
+        total, size = losses["loss"], len(batch["case_ids"])
+        if stage == "train":
             self._pending = (self.global_step, total.detach(), list(batch["case_ids"]))
+            losses = self._mean_over_processes(losses)
+        for key, value in losses.items():
+            self.log(
+                f"{stage}/{key}",
+                value.detach(),
+                on_step=stage == "train",
+                on_epoch=stage != "train",
+                sync_dist=stage != "train",
+                batch_size=size,
+                prog_bar=key == "loss",
+            )
         return total
+
+    def _mean_over_processes(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a single process with the whole batch would log; one exchange, and only where a row is written."""
+        if world_size() == 1 or (self.global_step + 1) % self.trainer.log_every_n_steps:
+            return losses
+        values = torch.stack([value.detach().float() for value in losses.values()])
+        return dict(zip(losses, all_sum(values) / world_size(), strict=True))
 
     def check_pending(self) -> None:
         """Looks at the last training loss that was not looked at yet."""
@@ -128,4 +142,5 @@ class BaseModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         weights = "ema" if self.averaged is not None else "online"
         source = {**self.note["source"], "step": int(self.trainer.global_step)}
-        checkpoint[NOTE] = {**self.note, "source": source, "weights": weights}
+        processes = int(self.trainer.world_size)
+        checkpoint[NOTE] = {**self.note, "source": source, "weights": weights, "processes": processes}

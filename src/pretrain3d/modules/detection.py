@@ -64,12 +64,12 @@ class DetectionModule(BaseModule):
         return self.finish_losses(losses, batch, "train")
 
     @torch.no_grad()
-    def predict_image(self, image: Tensor, pad_value: float = 0.0) -> Detections:
+    def predict_image(self, image: Tensor, pad_value: tuple[float, ...] = (0.0,)) -> Detections:
         """Boxes of a whole volume.
 
         Args:
             image: (C, X, Y, Z) float32, normalised as the checkpoint's note says.
-            pad_value: normalised intensity outside the volume.
+            pad_value: (C,) normalised intensity outside the volume.
 
         Returns:
             boxes in the voxels of ``image``.
@@ -101,7 +101,7 @@ class DetectionModule(BaseModule):
         image, case = datamodule.volume(case_id)
         found = self.predict_image(image.to(self.device), datamodule.pad_value(case_id))
         self.metric.update(
-            datamodule.case_index(case_id),
+            datamodule.val_ids.index(case_id),
             found,
             torch.as_tensor(case.boxes),
             torch.as_tensor(case.labels),

@@ -1,0 +1,195 @@
+"""`test`: predicts the held-out cases of a run, or of a baseline without learning, and writes the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain3d.config import REQUIRED, UserError, build, read_options
+from pretrain3d.reporting.run_folder import RunFolder
+
+USAGE = """\
+pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [pictures=4]
+pretrain3d test baseline=mean_box|threshold store=STORE out=FOLDER [fold=0] [split=test] [samples=1000]
+
+Predicts whole volumes and scores them in the voxels of the input files: predictions.json, targets.json (score files) and
+result.json with 95 % bootstrap intervals over cases.
+
+  checkpoint=last|best   which weights of the run
+  split=test|val         held-out cases, or the validation fold
+  samples=N              bootstrap samples
+  pictures=N             cases drawn into pictures/, 0 for none
+  baseline=...           a method that learns nothing: the mean box of each class, placed relative to the volume, or an
+                         intensity threshold with connected components; both are fitted to the training fold"""
+
+Prediction = tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes (N, 6) in cached voxels, scores (N,), labels (N,)
+
+
+def run(paths: list[str], options: dict[str, object]) -> int:
+    """Tests a run folder or a baseline; returns the exit status."""
+    if len(paths) == 1:
+        given = read_options(options, {"checkpoint": "last", "split": "test", "samples": 1000, "pictures": 4})
+        test_run(RunFolder(Path(paths[0])), **given)
+        return 0
+    if paths:
+        raise UserError(f"test takes one run folder, got {len(paths)}: {' '.join(paths)}")
+    if "baseline" not in options:
+        raise UserError("test takes a run folder, or baseline=mean_box|threshold; see `pretrain3d test --help`")
+    defaults = {"baseline": REQUIRED, "store": REQUIRED, "out": REQUIRED, "fold": 0, "split": "test", "samples": 1000}
+    test_baseline(**read_options(options, defaults))
+    return 0
+
+
+def held_out(cases: dict[str, list[str]], split: str) -> list[str]:
+    """The case ids of a split.
+
+    Raises:
+        UserError: the split is not ``test`` or ``val``, or holds no case.
+    """
+    if split not in ("test", "val"):
+        raise UserError(f"split={split}: it is test or val")
+    if not cases[split]:
+        raise UserError(f"the store holds no {split} case")
+    return cases[split]
+
+
+def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictures: int) -> None:
+    """Predicts with the run's weights; skips what `result.json` already holds for the same weights and options."""
+    settings = folder.config()
+    weights = folder.checkpoint(checkpoint)
+
+    import torch
+
+    from pretrain3d.backbones.transfer import fingerprint
+    from pretrain3d.commands.fit import DATA
+    from pretrain3d.modules.checkpoint import load_module
+    from pretrain3d.reporting.figures import save_case_picture
+    from pretrain3d.reporting.results import is_current
+
+    module: Any = load_module(weights, "detection", "cuda" if torch.cuda.is_available() else "cpu")
+    backbone_fingerprint = fingerprint(module.best_networks()[0].state_dict())
+    step = module.note["source"]["step"]
+    asked = {"checkpoint": checkpoint, "split": split, "samples": samples, "step": step,
+             "fingerprint": fingerprint(module.state_dict())}  # fmt: skip
+    if is_current(folder.path / "result.json", asked):
+        print(f"{folder.path / 'result.json'} is of these weights already, nothing to do")
+        return
+    datamodule = build(DATA, {"name": "data", **settings["data"]}, "data", seed=settings["seed"])
+    case_ids = held_out({"test": datamodule.test_ids, "val": datamodule.val_ids}, split)
+    mixed = "bf16" in str(settings["trainer"].get("precision", ""))
+    precision = torch.autocast(module.device.type, dtype=torch.bfloat16) if mixed else nullcontext()
+
+    def predict(case_id: str) -> Prediction:
+        image, case = datamodule.volume(case_id)
+        with precision:
+            found = module.predict_image(image.to(module.device), datamodule.pad_value(case_id))
+        boxes, scores, labels = (value.cpu().numpy() for value in (found.boxes, found.scores, found.labels))
+        if case_ids.index(case_id) < pictures:
+            path = folder.path / "pictures" / f"test_{case_id}.npz"
+            save_case_picture(path, image[0].numpy(), case.boxes, case.labels, boxes, labels, scores, module.classes)
+        return boxes, scores, labels
+
+    transfer = module.note.get("transfer")
+    batch = settings["data"]["batch_size"] * settings["trainer"]["accumulate_grad_batches"] * module.note["processes"]
+    about = {
+        "asked": asked,
+        "config": settings,
+        "seed": settings["seed"],
+        "cost": {"seconds": folder.state()["seconds"], "steps": step, "samples": step * batch},
+        "backbone": {
+            "name": settings["backbone"]["name"],
+            "fingerprint": backbone_fingerprint,
+            "init": transfer["source"]["method"] if transfer else "scratch",
+            "transfer": transfer,
+        },
+    }
+    score_cases(folder.path, settings["name"], datamodule.store, case_ids, predict, about, samples)
+
+
+def test_baseline(baseline: str, store: str, out: str, fold: int, split: str, samples: int) -> None:
+    """Fits a baseline to the training fold and scores it like a run."""
+    from pretrain3d.data.splits import fold_cases
+    from pretrain3d.data.store import Store
+    from pretrain3d.reporting.results import is_current
+
+    if baseline not in ("mean_box", "threshold"):
+        raise UserError(f"baseline={baseline}: it is mean_box or threshold")
+    data = Store(Path(store))
+    asked = {"baseline": baseline, "fold": fold, "split": split, "samples": samples, "data": data.data_hash}
+    if is_current(Path(out) / "result.json", asked):
+        print(f"{Path(out) / 'result.json'} is of this baseline already, nothing to do")
+        return
+    cases = fold_cases(data, fold)
+    predict = fit_baseline(baseline, data, cases["train"])
+    about = {"asked": asked, "config": {"baseline": baseline, "fold": fold}, "seed": 0}
+    score_cases(Path(out), Path(out).name, data, held_out(cases, split), predict, about, samples)
+
+
+def fit_baseline(baseline: str, data: Any, train: list[str]) -> Callable[[str], Prediction]:
+    """The prediction function of a baseline that was fitted to the training cases."""
+    from pretrain3d.evaluation.baselines import MeanBoxBaseline, ThresholdBaseline
+
+    def image_of(case_id: str) -> np.ndarray:
+        case = data.cases[case_id]
+        return data.read(case_id, "image", (0, 0, 0), case.shape)[0]
+
+    if baseline == "mean_box":
+        chosen = [data.cases[case_id] for case_id in train]
+        mean_box = MeanBoxBaseline(len(data.classes))
+        mean_box.fit([c.shape for c in chosen], [c.boxes for c in chosen], [c.labels for c in chosen])
+        return lambda case_id: mean_box.predict(data.cases[case_id].shape)
+    threshold = ThresholdBaseline(len(data.classes), data.spacing_mm)
+    threshold.fit([(image_of(i), data.cases[i].boxes, data.cases[i].labels) for i in train])
+    return lambda case_id: threshold.predict(image_of(case_id))
+
+
+def score_cases(
+    folder: Path,
+    name: str,
+    data: Any,
+    case_ids: list[str],
+    predict: Callable[[str], Prediction],
+    about: dict[str, Any],
+    samples: int,
+) -> None:
+    """Predicts and scores cases in the voxels of their input files; writes score files and result.json, prints the table."""
+    from tqdm import tqdm
+
+    from pretrain3d.evaluation.scorefile import write
+    from pretrain3d.evaluation.statistics import evaluate_with_intervals
+    from pretrain3d.reporting.results import write_result
+
+    start = time.perf_counter()
+    found: dict[str, Any] = {}
+    truth: dict[str, Any] = {}
+    for case_id in tqdm(case_ids, desc=f"test {name}", unit="case"):
+        case = data.cases[case_id]
+        boxes, scores, labels = predict(case_id)
+        found[case_id] = {"boxes": case.frame.to_original(boxes), "scores": scores, "labels": labels}
+        objects = {"boxes": case.frame.to_original(case.boxes), "labels": case.labels}
+        truth[case_id] = {**objects, "annotated": list(case.annotated)}
+    seconds = time.perf_counter() - start
+    write(folder / "predictions.json", data.classes, found)
+    write(folder / "targets.json", data.classes, truth)
+    groups = {case_id: data.cases[case_id].group for case_id in case_ids}
+    scored = evaluate_with_intervals(found, truth, data.classes, samples=samples, groups=groups)
+    write_result(
+        folder,
+        run=name,
+        **scored,
+        **about,
+        data={"hash": data.data_hash, "name": data.name, "licence": data.licence, "cases": len(case_ids)},
+        test_seconds=seconds,
+    )
+    shown = ("mAP", "AP@0.10", "AP@0.50", "FROC@0.10")
+    print(f"{name}: " + ", ".join(f"{key} {_text(scored['metrics'][key]['value'])}" for key in shown))
+    print(f"{folder / 'result.json'} ({len(case_ids)} cases, {seconds:.0f} s)")
+
+
+def _text(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
