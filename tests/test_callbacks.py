@@ -5,6 +5,7 @@ import os
 import shutil
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
 from pretrain3d.config import UserError
+from pretrain3d.reporting import callbacks
 from pretrain3d.reporting.callbacks import Checkpoints, Pictures, Progress, Throughput, as_images
 from pretrain3d.reporting.csv_logger import MetricsCSV, read_rows
 
@@ -74,7 +76,7 @@ def fit(folder: Path, *extra: Callback, module=None, steps=STEPS, resume=False, 
     module = module or Tiny()
     trainer = lightning.Trainer(
         max_steps=steps, max_epochs=-1, val_check_interval=VALIDATE * ACCUMULATE, check_val_every_n_epoch=None,
-        accumulate_grad_batches=ACCUMULATE, enable_checkpointing=False, log_every_n_steps=1, accelerator="cpu",
+        accumulate_grad_batches=ACCUMULATE, log_every_n_steps=1, accelerator="cpu",
         num_sanity_val_steps=1, enable_model_summary=False, 
         enable_progress_bar=any(isinstance(c, Progress) for c in extra),
         logger=[MetricsCSV(folder)], callbacks=[Checkpoints(folder, every, monitor), *extra],
@@ -88,6 +90,12 @@ def fit(folder: Path, *extra: Callback, module=None, steps=STEPS, resume=False, 
         weights_only=True,
     )
     return module, trainer
+
+
+def state_of(folder):
+    state = json.loads((folder / "state.json").read_text())
+    assert state.keys() == {"status", "step", "seconds"}
+    return state["status"], state["step"]
 
 
 class Snapshots(Callback):
@@ -143,7 +151,7 @@ def test_resuming_from_any_moment_repeats_the_run_exactly(tmp_path, monkeypatch)
         assert trainer.global_step == STEPS, name
         assert torch.equal(again.net.weight, module.net.weight) and torch.equal(again.net.bias, module.net.bias), name
         assert (copies / name / "metrics.csv").read_text() == metrics, name
-        assert json.loads((copies / name / "state.json").read_text()) == {"status": "finished", "step": STEPS}
+        assert state_of(copies / name) == ("finished", STEPS), name
         rebest = torch.load(copies / name / "checkpoints" / "best.ckpt", weights_only=True)
         assert rebest["global_step"] == best["global_step"], name
         assert torch.equal(rebest["state_dict"]["net.weight"], best["state_dict"]["net.weight"]), name
@@ -178,7 +186,7 @@ def test_a_run_stopped_early_is_not_finished(tmp_path):
             trainer.should_stop = trainer.global_step >= 5
 
     fit(tmp_path, Stop())
-    assert json.loads((tmp_path / "state.json").read_text()) == {"status": "running", "step": 5}
+    assert state_of(tmp_path) == ("running", 5)
 
 
 def test_a_monitor_that_nobody_logs_is_named(tmp_path):
@@ -196,17 +204,21 @@ def test_pictures_share_the_window_of_the_first():
     ramp = np.linspace(-1, 1, 4000, dtype=np.float32).reshape(40, 100)
     images = as_images({"original": ramp, "darker": ramp - 1, "colours": np.ones((2, 3, 3), np.float32)})
     original, darker = np.asarray(images["original"], np.float64), np.asarray(images["darker"], np.float64)
-    assert original[0, 0] == 0 and original[-1, -1] == 255
-    assert abs(darker[-1, -1] - 127.5) < 3  # 0 lies in the middle of [-1, 1]
+    assert original.shape == (100, 40)  # columns along X, rows along Y
+    assert original[-1, -1] == 0 and original[0, 0] == 255  # the origin (left, back) is at the right bottom
+    assert abs(darker[0, 0] - 127.5) < 3  # 0 lies in the middle of [-1, 1]
     assert np.asarray(images["colours"]).tolist() == np.full((2, 3, 3), 255).tolist()
     assert isinstance(images["original"], Image.Image)
 
 
-def test_throughput_counts_patches_and_remaining_time(tmp_path, monkeypatch):
-    from pretrain3d.reporting import callbacks
+def tick(monkeypatch):
+    """Every look of the callbacks at the clock is a second later."""
+    clock = count()
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
 
-    clock = iter(range(10_000))  # every look at the clock is a second later
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: float(next(clock)))
+
+def test_throughput_counts_patches_and_remaining_time(tmp_path, monkeypatch):
+    tick(monkeypatch)
     fit(tmp_path, Throughput(), steps=4)
     rows = {int(row["step"]): row for row in read_rows(tmp_path / "metrics.csv")}
     assert "perf/patches_per_second" not in rows[1]  # the first step is warming up
@@ -234,3 +246,17 @@ def test_progress_bar_counts_steps_of_the_whole_run(tmp_path, monkeypatch):
     bar._terminal, bar._refresh_rate = True, 1
     fit(tmp_path, bar, Spy(), resume=True)
     assert seen[-1] == (12, 12, 12) and {total for _, _, total in seen} == {12}
+
+
+def test_training_time_adds_up_over_sessions(tmp_path, monkeypatch):
+    tick(monkeypatch)
+    fit(tmp_path, steps=8, every=100)  # looks: start, the saves after the validations at 4 and 8
+    assert json.loads((tmp_path / "state.json").read_text())["seconds"] == 2.0
+    fit(tmp_path, steps=12, every=100, resume=True)
+    assert json.loads((tmp_path / "state.json").read_text())["seconds"] == 3.0
+
+
+def test_lightning_writes_no_checkpoints_of_its_own(tmp_path):
+    _, trainer = fit(tmp_path)
+    assert [type(callback) for callback in trainer.checkpoint_callbacks] == [Checkpoints]
+    assert sorted(path.name for path in tmp_path.rglob("*.ckpt")) == ["best.ckpt", "last.ckpt"]

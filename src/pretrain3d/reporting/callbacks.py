@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning
 import numpy as np
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from PIL import Image
 
@@ -25,7 +25,7 @@ Trainer = lightning.Trainer
 Module = lightning.LightningModule
 
 
-class Checkpoints(Callback):
+class Checkpoints(Checkpoint):
     """``checkpoints/last.ckpt``, ``checkpoints/best.ckpt`` and ``state.json`` of a run folder.
 
     The checkpoint of step k is written when everything of step k is over (its optimiser step, its row of metrics, its
@@ -33,7 +33,8 @@ class Checkpoints(Callback):
     ``last.ckpt`` is a whole file, the rows of ``metrics.csv`` up to its step are on disk, and resuming from it repeats
     whatever was not over. A checkpoint is written every ``every_n_steps`` steps, after each validation and at the end.
 
-    Lightning's own checkpoints are to be switched off (``Trainer(enable_checkpointing=False)``).
+    It takes the place of Lightning's own checkpoints: ``Trainer(enable_checkpointing=True)`` adds none beside it.
+    ``state.json`` is ``{"status": "running" | "finished", "step": n, "seconds": wall time of training up to there}``.
 
     Args:
         folder: the run's folder.
@@ -54,20 +55,23 @@ class Checkpoints(Callback):
         self.monitor = monitor
         self.mode = mode
         self.best: float | None = None
+        self.seconds = 0.0  # of earlier sessions up to the checkpoint, then up to the last checkpoint of this one
+        self._clock: float | None = None  # the time at which `seconds` would have been 0
         self._best_is_new = False
         self._validated_step = -1
         self._saved_step = -1
         self._saving = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "monitor": self.monitor, "mode": self.mode}
+        return {"best": self.best, "monitor": self.monitor, "mode": self.mode, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        self.best, self.seconds = state_dict["best"], state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         step = trainer.global_step
         self._saved_step = step
+        self._clock = time.monotonic() - self.seconds
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in self.folder.glob("*.tmp"):
@@ -122,6 +126,8 @@ class Checkpoints(Callback):
                 logger.flush()
         last, best = self.folder / "last.ckpt", self.folder / "best.ckpt"
         temporary = self.folder / "last.ckpt.tmp"
+        if self._clock is not None:
+            self.seconds = time.monotonic() - self._clock
         self._saving = True
         trainer.save_checkpoint(temporary, weights_only=False)  # on every process
         self._saving = False
@@ -139,7 +145,7 @@ class Checkpoints(Callback):
         self._saved_step = trainer.global_step
 
     def _write_state(self, status: str, step: int) -> None:
-        write_json(self.run_folder / "state.json", {"status": status, "step": step})
+        write_json(self.run_folder / "state.json", {"status": status, "step": step, "seconds": self.seconds})
 
 
 def _end_of_step(loops: dict[str, Any], step: int, validated_step: int) -> None:
@@ -169,9 +175,10 @@ def _sync(path: Path) -> None:
 class Pictures(Callback):
     """Writes the pictures of the first validation case to ``<run>/pictures/step<N>_<name>.png``: first and last step.
 
-    ``validation_step`` returns ``{"pictures": {name: array}}``: (H, W) numbers become grey, (H, W, 3) are colours
-    (uint8, or floats from 0 to 1). All grey pictures of a step share the window of the first one, so that an original
-    and its reconstruction can be compared.
+    ``validation_step`` returns ``{"pictures": {name: array}}``. Slices (X, Y) of numbers become grey and are drawn as a
+    radiologist hangs them (right of the patient on the left, front on top); (rows, columns, 3) are colours (uint8, or
+    floats from 0 to 1), drawn as they are. All grey pictures of a step share the window of the first one, so that an
+    original and its reconstruction can be compared.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -206,7 +213,7 @@ def as_images(pictures: Mapping[str, Any]) -> dict[str, Image.Image]:
     images = {}
     for name, array in arrays.items():
         if array.ndim == 2:
-            array = (array.astype(np.float64) - low) / max(float(high - low), 1e-6)
+            array = (array.T[::-1, ::-1].astype(np.float64) - low) / max(float(high - low), 1e-6)
         if array.dtype != np.uint8:
             array = np.round(np.nan_to_num(np.clip(array, 0.0, 1.0)) * 255).astype(np.uint8)
         images[name] = Image.fromarray(array)

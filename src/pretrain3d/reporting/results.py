@@ -65,6 +65,8 @@ def write_result(
     data: Mapping[str, Any],
     cost: Mapping[str, Any] | None = None,
     backbone: Mapping[str, Any] | None = None,
+    asked: Mapping[str, Any] | None = None,
+    test_seconds: float | None = None,
 ) -> Path:
     """Writes ``<folder>/result.json``; commit and environment are filled in.
 
@@ -80,13 +82,15 @@ def write_result(
         data: ``{"hash", "name", "licence", "cases"}``.
         cost: ``{"seconds", "steps", "samples"}``; None for a baseline that was not trained.
         backbone: ``{"name", "fingerprint", "init"}``; None for a baseline.
+        asked: what the result was made from; see `is_current`.
+        test_seconds: wall time of prediction.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     result = {
         "run": run, "metrics": metrics, "per_class": per_class, "curves": curves, "cases": cases, "config": config,
         "commit": commit(), "environment": environment(), "seed": seed, "cost": cost, "data": data,
-        "backbone": backbone,
+        "backbone": backbone, "asked": asked, "test_seconds": test_seconds,
     }  # fmt: skip
     write_json(folder / "result.json", result)
     return folder / "result.json"
@@ -113,6 +117,12 @@ def read_result(path: str | Path) -> dict[str, Any]:
         if not isinstance(entry, dict) or "value" not in entry:
             raise UserError(f"{path}: {key} is {entry!r}; expected {{value, low, high}}")
     return result
+
+
+def is_current(path: str | Path, asked: Mapping[str, Any]) -> bool:
+    """Whether there is a result at ``path`` that was made from exactly ``asked`` (weights, split, samples, ...)."""
+    path = Path(path)
+    return path.is_file() and read_result(path).get("asked") == _plain(asked)
 
 
 def _entries(result: dict[str, Any]) -> list[tuple[str, Any]]:
