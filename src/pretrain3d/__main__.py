@@ -71,7 +71,7 @@ def _run(argv: list[str]) -> int:
         return 0
     name = argv[0]
     if name not in COMMANDS:
-        raise UserError(f"unknown command {name!r}{suggestion(name, COMMANDS) or ';'} Commands: {', '.join(COMMANDS)}")
+        raise UserError(f"unknown command {name!r}{suggestion(name, COMMANDS) or '.'} Commands: {', '.join(COMMANDS)}")
     arguments = _parse(argv[1:])
     command = importlib.import_module(f"pretrain3d.commands.{name}")
     if arguments.help:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def read_options(options: Mapping[str, object], defaults: Mapping[str, Any]) -> 
     for key in options:
         if key not in defaults:
             known = ", ".join(defaults) or "none"
-            raise UserError(f"unknown option {key!r}{suggestion(key, defaults) or ';'} Options: {known}")
+            raise UserError(f"unknown option {key!r}{suggestion(key, defaults) or '.'} Options: {known}")
     missing = [key for key, default in defaults.items() if default is REQUIRED and key not in options]
     if missing:
         raise UserError("missing " + " and ".join(f"{key}=VALUE" for key in missing))
@@ -145,7 +146,7 @@ def find_config(path: str | Path) -> Path:
 
 
 def default_name(config: Mapping[str, Any]) -> str:
-    """``<dataset>/<method or detector>-<init>-<backbone>-f<fold>-s<seed>``.
+    """``<dataset>/<method or detector>-<init>-<backbone>-f<fold>-s<seed>``, then ``-l<fraction>`` of labels below 1.
 
     The data set is ``data.name``, else the name of the folder ``data.store``. Init is ``scratch`` without
     ``transfer.path``, else ``transfer.name``, else the name of that file without its ending.
@@ -159,6 +160,8 @@ def default_name(config: Mapping[str, Any]) -> str:
         init = transfer.get("name") or Path(str(transfer["path"])).stem
     backbone = (config.get("backbone") or {}).get("name")
     words = [part.get("name"), init, backbone, f"f{data.get('fold', 0)}", f"s{config.get('seed', 0)}"]
+    if data.get("label_fraction", 1) != 1:
+        words.append(f"l{data['label_fraction']}")
     return f"{dataset}/{'-'.join(str(word) for word in words if word)}"
 
 
@@ -212,7 +215,7 @@ def _compose(path: Path, depth: int = 0) -> dict[str, Any]:
     for section in values:
         if section not in SECTIONS:
             raise UserError(
-                f"{path}: unknown section {section!r}{suggestion(str(section), (*SECTIONS, 'base')) or ';'} "
+                f"{path}: unknown section {section!r}{suggestion(str(section), (*SECTIONS, 'base')) or '.'} "
                 f"Sections: base, {', '.join(SECTIONS)}"
             )
     if base is None:
@@ -253,7 +256,7 @@ def _overridden(config: dict[str, Any], override: str) -> dict[str, Any]:
                 f"{override!r}: {'.'.join(path[:depth])} is the value {node!r} and has no keys; set it whole"
             )
         if not adds and part not in (node or {}):
-            nearest = _nearest(key, _dotted(config)) or ";"
+            nearest = _nearest(key, _dotted(config)) or "."
             raise UserError(f"the configuration has no key {key!r}{nearest} To add it, write +{override}")
         node = (node or {}).get(part)
     value = parse_value(text)
@@ -288,9 +291,9 @@ def _resolved(config: dict[str, Any], path: str | Path) -> dict[str, Any]:
     except MissingMandatoryValue as error:
         raise UserError(f"{path} leaves {error.full_key} open; give {error.full_key}=VALUE") from error
     except InterpolationKeyError as error:
-        raise UserError(f"{path}: {error.full_key}: {_reason(error)}") from error
-    except RecursionError as error:
-        raise UserError(f"{path}: values refer to each other in a circle through ${{...}}") from error
+        key = (re.findall(r"'(.+)'", _reason(error)) or [""])[0]
+        nearest = _nearest(key, _dotted(config))
+        raise UserError(f"{path}: {error.full_key} refers to ${{{key}}}, which does not exist{nearest}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {error.full_key}: {_reason(error)}") from error
 
@@ -311,7 +314,7 @@ def check_name(registry: Mapping[str, str], node: Any, kind: str) -> str:
     if not isinstance(name, str):
         raise UserError(f"{kind} needs a name, one of {known}; got {node!r}")
     if name not in registry:
-        raise UserError(f"unknown {kind} {name!r}{suggestion(name, registry) or ';'} Known: {known}")
+        raise UserError(f"unknown {kind} {name!r}{suggestion(name, registry) or '.'} Known: {known}")
     return name
 
 
@@ -331,14 +334,13 @@ def build(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, **giv
         registry: ``name: "module:attribute"``.
         node: ``{"name": ..., **arguments}``; lists become tuples where the signature says so.
         kind: what the user calls it, for errors: "backbone".
-        given: arguments that the code supplies; a user cannot set them.
+        given: arguments that the code supplies; a user may only write null for them.
 
     Raises:
         UserError: see `check`.
     """
-    target = resolve(registry, check_name(registry, node, kind), kind)
-    arguments = {key: value for key, value in node.items() if key != "name"}
-    return target(**given, **checked_arguments(target, arguments, f"{kind} {node['name']}", given))
+    target, arguments = _bound(registry, node, kind, given)
+    return target(**given, **arguments)
 
 
 def check(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, given: Collection[str] = ()) -> None:
@@ -347,9 +349,7 @@ def check(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, given
     Raises:
         UserError: an unknown name or argument, a missing argument, or a value that does not fit its annotation.
     """
-    target = resolve(registry, check_name(registry, node, kind), kind)
-    arguments = {key: value for key, value in node.items() if key != "name"}
-    checked_arguments(target, arguments, f"{kind} {node['name']}", given)
+    _bound(registry, node, kind, given)
 
 
 def checked_arguments(
@@ -361,11 +361,12 @@ def checked_arguments(
         target: class or function.
         arguments: what the user set.
         where: begins the error: "backbone resenc_s".
-        given: names of the arguments that the code supplies.
+        given: names of the arguments that the code supplies; the user may only write null for them ("as it follows").
 
     Raises:
         UserError: see `check`.
     """
+    arguments = {key: value for key, value in arguments.items() if key not in given or value is not None}
     parameters = inspect.signature(target).parameters
     hints = signatures.hints(target)
     free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -377,11 +378,18 @@ def checked_arguments(
             raise UserError(f"{where}: {key} follows from the rest of the configuration and cannot be set; remove it")
         if key not in named and not free:
             known = ", ".join(takes) or "no arguments"
-            raise UserError(f"{where}: unknown argument {key!r}{suggestion(str(key), takes) or ';'} It takes: {known}")
+            raise UserError(f"{where}: unknown argument {key!r}{suggestion(str(key), takes) or '.'} It takes: {known}")
     for key in takes:
         if named[key].default is inspect.Parameter.empty and key not in arguments:
             raise UserError(f"{where}: argument {key!r} is missing; it takes: {', '.join(takes)}")
     return {key: _fitted(value, hints.get(key, Any), f"{where}: {key}") for key, value in arguments.items()}
+
+
+def _bound(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, given: Collection[str]) -> tuple[Any, Any]:
+    name = check_name(registry, node, kind)
+    target = _attribute(registry[name])
+    arguments = {key: value for key, value in node.items() if key != "name"}
+    return target, checked_arguments(target, arguments, kind if name == kind else f"{kind} {name}", given)
 
 
 def _attribute(reference: str) -> Any:

@@ -1,0 +1,398 @@
+"""Composition, overrides, options and the binding of arguments; every message a user may see is spelled out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from pretrain3d import config
+from pretrain3d.config import REQUIRED, UserError, build, check, load, read_options, resolve
+
+BASE = """
+data: {store: stores/toy, fold: 1, patch_size: [32, 32, 32]}
+backbone: {name: resenc_xs, width: 8}
+transfer: {path: null}
+module:
+  name: detection
+  detector: {name: retina_unet, classes: 3, loss: {name: focal, gamma: 2}}
+  optimizer: {name: adamw, lr: 1e-3}
+trainer: {max_steps: 10, log_every: "${trainer.max_steps}"}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "child.yaml").write_text("base: base.yaml\ntrainer: {max_steps: 20}\n")
+    return tmp_path
+
+
+def message(call: Any, *arguments: Any, **keywords: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **keywords)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# ---- composition
+
+
+def test_base_is_inherited_and_plain(folder: Path) -> None:
+    values = load(folder / "child.yaml")
+    assert values == {
+        "name": "toy/retina_unet-scratch-resenc_xs-f1-s0",
+        "out": "runs",
+        "seed": 0,
+        "data": {"store": "stores/toy", "fold": 1, "patch_size": [32, 32, 32]},
+        "backbone": {"name": "resenc_xs", "width": 8},
+        "transfer": {"path": None},
+        "module": {
+            "name": "detection",
+            "detector": {"name": "retina_unet", "classes": 3, "loss": {"name": "focal", "gamma": 2}},
+            "optimizer": {"name": "adamw", "lr": 0.001},
+        },
+        "trainer": {"max_steps": 20, "log_every": 20},
+    }
+    assert type(values["data"]) is dict and type(values["data"]["patch_size"]) is list
+
+
+def test_the_written_config_loads_to_itself(folder: Path) -> None:
+    values = load(folder / "child.yaml", ["seed=3"])
+    (folder / "config.yaml").write_text(config.to_yaml(values))
+    assert load(folder / "config.yaml") == values
+
+
+def test_another_name_replaces_the_node_whole(folder: Path) -> None:
+    (folder / "other.yaml").write_text("base: base.yaml\nmodule: {detector: {loss: {name: dice}}}\nbackbone: vit\n")
+    values = load(folder / "other.yaml")
+    assert values["module"]["detector"] == {"name": "retina_unet", "classes": 3, "loss": {"name": "dice"}}
+    assert values["backbone"] == {"name": "vit"}
+
+
+def test_the_same_name_merges(folder: Path) -> None:
+    (folder / "same.yaml").write_text("base: base.yaml\nbackbone: {name: resenc_xs, depth: 2}\n")
+    assert load(folder / "same.yaml")["backbone"] == {"name": "resenc_xs", "width": 8, "depth": 2}
+
+
+def test_the_name_of_data_is_a_label(folder: Path) -> None:
+    (folder / "label.yaml").write_text("base: base.yaml\ndata: {name: liver}\n")
+    values = load(folder / "label.yaml", ["data.name=spleen"])
+    assert values["data"]["store"] == "stores/toy" and values["name"].startswith("spleen/")
+
+
+def test_two_levels_of_base_at_most(folder: Path) -> None:
+    (folder / "grandchild.yaml").write_text("base: child.yaml\nseed: 4\n")
+    (folder / "fourth.yaml").write_text("base: grandchild.yaml\n")
+    assert load(folder / "grandchild.yaml")["trainer"]["max_steps"] == 20
+    assert message(load, folder / "fourth.yaml") == (
+        f"{folder}/child.yaml: `base: base.yaml` is a third level; a configuration inherits two deep at most"
+    )
+
+
+def test_a_file_that_is_its_own_base(folder: Path) -> None:
+    (folder / "loop.yaml").write_text("base: loop.yaml\n")
+    assert "third level" in message(load, folder / "loop.yaml")
+
+
+def test_a_missing_base(folder: Path) -> None:
+    (folder / "lost.yaml").write_text("base: nothing.yaml\n")
+    assert message(load, folder / "lost.yaml") == (
+        f"{folder}/lost.yaml: no base file '{folder}/nothing.yaml' (base is relative to the file that names it)"
+    )
+
+
+def test_interpolation_follows_overrides(folder: Path) -> None:
+    values = load(folder / "child.yaml", ["trainer.max_steps=7", "module.optimizer.lr=${trainer.max_steps}"])
+    assert values["trainer"] == {"max_steps": 7, "log_every": 7} and values["module"]["optimizer"]["lr"] == 7
+
+
+def test_the_default_name_can_be_referred_to(folder: Path) -> None:
+    values = load(folder / "child.yaml", ["+logger.group=${name}"])
+    assert values["logger"]["group"] == values["name"] == "toy/retina_unet-scratch-resenc_xs-f1-s0"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["seed=2", "data.fold=0"], "toy/retina_unet-scratch-resenc_xs-f0-s2"),
+        (["transfer.path=exports/mae.pt"], "toy/retina_unet-mae-resenc_xs-f1-s0"),
+        (["transfer.path=exports/mae.pt", "+transfer.name=mae800"], "toy/retina_unet-mae800-resenc_xs-f1-s0"),
+        (["+data.label_fraction=0.1"], "toy/retina_unet-scratch-resenc_xs-f1-s0-l0.1"),
+        (["name=mine/first"], "mine/first"),
+    ],
+)
+def test_default_name(folder: Path, overrides: list[str], name: str) -> None:
+    assert load(folder / "child.yaml", overrides)["name"] == name
+
+
+def test_the_name_of_pretraining() -> None:
+    settings = {"data": {"name": "ct"}, "backbone": {"name": "l"}, "module": {"name": "reconstruction"}, "seed": 1}
+    settings["module"]["method"] = {"name": "mae"}  # type: ignore[index]
+    assert config.default_name(settings) == "ct/mae-scratch-l-f0-s1"
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp", "''", "5"])
+def test_a_name_stays_below_out(folder: Path, name: str) -> None:
+    text = message(load, folder / "child.yaml", [f"name={name}"])
+    assert text.startswith("name must be a folder below `out` such as 'phantom/mae-s0', got ")
+
+
+# ---- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "value"),
+    [
+        ("trainer.max_steps=5", "trainer.max_steps", 5),
+        ("module.optimizer.lr=1e-4", "module.optimizer.lr", 0.0001),
+        ("data.patch_size=[64, 48, 32]", "data.patch_size", [64, 48, 32]),
+        ("data.store=null", "data.store", None),
+        ("data.store=a=b", "data.store", "a=b"),
+        ("transfer=null", "transfer", None),
+        ("backbone=resenc_xs", "backbone", {"name": "resenc_xs", "width": 8}),
+        ("backbone=resenc_s", "backbone", {"name": "resenc_s"}),
+        ("backbone.name=resenc_s", "backbone", {"name": "resenc_s"}),
+        ("backbone={name: resenc_s, width: 2}", "backbone", {"name": "resenc_s", "width": 2}),
+        ("module.detector=detr", "module.detector", {"name": "detr"}),
+        ("+trainer.fast_dev_run=true", "trainer.fast_dev_run", True),
+        ("+logger.wandb.mode=offline", "logger", {"wandb": {"mode": "offline"}}),
+    ],
+)
+def test_override(folder: Path, override: str, where: str, value: Any) -> None:
+    node: Any = load(folder / "child.yaml", [override])
+    for key in where.split("."):
+        node = node[key]
+    assert node == value and type(node) is type(value)
+
+
+def test_overrides_apply_in_order(folder: Path) -> None:
+    values = load(folder / "child.yaml", ["backbone=vit", "+backbone.depth=2", "backbone.depth=3"])
+    assert values["backbone"] == {"name": "vit", "depth": 3}
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        (
+            "trainer.max_step=5",
+            "the configuration has no key 'trainer.max_step', did you mean 'trainer.max_steps'? "
+            "To add it, write +trainer.max_step=5",
+        ),
+        (
+            "trainer.lr=5",
+            "the configuration has no key 'trainer.lr', did you mean 'module.optimizer.lr'? "
+            "To add it, write +trainer.lr=5",
+        ),
+        ("data.zzz=5", "the configuration has no key 'data.zzz'. To add it, write +data.zzz=5"),
+        ("lr=5", "unknown section 'lr' in 'lr=5', did you mean 'module.optimizer.lr'?"),
+        (
+            "+trainr.max_steps=5",
+            "unknown section 'trainr' in '+trainr.max_steps=5', did you mean 'trainer.max_steps'?",
+        ),
+        (
+            "trainer.max_steps.a=5",
+            "'trainer.max_steps.a=5': trainer.max_steps is the value 20 and has no keys; set it whole",
+        ),
+        (
+            "+data.patch_size.0=5",
+            "'+data.patch_size.0=5': data.patch_size is the value [32, 32, 32] and has no keys; set it whole",
+        ),
+        ("trainer=5", "trainer is a section with the keys max_steps, log_every; it cannot be set to 5"),
+        ("=5", "cannot read the override '=5'; write section.key=value"),
+        ("seed", "cannot read the override 'seed'; write section.key=value"),
+    ],
+)
+def test_bad_override(folder: Path, override: str, text: str) -> None:
+    assert message(load, folder / "child.yaml", [override]) == text
+
+
+@pytest.mark.parametrize("value", ["[1", "${a"])
+def test_a_value_that_is_not_yaml(folder: Path, value: str) -> None:
+    text = message(load, folder / "child.yaml", [f"seed={value}"])
+    assert text.startswith(f"'{value}' is not a YAML value: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("seed=${sead}", "seed refers to ${sead}, which does not exist, did you mean 'seed'?"),
+        ("seed=${seed}", "seed: Recursive interpolation detected"),
+        ("seed=???", "PATH leaves seed open; give seed=VALUE"),
+    ],
+)
+def test_unresolvable(folder: Path, override: str, text: str) -> None:
+    file = str(folder / "child.yaml")
+    assert message(load, file, [override]).removeprefix(f"{file}: ").replace(file, "PATH") == text
+
+
+# ---- files
+
+
+def test_unknown_section(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("trainr: {}\n")
+    assert message(load, tmp_path / "a.yaml") == (
+        f"{tmp_path}/a.yaml: unknown section 'trainr', did you mean 'trainer'? "
+        "Sections: base, name, out, seed, data, backbone, transfer, module, trainer, logger"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("seed: a\nout: b: c", "line 2: not valid YAML: mapping values are not allowed in this context"),
+        ("seed: 1\nseed: 2", "line 2: not valid YAML: found duplicate key seed"),
+        ("- 1", "expected sections (name, out, seed, data, backbone, transfer, module, trainer, logger), got list"),
+        ("trainer: 5", "trainer must be a section of `key: value` lines, got 5"),
+    ],
+)
+def test_bad_file(tmp_path: Path, content: str, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(content)
+    assert message(load, tmp_path / "a.yaml").replace(f"{tmp_path}/a.yaml", "").lstrip(": ") == text
+
+
+def test_missing_file(folder: Path) -> None:
+    wrong = folder / "chold.yaml"
+    assert message(load, wrong) == f"no configuration file '{wrong}', did you mean '{folder}/child.yaml'?"
+    assert message(load, folder) == f"{folder} is a folder; --config takes a YAML file"
+
+
+def test_packaged_configs_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert config.find_config("configs/detect/phantom.yaml").is_file()
+    assert load("configs/detect/phantom.yaml")["module"]["name"] == "detection"
+    assert "did you mean" in message(load, "configs/detect/phantm.yaml")
+    (tmp_path / "configs/detect").mkdir(parents=True)
+    (tmp_path / "configs/detect/phantom.yaml").write_text("name: mine\n")  # the user's own comes first
+    assert load("configs/detect/phantom.yaml")["name"] == "mine"
+
+
+# ---- names and arguments
+
+
+def test_check_names(folder: Path) -> None:
+    values = load(folder / "child.yaml")
+    config.check_names(values)
+    values["backbone"]["name"] = "resnc_s"
+    text = message(config.check_names, values)
+    assert text.startswith("unknown backbone 'resnc_s', did you mean 'resenc_s'? Known: resenc, resenc_l, ")
+    del values["backbone"]
+    assert message(config.check_names, values) == "the configuration has no section 'backbone'"
+
+
+class Component:
+    def __init__(
+        self,
+        levels: int,
+        size: tuple[int, int, int],
+        ratio: float = 0.5,
+        norm: Literal["batch", "none"] | None = None,
+        names: list[str] | None = None,
+        deep: bool = False,
+        free: Any = None,
+    ) -> None:
+        self.values = (levels, size, ratio, norm, names, deep, free)
+
+
+def variadic(width: int = 1, **rest: Any) -> tuple[int, dict[str, Any]]:
+    return width, rest
+
+
+REGISTRY = {"component": f"{__name__}:Component", "variadic": f"{__name__}:variadic", "torchless": "no.such:module"}
+
+
+def test_build_binds_converts_and_supplies() -> None:
+    node = {"name": "component", "size": [1, 2, 3], "ratio": 1, "names": ["a"], "norm": "batch", "levels": None}
+    built = build(REGISTRY, node, "part", levels=4)
+    assert built.values == (4, (1, 2, 3), 1.0, "batch", ["a"], False, None) and type(built.values[2]) is float
+    assert node["size"] == [1, 2, 3]
+    assert build(REGISTRY, {"name": "variadic", "depth": 3}, "part") == (1, {"depth": 3})
+
+
+def test_resolve() -> None:
+    assert resolve(REGISTRY, "component", "part") is Component
+    assert message(resolve, REGISTRY, "torchles", "part") == (  # no.such is not imported to say so
+        "unknown part 'torchles', did you mean 'torchless'? Known: component, torchless, variadic"
+    )
+    assert message(resolve, REGISTRY, "zzz", "part") == "unknown part 'zzz'. Known: component, torchless, variadic"
+
+
+TAKES = "It takes: size, ratio, norm, names, deep, free"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"sise": 1}, f"unknown argument 'sise', did you mean 'size'? {TAKES}"),
+        ({"zzz": 1}, f"unknown argument 'zzz'. {TAKES}"),
+        (
+            {"size": [1, 2, 3], "levels": 3},
+            "levels follows from the rest of the configuration and cannot be set; remove it",
+        ),
+        ({}, f"argument 'size' is missing; {TAKES[0].lower() + TAKES[1:]}"),
+        ({"size": [1, 2]}, "size must be a list of 3 int, got [1, 2]"),
+        ({"size": [1, 2, 3.5]}, "size must be a list of 3 int, got [1, 2, 3.5]"),
+        ({"size": [1, 2, 3], "ratio": "half"}, "ratio must be float, got 'half'"),
+        ({"size": [1, 2, 3], "ratio": True}, "ratio must be float, got True"),
+        ({"size": [1, 2, 3], "norm": "bach"}, "norm must be 'batch' or 'none' or null, got 'bach'"),
+        ({"size": [1, 2, 3], "names": "a"}, "names must be a list of str or null, got 'a'"),
+        ({"size": [1, 2, 3], "deep": 1}, "deep must be bool, got 1"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], text: str) -> None:
+    assert message(check, REGISTRY, {"name": "component", **arguments}, "part", given=("levels",)) == (
+        f"part component: {text}"
+    )
+
+
+def test_check_accepts_what_build_accepts() -> None:
+    check(REGISTRY, {"name": "component", "size": (1, 2, 3), "norm": None, "free": {"a": 1}}, "part", given=("levels",))
+
+
+def test_a_node_without_a_name() -> None:
+    assert message(check, REGISTRY, {"size": 1}, "part") == (
+        "part needs a name, one of component, torchless, variadic; got {'size': 1}"
+    )
+
+
+# ---- options of commands
+
+DEFAULTS = {"out": REQUIRED, "cases": 4, "scale": 0.5, "fast": False, "limit": None, "axes": [0], "label": "x"}
+
+
+def test_options_from_text() -> None:
+    text = {"out": "007", "cases": "8", "scale": "1", "fast": "true", "limit": "3", "axes": "[0, 2]", "label": "1e3"}
+    assert read_options(text, DEFAULTS) == {
+        "out": "007",
+        "cases": 8,
+        "scale": 1.0,
+        "fast": True,
+        "limit": 3,
+        "axes": [0, 2],
+        "label": "1e3",
+    }
+    assert read_options({"out": Path("a"), "limit": "null"}, DEFAULTS) == DEFAULTS | {"out": Path("a")}
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "missing out=VALUE"),
+        (
+            {"out": "a", "case": "3"},
+            "unknown option 'case', did you mean 'cases'? Options: out, cases, scale, fast, limit, axes, label",
+        ),
+        ({"out": "a", "cases": "three"}, "cases must be int, got 'three'"),
+        ({"out": "a", "cases": "2.5"}, "cases must be int, got 2.5"),
+        ({"out": "a", "fast": "1"}, "fast must be bool, got 1"),
+        ({"out": "a", "axes": "[0, x]"}, "axes must be a list of int, got [0, 'x']"),
+    ],
+)
+def test_bad_options(options: dict[str, object], text: str) -> None:
+    assert message(read_options, options, DEFAULTS) == text
+
+
+def test_a_command_without_options() -> None:
+    assert message(read_options, {"x": "1"}, {}) == "unknown option 'x'. Options: none"
