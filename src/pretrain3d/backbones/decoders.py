@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain3d.backbones.contract import Level
+from pretrain3d.backbones.convolution import Conv3d
 from pretrain3d.backbones.resenc import ConvBlock, triple
 
 
@@ -43,7 +44,7 @@ class UNetDecoder(nn.Module):
             x, y, z = (c // f for c, f in zip(coarse.stride, fine.stride, strict=True))
             ups.append(nn.ConvTranspose3d(coarse.channels, fine.channels, (x, y, z), (x, y, z)))
             blocks.append(ConvBlock(2 * fine.channels, fine.channels, triple(kernel), (1, 1, 1)))
-            heads.append(nn.Conv3d(fine.channels, out_channels, 1))
+            heads.append(Conv3d(fine.channels, out_channels, 1))
         self.ups = nn.ModuleList(ups)  # finest first, like the levels
         self.blocks = nn.ModuleList(blocks)
         self.heads = nn.ModuleList(heads if deep_supervision else heads[:1])

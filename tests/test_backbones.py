@@ -1,0 +1,295 @@
+"""Contracts of every registered backbone, known answers of ResEnc, and the released weights' features."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pretrain3d.backbones import BACKBONES
+from pretrain3d.backbones.contract import Level
+from pretrain3d.backbones.convolution import Conv3d
+from pretrain3d.backbones.decoders import UNetDecoder
+from pretrain3d.backbones.resenc import (
+    ConvBlock,
+    ResEnc,
+    active_voxels,
+    masked_instance_norm,
+    resenc_l,
+    resenc_s,
+    resenc_xs,
+)
+from pretrain3d.config import UserError, build
+
+STAGES = {"channels": [4, 6, 8], "blocks": [1, 2, 1], "strides": [1, [1, 2, 2], 2], "kernels": [[1, 3, 3], 3, 3]}
+SMALL = {"resenc": STAGES, "resenc_xs": {}}  # built and run; the large ones on the meta device
+IMAGE = {"resenc": (2, 1, 8, 24, 16), "resenc_xs": (2, 1, 32, 32, 48)}
+MASKINGS = ("zero", "sparse")
+
+
+def small(name: str, **arguments) -> nn.Module:
+    torch.manual_seed(0)
+    return build(BACKBONES, {"name": name, **SMALL[name], **arguments}, "backbone")
+
+
+def blocks(shape: tuple[int, ...], side: int, seed: int = 0) -> torch.Tensor:
+    """Half of the blocks of ``side`` voxels hidden: (B, 1, X, Y, Z) bool."""
+    grid = [shape[0], 1, *(s // side for s in shape[2:])]
+    keep = torch.rand(grid, generator=torch.Generator().manual_seed(seed)) < 0.5
+    for axis in (2, 3, 4):
+        keep = keep.repeat_interleave(side, axis)
+    return keep
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_declared_levels_are_produced(name):
+    node = {"name": name, **SMALL.get(name, {})}
+    with torch.device("meta"):
+        backbone = build(BACKBONES, node, "backbone", in_channels=2)
+        size = tuple(2 * m for m in backbone.size_multiple)
+        features = backbone(torch.empty(1, 2, *size))
+    assert backbone.in_channels == 2
+    expected = [(1, lv.channels, *(s // f for s, f in zip(size, lv.stride, strict=True))) for lv in backbone.levels]
+    assert [tuple(f.shape) for f in features] == expected
+    strides = [level.stride for level in backbone.levels]
+    assert strides == sorted(strides) and len(set(strides)) == len(strides), "finest first"
+    assert backbone.size_multiple == strides[-1]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_arguments_rebuild_the_same_network(name):
+    with torch.device("meta"):
+        backbone = build(BACKBONES, {"name": name, **SMALL.get(name, {})}, "backbone", in_channels=3)
+        again = type(backbone)(**backbone.arguments)
+    assert again.arguments == backbone.arguments and again.levels == backbone.levels
+    shapes = {key: value.shape for key, value in backbone.state_dict().items()}
+    assert {key: value.shape for key, value in again.state_dict().items()} == shapes
+    assert all(key in shapes for key in backbone.input_weights)
+    assert all(shapes[key][1] == 3 for key in backbone.input_weights)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_wrong_size_names_the_multiple(name):
+    backbone = small(name)
+    x, y, z = backbone.size_multiple
+    with pytest.raises(UserError, match=f"needs a multiple of {x} x {y} x {z}"):
+        backbone(torch.zeros(1, 1, 2 * x, 2 * y + 1, 2 * z))
+    with pytest.raises(UserError, match=r"2 channel\(s\); this backbone takes 1"):
+        backbone(torch.zeros(1, 2, 2 * x, 2 * y, 2 * z))
+    with pytest.raises(UserError, match="one voxel on the coarsest level"):
+        backbone(torch.zeros(1, 1, x, y, z))
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize("name", SMALL)
+def test_hidden_voxels_change_no_feature(name, masking):
+    backbone = small(name, masking=masking)
+    image = torch.randn(IMAGE[name], generator=torch.Generator().manual_seed(1))
+    keep = blocks(IMAGE[name], 8)
+    other = torch.where(keep, image, 100 * torch.randn_like(image))
+    other[~keep.expand_as(other)] = other[~keep.expand_as(other)].index_fill(0, torch.tensor([0]), float("nan"))
+    with torch.no_grad():
+        features, changed = backbone(image, keep), backbone(other, keep)
+        visible = image.clone()
+        visible[0, 0][keep[0, 0]] += 1.0
+        moved = backbone(visible, keep)
+    for a, b, c in zip(features, changed, moved, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a[0], c[0]), "visible voxels do count"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_everything_visible_equals_no_mask(name):
+    image = torch.randn(IMAGE[name])
+    keep = torch.ones(IMAGE[name], dtype=torch.bool)
+    for masking in MASKINGS:
+        backbone = small(name, masking=masking)
+        with torch.no_grad():
+            for a, b in zip(backbone(image), backbone(image, keep), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize("name", SMALL)
+def test_bf16_is_finite_and_a_gradient_reaches_every_parameter(name, masking):
+    backbone = small(name, masking=masking)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = backbone(torch.randn(IMAGE[name]), blocks(IMAGE[name], 8))
+    assert all(f.isfinite().all() for f in features)
+    # random weights: the plain sum of an instance norm has no gradient
+    sum((f.float() * torch.randn(f.shape)).sum() for f in features).backward()
+    for key, parameter in backbone.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+    assert all(backbone.get_parameter(key).grad.abs().sum() > 0 for key in backbone.input_weights)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_state_dict_round_trip(name):
+    backbone, other = small(name), build(BACKBONES, {"name": name, **SMALL[name]}, "backbone")
+    other.load_state_dict(backbone.state_dict())
+    image = torch.randn(IMAGE[name])
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(backbone(image), other(image), strict=True))
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_checkpointing_changes_no_gradient(masking):
+    gradients = []
+    for checkpointing in (False, True):
+        backbone = small("resenc", masking=masking, checkpointing=checkpointing)
+        image = torch.randn(IMAGE["resenc"], generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", torch.bfloat16):
+            features = backbone(image, blocks(IMAGE["resenc"], 8))
+        sum(f.float().pow(3).sum() for f in features).backward()
+        gradients.append([p.grad for p in backbone.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_sparse_keeps_hidden_places_at_zero():
+    backbone = small("resenc", masking="sparse")
+    keep = blocks(IMAGE["resenc"], 8)
+    for level, features in zip(backbone.levels, backbone(torch.randn(IMAGE["resenc"]), keep), strict=True):
+        active = active_voxels(keep, level.stride)
+        assert active.float().mean() == keep.float().mean()  # 8 is a multiple of every stride here
+        assert (features[~active.expand_as(features)] == 0).all()
+
+
+def test_active_voxels_by_loops():
+    keep = blocks((3, 1, 8, 8, 8), 4)
+    keep[1] = True
+    keep[2, 0, :2] = False  # crosses the cells of stride 4
+    keep[2, 0, 2:] = True
+    for stride in ((1, 2, 4), (2, 2, 2), (4, 4, 4), (8, 8, 8)):
+        got = active_voxels(keep, stride)
+        for sample in range(3):
+            cells = keep[sample, 0].unfold(0, stride[0], stride[0]).unfold(1, stride[1], stride[1])
+            cells = cells.unfold(2, stride[2], stride[2]).flatten(3)
+            mixed = (cells.any(-1) & ~cells.all(-1)).any()
+            expected = torch.ones_like(cells[..., 0]) if mixed else cells[..., 0]
+            assert torch.equal(got[sample, 0], expected), (sample, stride)
+
+
+def test_masked_instance_norm_by_loops():
+    x, active = torch.randn(2, 3, 4, 4, 4), blocks((2, 1, 4, 4, 4), 2)
+    weight, bias = torch.randn(3), torch.randn(3)
+    got = masked_instance_norm(x * active, active, weight, bias)
+    for b in range(2):
+        on = active[b, 0]
+        for c in range(3):
+            values = x[b, c][on]
+            normed = (values - values.mean()) / (values.var(correction=0) + 1e-5).sqrt() * weight[c] + bias[c]
+            torch.testing.assert_close(got[b, c][on], normed, rtol=1e-4, atol=1e-5)
+            assert (got[b, c][~on] == 0).all()
+
+
+def test_conv_block_is_convolution_norm_and_leaky_relu():
+    block = ConvBlock(3, 5, (3, 1, 3), (1, 2, 2))
+    x = torch.randn(2, 3, 6, 8, 8)
+    convolved = F.conv3d(x, block.conv.weight, block.conv.bias, stride=(1, 2, 2), padding=(1, 0, 1))
+    centred = convolved - convolved.mean((2, 3, 4), keepdim=True)
+    normed = centred / (convolved.var((2, 3, 4), keepdim=True, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(block(x), torch.where(normed > 0, normed, 0.01 * normed), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("channels", "size"),
+    [((1, 8), (8, 8, 8)), ((16, 8), (8, 8, 8)), ((16, 16), (8, 8, 8)), ((32, 32), (2, 8, 8)), ((96, 96), (2, 2, 3))],
+)
+def test_convolution_gradients_are_those_of_float32(channels, size, dtype):
+    convolution = Conv3d(*channels, 3, padding=1)
+    x = torch.randn(2, channels[0], *size)
+    target = torch.randn(2, channels[1], *size)
+    for length in (10**5, 10**6):  # freed memory full of NaN: what a kernel does not initialise shows
+        torch.full((length,), float("nan"))
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        output = convolution(x)
+    assert output.is_contiguous()
+    (output.float() * target).sum().backward()
+    plain = nn.Conv3d(*channels, 3, padding=1).double()
+    plain.load_state_dict(convolution.state_dict())
+    (plain(x.double()) * target.double()).sum().backward()
+    relative = 1e-4 if dtype == torch.float32 else 0.03
+    for got, expected in zip(convolution.parameters(), plain.parameters(), strict=True):
+        assert (got.grad - expected.grad).abs().max() <= relative * expected.grad.abs().max()
+
+
+def test_parameter_counts():
+    with torch.device("meta"):
+        large, middle, tiny = resenc_l(), resenc_s(), resenc_xs()
+        decoder = UNetDecoder(large.levels, 1, deep_supervision=True)
+    assert parameters(large) == 90_296_576
+    assert parameters(large.stem) == 960
+    assert parameters(large.stages) == 90_295_616
+    assert parameters(decoder) == 12_052_389
+    assert parameters(large) + parameters(decoder) == 102_348_965
+    assert [round(parameters(m) / 1e6, 1) for m in (middle, tiny)] == [29.9, 1.4]
+
+
+def released_name(name: str) -> str:
+    """The name in a released ResEnc checkpoint of a weight of ours."""
+    return "encoder." + name.replace("stem.", "stem.convs.0.").replace(".skip.", ".skip.1.")
+
+
+def test_names_and_shapes_are_those_of_released_resenc_l(testdata):
+    lines = (testdata / "reference" / "resenc_l_encoder_keys.txt").read_text().splitlines()
+    released = dict(line.split("\t") for line in lines)
+    with torch.device("meta"):
+        ours = {released_name(k): str(tuple(v.shape)) for k, v in resenc_l().state_dict().items()}
+    assert {key: shape for key, shape in released.items() if ".all_modules." not in key} == ours
+
+
+def test_released_weights_give_the_official_features(testdata):
+    folder = testdata / "golden" / "checkpoints"
+    checkpoint = torch.load(folder / "nnssl_resenc.pth", weights_only=True)
+    weights = checkpoint["network_weights"]
+    plan = checkpoint["nnssl_adaptation_plan"]["architecture_plans"]["arch_kwargs"]
+    backbone = ResEnc(plan["features_per_stage"], plan["n_blocks_per_stage"], plan["strides"], plan["kernel_sizes"])
+    backbone.load_state_dict({name: weights[released_name(name)] for name in backbone.state_dict()})
+    decoder = UNetDecoder(backbone.levels, 1, deep_supervision=True)
+    count = len(backbone.levels) - 1
+    renames = {"ups": "decoder.transpconvs.{}", "blocks": "decoder.stages.{}.convs.0", "heads": "decoder.seg_layers.{}"}
+    state = {}
+    for name in decoder.state_dict():
+        kind, index, rest = name.split(".", 2)
+        state[name] = weights[f"{renames[kind].format(count - 1 - int(index))}.{rest}"]
+    decoder.load_state_dict(state)
+
+    expected = np.load(folder / "nnssl_resenc_expected.npz")
+    with torch.no_grad():
+        features = backbone(torch.from_numpy(expected["x"]))
+        output = decoder(features)[0]
+    for level, got in enumerate(features):
+        sampled = got[..., ::4, ::4, ::4] if level < 2 else got
+        np.testing.assert_allclose(sampled.numpy(), expected[f"level{level}"], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(output[..., ::4, ::4, ::4].numpy(), expected["unet_output_every4"], atol=1e-4, rtol=0)
+
+
+def test_decoder_outputs_every_level_with_deep_supervision():
+    levels = (Level(4, (1, 1, 1)), Level(6, (1, 2, 2)), Level(8, (2, 4, 4)))
+    features = [torch.randn(1, 4, 4, 8, 12), torch.randn(1, 6, 4, 4, 6), torch.randn(1, 8, 2, 2, 3)]
+    plain, deep = UNetDecoder(levels, 5), UNetDecoder(levels, 5, kernels=[[1, 3, 3], 3, 3], deep_supervision=True)
+    assert [tuple(o.shape) for o in plain(features)] == [(1, 5, 4, 8, 12)]
+    assert [tuple(o.shape) for o in deep(features)] == [(1, 5, 4, 8, 12), (1, 5, 4, 4, 6)]
+    assert deep.blocks[0].conv.kernel_size == (1, 3, 3)
+    sum(o.pow(3).sum() for o in plain(features)).backward()
+    assert all(p.grad is not None for p in plain.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks": [1, 2]}, "one entry per stage"),
+        ({"masking": "none"}, "masking is 'none'"),
+        ({"kernels": [3, 2, 3]}, "kernels are odd"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    with pytest.raises(UserError, match=message):
+        ResEnc(**{**STAGES, **change})
