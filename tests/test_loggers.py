@@ -1,0 +1,151 @@
+"""metrics.csv holds each step once, whatever happens; W&B logs offline and never stops a run."""
+
+import csv
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+from pretrain3d.config import UserError
+from pretrain3d.reporting.csv_logger import MetricsCSV, read_rows
+from pretrain3d.reporting.wandb_logger import log_result, make_wandb_logger, result_curves
+
+RESULT = {
+    "metrics": {"mAP": {"value": 0.5, "low": 0.4, "high": 0.6}, "AP@0.10": {"value": None, "low": None, "high": None}},
+    "per_class": {"nodule": {"mAP": {"value": 0.5, "low": 0.4, "high": 0.6}}, "none": None},
+    "curves": {
+        "froc": {"false_positives_per_case": [0.0, 1.0], "sensitivity": [0.0, 0.5]},
+        "froc_per_class": {
+            "nodule": {"false_positives_per_case": [0.0], "sensitivity": [0.1]},
+            "none": {"false_positives_per_case": [], "sensitivity": []},
+        },
+        "pr@0.50": {"nodule": {"recall": [0.0, 0.5], "precision": [1.0, 0.5]}},
+    },
+}
+
+
+def test_rows_of_a_step_are_merged_and_exact(tmp_path):
+    logger = MetricsCSV(tmp_path)
+    value = float(np.float32(0.1))  # 0.10000000149011612
+    logger.log_metrics({"train/loss": value, "epoch": 0}, step=4)
+    logger.log_metrics({"val/mAP": 1 / 3}, step=4)
+    logger.log_metrics({"train/loss": 2}, step=0)
+    assert not logger.path.exists()  # at most every few seconds
+    logger.flush()
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["step", "train/loss", "val/mAP"]
+    assert [row["step"] for row in rows] == ["1", "5"]
+    assert float(rows[1]["train/loss"]) == value and float(rows[1]["val/mAP"]) == 1 / 3
+    assert rows[0]["val/mAP"] == ""
+
+
+def test_a_resumed_table_equals_an_uninterrupted_one(tmp_path):
+    def log(logger, steps):
+        for step in steps:
+            logger.log_metrics({"train/loss": 1 / (step + 3)}, step)
+            if step % 4 == 3:
+                logger.log_metrics({"val/mAP": step / 7, "a/first": 1.0}, step)
+
+    whole, parts = MetricsCSV(tmp_path / "whole"), MetricsCSV(tmp_path / "parts")
+    log(whole, range(12))
+    whole.finalize("success")
+    log(parts, range(5))
+    parts.flush()
+    parts = MetricsCSV(tmp_path / "parts")
+    parts.start_from(3)  # the checkpoint of step 3; row 4 brought the columns of the validation
+    assert [row["step"] for row in read_rows(parts.path)] == ["1", "2", "3"]
+    assert "val/mAP" not in parts.path.read_text()
+    log(parts, range(3, 12))
+    parts.finalize("success")
+    assert parts.path.read_bytes() == whole.path.read_bytes()
+
+
+def test_a_new_run_in_an_old_folder_starts_an_empty_table(tmp_path):
+    logger = MetricsCSV(tmp_path)
+    logger.log_metrics({"train/loss": 1.0}, 0)
+    logger.flush()
+    MetricsCSV(tmp_path).start_from(0)
+    assert read_rows(tmp_path / "metrics.csv") == []
+
+
+def test_rewriting_is_rare_on_a_long_table(tmp_path, monkeypatch):
+    logger = MetricsCSV(tmp_path)
+    writes = []
+    monkeypatch.setattr("pretrain3d.reporting.csv_logger.write_text", lambda path, text: writes.append(len(text)))
+    for step in range(20_000):
+        logger.log_metrics({"train/loss": step / 3}, step)
+    assert not writes  # well under the interval
+    logger.flush()
+    logger.flush()
+    assert len(writes) == 1  # nothing new the second time
+
+
+def test_wandb_logs_offline_and_keeps_its_id(tmp_path):
+    pytest.importorskip("wandb")
+    node = {"mode": "offline", "project": "test"}
+    logger = make_wandb_logger(node, tmp_path, {"name": "run", "seed": 3})
+    logger.log_metrics({"train/loss": 0.5, "epoch": 0}, step=9)
+    logger.log_image("pictures/original", [np.zeros((4, 4), np.uint8)], step=9)
+    history = dict(logger.experiment.summary)
+    assert history["trainer/global_step"] == 10 and "epoch" not in history
+    assert logger.experiment.config["seed"] == 3
+    run_id = logger.experiment.id
+    logger.close()
+    assert list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a failure of the tables or curves would be one
+        log_result(node, tmp_path, {"name": "run"}, RESULT)
+    again = make_wandb_logger(node, tmp_path, {"name": "run"})
+    assert again.experiment.id == run_id  # a resumed run is the same run
+    again.close()
+
+
+def test_curves_without_points_are_not_drawn():
+    curves = result_curves(RESULT)
+    assert list(curves) == ["FROC at IoU 0.10", "precision-recall at IoU 0.50"]
+    assert list(curves["FROC at IoU 0.10"][0]) == ["all classes", "nodule"]
+
+
+def test_wandb_is_not_started_unless_asked(tmp_path):
+    assert make_wandb_logger(None, tmp_path, {}) is None
+    assert make_wandb_logger({"mode": "disabled"}, tmp_path, {}) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_wandb_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.warns(UserWarning, match="no W&B log of this run: ModuleNotFoundError"):
+        assert make_wandb_logger({"mode": "offline"}, tmp_path, {}) is None
+
+
+def test_a_wandb_that_does_not_start_is_a_warning(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def init(**_):
+        raise RuntimeError("no service\nhere")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.warns(UserWarning, match="no W&B log of this run: RuntimeError: no service here"):
+        assert make_wandb_logger({}, tmp_path, {}) is None
+
+
+def test_a_wandb_that_breaks_later_is_silent_after_one_warning(tmp_path):
+    pytest.importorskip("wandb")
+    logger = make_wandb_logger({"mode": "offline"}, tmp_path, {"name": "run"})
+    logger.close()  # the service is gone
+    with pytest.warns(UserWarning, match="no more W&B log"):
+        logger.log_metrics({"train/loss": 0.5}, step=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logger.log_metrics({"train/loss": 0.5}, step=1)
+
+
+@pytest.mark.parametrize(
+    "node, message", [({"mode": "ofline"}, "did you mean 'offline'"), ({"projekt": "x"}, "did you mean 'project'")]
+)
+def test_mistakes_in_the_config_are_named(node, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        make_wandb_logger(node, tmp_path, {})
