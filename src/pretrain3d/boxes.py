@@ -1,8 +1,8 @@
 """Boxes as plain tensors: overlap, coding, suppression and clustering.
 
 A box is a row ``x1 y1 z1 x2 y2 z2`` in half-open voxels: an object on voxels 3..5 is ``[3, 6)``, columns ``i`` and
-``i + 3`` belong to spatial axis ``i``, and the size is ``x2 - x1`` without any ``+ 1``. Everything is computed in float32:
-in bf16 a box of 4-8 voxels at coordinates of 100-300 overlaps *itself* by only 0.75.
+``i + 3`` belong to spatial axis ``i``, and the size is ``x2 - x1`` without any ``+ 1``. Everything is computed in
+float32: in bf16 a box of 4-8 voxels at coordinates of 100-300 overlaps *itself* by only 0.75.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | Non
 def _greedy_keep(boxes: Tensor, threshold: float) -> Tensor:
     """(n,) bool of the greedy survivors among boxes sorted best first.
 
-    ``keep = not suppressed by a kept better box`` is iterated from "all kept". After n rounds every box with fewer than n
-    better boxes before it in its chain is right for good, so the fixed point is the greedy solution.
+    ``keep = not suppressed by a kept better box`` is iterated from "all kept". After n rounds the n best boxes are right
+    for good, so it ends, and its only fixed point is the greedy solution.
     """
     suppresses = (iou(boxes, boxes) > threshold).triu(diagonal=1).T.float()  # [i, j] = 1: better box j would drop i
     keep = torch.ones(len(boxes), device=boxes.device)
@@ -223,8 +223,8 @@ def weighted_box_clustering(
 
         score = sum(v * score) / (sum(v) + max(0, expected - |C|) * mean(v))
 
-    ``expected`` says how many views could have predicted b*, so a box that every view found keeps its mean score however
-    many views were run, and one that a single view of n found gets about 1/n of it.
+    ``expected`` says how many views could have predicted b*, so a box that every view found keeps its mean score
+    however many views were run, and one that a single view of n found gets about 1/n of it.
 
     Args:
         boxes: (N, 6).

@@ -1,7 +1,7 @@
 """Anchor boxes on a pyramid, and how well a set of anchor sizes covers a set of boxes.
 
-The centre of the anchors at position ``i`` of a level is ``(i + 0.5) * stride``: the middle of the half-open voxels that
-the position stands for. nnDetection puts it at ``i * stride`` in coordinates that name voxel *centres*, which is
+The centre of the anchors at position ``i`` of a level is ``(i + 0.5) * stride``: the middle of the half-open voxels
+that the position stands for. nnDetection puts it at ``i * stride`` in coordinates that name voxel *centres*, which is
 ``i * stride + 0.5`` here: for strides above 1 its anchors lean to the low corner of their cell.
 """
 
@@ -40,8 +40,8 @@ class Anchors:
     """Makes the anchor grid of an image shape once per device and keeps it.
 
     Args:
-        base: anchor sizes in voxels on the finest level, either ``{"sizes": [xs, ys, zs]}`` (all combinations; three per
-            axis give 27) or ``{"boxes": [[x, y, z], ...]}`` (exactly these).
+        base: anchor sizes in voxels on the finest level, either ``{"sizes": [xs, ys, zs]}`` (all combinations; three
+            per axis give 27) or ``{"boxes": [[x, y, z], ...]}`` (exactly these).
         strides: stride per level, finest first. A level's sizes are the base sizes times its stride relative to the
             finest level's.
 
@@ -97,8 +97,9 @@ def base_sizes(base: Mapping[str, Sequence[Sequence[float]]]) -> Tensor:
         rows = [[float(value) for value in row] for row in values]
     except (TypeError, ValueError, AttributeError):
         raise UserError(f"anchors: {base!r} is not readable; {expected}") from None
-    triples = kind == "sizes" and len(rows) == 3 or kind == "boxes" and all(len(row) == 3 for row in rows)
-    if more or not triples or not all(rows) or not rows or not all(0 < v < float("inf") for row in rows for v in row):
+    shaped = len(rows) == 3 if kind == "sizes" else kind == "boxes" and all(len(row) == 3 for row in rows)
+    positive = all(rows) and all(0 < value < float("inf") for row in rows for value in row)
+    if more or not (rows and shaped and positive):
         raise UserError(f"anchors: {dict(base)!r} is wrong; {expected}")
     return torch.tensor(list(itertools.product(*rows)) if kind == "sizes" else rows, dtype=torch.float32)
 

@@ -102,7 +102,7 @@ def over_processes(value: Tensor, synchronise: bool) -> Tensor:
 class PositiveNormaliser(nn.Module):
     """Running number of positive anchors per step and process, at least 1, that losses are divided by.
 
-    An exponential moving average with bias correction: after t steps it is sum_i beta^(t-i) (1-beta) n_i / (1 - beta^t).
+    An exponential moving average with bias correction: after t steps sum_i beta^(t-i) (1 - beta) n_i / (1 - beta^t).
     Its state is saved with the weights. In evaluation mode the last value is used unchanged.
 
     Args:

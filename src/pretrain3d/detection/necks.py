@@ -43,7 +43,7 @@ class FPN(nn.Module):
             width = self.channels[index]
             self.lateral[str(index)] = nn.Conv3d(levels[index].channels, width, kernel_size=1)
             if index > self.finest:
-                step = _relative_stride(levels[index - 1].stride_xyz, levels[index].stride_xyz)
+                step = _relative_stride(levels[index - 1].stride, levels[index].stride)
                 self.up[str(index)] = nn.ConvTranspose3d(width, self.channels[index - 1], step, stride=step)
         for index in self.outputs:
             self.output[str(index)] = nn.Conv3d(self.channels[index], self.channels[index], kernel_size=3, padding=1)

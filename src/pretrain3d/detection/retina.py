@@ -4,7 +4,7 @@ Source: Jaeger et al. 2018, "Retina U-Net"; Baumgartner et al. 2021, "nnDetectio
 
 | | `study` (pretraining study, 2025) | `nndetection` (v0.1) |
 |---|---|---|
-| classification | focal, gamma 1, alpha 0.75, mean over classes, sum over anchors, weight 0.3 | cross entropy on sampled anchors |
+| classification | focal (1, 0.75), class mean, anchor sum, weight 0.3 | cross entropy on sampled anchors |
 | regression | L1 of the deltas, sum | GIoU of the decoded boxes |
 | divided by | moving average of the positives, beta 0.7 | positives of the step |
 | segmentation | Dice (no smoothing) + cross entropy, half each | Dice (1e-5) + cross entropy, half each |
@@ -98,7 +98,7 @@ class RetinaUNet(nn.Module):
         self.nms_iou = nms_iou
         self.detections_per_patch = detections_per_patch
         self.detection_levels = _detection_levels(detection_levels, len(levels))
-        self.anchors = Anchors(anchors, [_triple(levels[index].stride_xyz) for index in self.detection_levels])
+        self.anchors = Anchors(anchors, [_triple(levels[index].stride) for index in self.detection_levels])
 
         outputs = sorted({*self.detection_levels, *([] if segmentation == "none" else [0])})
         self.fpn = FPN(levels, outputs, fpn_channels, full_from=self.detection_levels[0])
@@ -139,8 +139,9 @@ class RetinaUNet(nn.Module):
         Args:
             outputs: of `forward`.
             batch: ``image`` (B, C, X, Y, Z) for its shape, ``boxes`` (B, N, 6), ``labels`` (B, N), ``valid`` (B, N);
-                ``mask`` (B, X, Y, Z) when there is a segmentation head; optional ``annotated`` (B, K) bool: classes that
-                are not annotated in an image have no classification loss there, and such an image no segmentation loss.
+                ``mask`` (B, X, Y, Z) when there is a segmentation head; optional ``annotated`` (B, K) bool: classes
+                that are not annotated in an image have no classification loss there, and such an image no segmentation
+                loss.
 
         Returns:
             ``loss`` = the sum of ``classification``, ``regression`` and, when the outputs hold a segmentation,

@@ -15,7 +15,7 @@ def hard_negatives(scores: Tensor, positive: Tensor, usable: Tensor, seed: Tenso
     """Draws positives at random and negatives at random from the highest-scoring ones, over the whole batch.
 
     At most ``0.33 * 32 * B`` positives; for n positives ``2.03 * max(1, n)`` negatives. Sizes are masked rather than
-    indexed, so that nothing waits for the device, and draws depend on ``seed`` only, so that a resumed run repeats them.
+    indexed, so that nothing waits for the device, and draws depend on ``seed`` only: a resumed run repeats them.
 
     Args:
         scores: (B, M) highest class logit (or score) per anchor.

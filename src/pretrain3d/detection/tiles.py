@@ -1,0 +1,179 @@
+"""A whole volume through a detector that sees patches: distinct tiles, mirrored views, one merged list of boxes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain3d import boxes as box_ops
+from pretrain3d.config import UserError
+from pretrain3d.detection.contract import Detections
+from pretrain3d.detection.merge import TileDetections, center_weight, is_cut, merge_tiles, merge_views, unflip
+
+Triple = tuple[int, int, int]
+MIN_SIZE = 0.01  # voxels; less is left of a box only when it lay outside the volume
+LATERAL_AXIS = 0  # of RAS volumes: flipping it swaps left and right
+
+
+def tile_starts(shape: Sequence[int], patch_size: Sequence[int], overlap: float) -> list[Triple]:
+    """First voxels of the fewest tiles that cover a volume with at least the wanted overlap, each one distinct.
+
+    Tiles are spread evenly and lie inside the volume; along an axis on which the patch is the larger one there is a
+    single tile at 0. 256^3 with patch 128^3 and overlap 0.5 gives 27 tiles, 160^3 gives 8.
+
+    Args:
+        shape: of the volume.
+        patch_size: of a tile.
+        overlap: part of a tile that the next one along an axis shares with it, in [0, 1).
+
+    Raises:
+        UserError: the overlap is outside [0, 1).
+    """
+    if not 0 <= overlap < 1:
+        raise UserError(f"overlap is {overlap}; expected a number from 0 (tiles side by side) to below 1")
+    per_axis = []
+    for size, patch in zip(shape, patch_size, strict=True):
+        last = max(size - patch, 0)
+        step = max(patch - int(overlap * patch), 1)
+        count = math.ceil(last / step) + 1
+        per_axis.append([round(index * last / max(count - 1, 1)) for index in range(count)])
+    return [(x, y, z) for x, y, z in itertools.product(*per_axis)]
+
+
+@torch.no_grad()
+def predict_volume(
+    predict_patches: Callable[[Tensor], list[Detections]],
+    image: Tensor,
+    patch_size: Sequence[int],
+    overlap: float = 0.5,
+    batch_size: int = 1,
+    pad_value: float | Sequence[float] = 0.0,
+    mirror_axes: Sequence[int] = (),
+    mirror_classes: Mapping[int, int] | None = None,
+    merge: str = "clustering",
+    tile_iou: float = 0.1,
+    view_iou: float = 0.5,
+    max_per_class: int = 100,
+) -> Detections:
+    """Detections of a whole volume.
+
+    A volume smaller than the patch is padded on both sides. Every view (all combinations of mirrored axes) is merged over
+    its tiles first, then the views are merged with each other. Memory is that of one batch of tiles.
+
+    Args:
+        predict_patches: (b, C, *patch_size) patches on the image's device -> one `Detections` per patch, patch voxels.
+        image: (C, X, Y, Z) normalised.
+        patch_size: of a tile, voxels.
+        overlap: see `tile_starts`.
+        batch_size: most tiles per call of ``predict_patches``.
+        pad_value: normalised value outside the volume, one for all channels or one per channel.
+        mirror_axes: spatial axes (0, 1, 2) to mirror; each doubles the number of views.
+        mirror_classes: label -> label of the other body side, swapped in views mirrored along axis 0 (right to left);
+            one direction is enough.
+        merge: "clustering" (weighted box clustering of the views, scores do not rise with their number) or "nms" (the
+            best of all views).
+        tile_iou: boxes of one class that overlap more are the same object within a view.
+        view_iou: the same between views.
+        max_per_class: boxes kept per class.
+
+    Returns:
+        Boxes in voxels of ``image``, inside it, best first, on the CPU.
+
+    Raises:
+        UserError: a merge method, axis or overlap that does not exist.
+    """
+    axes = tuple(sorted({int(axis) for axis in mirror_axes}))
+    if merge not in ("clustering", "nms"):
+        raise UserError(f"merge is {merge!r}; expected clustering or nms")
+    if not set(axes) <= {0, 1, 2}:
+        raise UserError(f"mirror_axes is {list(mirror_axes)}; expected some of 0, 1, 2")
+    patch = _triple(patch_size)
+    padded, before = _pad(image, patch, pad_value)
+    shape = _triple(padded.shape[1:])
+    views = [subset for n in range(len(axes) + 1) for subset in itertools.combinations(axes, n)]
+    parts: list[list[TileDetections]] = [[] for _ in views]
+    for starts, tiles in _tile_batches(padded, patch, tile_starts(shape, patch, overlap), batch_size):
+        for view, collected in zip(views, parts, strict=True):
+            flipped = tiles.flip([axis + 2 for axis in view]) if view else tiles
+            for start, found in zip(starts, predict_patches(flipped), strict=True):
+                collected.append(_to_volume(found.cpu(), view, mirror_classes or {}, patch, start, shape))
+    limit = _triple(image.shape[1:])
+    merged, weights = [], []
+    for collected in parts:
+        kept = _inside(_joined(collected), before, limit)
+        found, weight = merge_tiles(kept, tile_iou, max_per_class)
+        merged.append(found)
+        weights.append(weight)
+    return merge_views(merged, weights, merge, view_iou, max_per_class)
+
+
+def _pad(image: Tensor, patch: Triple, value: float | Sequence[float]) -> tuple[Tensor, Triple]:
+    """The image padded to at least the patch, and the voxels added before its first one."""
+    missing = [max(p - n, 0) for p, n in zip(patch, image.shape[1:], strict=True)]
+    before = _triple([m // 2 for m in missing])
+    if not any(missing):
+        return image, before
+    widths = [w for m, b in zip(reversed(missing), reversed(before), strict=True) for w in (b, m - b)]
+    values = [float(value)] * len(image) if isinstance(value, (int, float)) else [float(v) for v in value]
+    assert len(values) == len(image), f"{len(values)} pad values for {len(image)} channels"
+    return torch.stack([F.pad(channel, widths, value=v) for channel, v in zip(image, values, strict=True)]), before
+
+
+def _tile_batches(
+    image: Tensor, patch: Triple, starts: list[Triple], batch_size: int
+) -> Iterator[tuple[list[Triple], Tensor]]:
+    """Groups of starts with their tiles (b, C, *patch)."""
+    for first in range(0, len(starts), batch_size):
+        group = starts[first : first + batch_size]
+        tiles = [image[:, x : x + patch[0], y : y + patch[1], z : z + patch[2]] for x, y, z in group]
+        yield group, torch.stack(tiles)
+
+
+def _to_volume(
+    found: Detections, view: tuple[int, ...], swap: Mapping[int, int], patch: Triple, start: Triple, shape: Triple
+) -> TileDetections:
+    """One tile's detections, mirrored back and moved to their place in the (padded) volume."""
+    boxes = unflip(found.boxes, patch, view)
+    labels = _swapped(found.labels, swap) if LATERAL_AXIS in view else found.labels
+    offset = torch.tensor([*start, *start], dtype=torch.float32)
+    return TileDetections(
+        Detections(boxes + offset, found.scores.float(), labels),
+        weights=center_weight(boxes, patch),
+        cut=is_cut(boxes, patch, start, shape),
+    )
+
+
+def _swapped(labels: Tensor, swap: Mapping[int, int]) -> Tensor:
+    """Labels with left and right exchanged; the mapping holds in both directions."""
+    result = labels.clone()
+    for one, other in swap.items():
+        result[labels == one] = other
+        result[labels == other] = one
+    return result
+
+
+def _joined(parts: list[TileDetections]) -> TileDetections:
+    return TileDetections(
+        Detections.concatenate([part.found for part in parts]),
+        torch.cat([part.weights for part in parts]),
+        torch.cat([part.cut for part in parts]),
+    )
+
+
+def _inside(view: TileDetections, before: Triple, shape: Triple) -> TileDetections:
+    """Boxes moved from the padded to the given volume and cut to it; what lay in the padding alone is no detection."""
+    offset = torch.tensor([*before, *before], dtype=torch.float32)
+    boxes = box_ops.clip(view.found.boxes - offset, shape)
+    keep = (box_ops.sizes(boxes) >= MIN_SIZE).all(dim=-1)
+    found = Detections(boxes, view.found.scores, view.found.labels)
+    return TileDetections(found[keep], view.weights[keep], view.cut[keep])
+
+
+def _triple(values: Sequence[int]) -> Triple:
+    x, y, z = (int(value) for value in values)
+    return x, y, z
