@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from pretrain3d.config import UserError
 from pretrain3d.data import intensity as intensities
 from pretrain3d.data.augment import Augmentation
-from pretrain3d.data.batch import collate, generator, is_raw, normalise
+from pretrain3d.data.batch import collate, generator, is_raw
 from pretrain3d.data.normalise import normalisation_for
 from pretrain3d.data.patches import PatchDataset
 from pretrain3d.data.spatial import SpatialSettings
@@ -112,13 +112,18 @@ class DataModule(lightning.LightningDataModule):
         self.batch_size, self.num_workers = _at_least(1, "batch_size", batch_size), num_workers
         self.foreground = foreground
         self.validation, self.num_val_patches = validation, _at_least(1, "num_val_patches", num_val_patches)
-        self.patch_size = _patch_size(self.store.plan["patch_size"] if patch_size is None else patch_size)
+        plan = self.store.plan
+        self.patch_size = _patch_size(plan["patch_size"] if patch_size is None else patch_size)
         self.spatial, self.intensities = _augmentation(augment, tuple(flip_axes))
         self.train_ids, self.val_ids, self.test_ids = _cases_of_pool(
             self.store, fold, num_folds, pool, label_fraction, val_fraction, seed
         )
-        scheme = self.store.plan["intensity"] if intensity is None else intensity
-        self.normalisation = normalisation_for(self.store, scheme, fold)
+        scheme = plan["intensity"] if intensity is None else intensity
+        if not isinstance(scheme, dict):
+            raise UserError(
+                f"data.intensity={scheme}: expected null (the plan's) or {{scheme: ct | zscore | window, ...}}"
+            )
+        self.normalisation = normalisation_for(self.store, scheme, fold, num_folds)
         self.augmentation = Augmentation()
 
     @property
@@ -135,16 +140,12 @@ class DataModule(lightning.LightningDataModule):
         """A whole case: (C, X, Y, Z) float32, normalised, on the CPU; and what the store knows about it."""
         case = self.store.cases[case_id]
         raw = self.store.read(case_id, "image", (0, 0, 0), case.shape)
-        values = self.normalisation(case)
-        return normalise(torch.from_numpy(raw), values.low, values.high, values.mean, values.std), case
+        return self.normalisation(case)(torch.from_numpy(raw)), case
 
     def pad_value(self, case_id: str) -> tuple[float, ...]:
         """Per channel, the normalised intensity that stands for outside the volume."""
-        values = self.normalisation(self.store.cases[case_id])
-        pad = normalise(
-            torch.tensor(values.pad_value).view(-1, 1, 1, 1), values.low, values.high, values.mean, values.std
-        )
-        return tuple(pad.flatten().tolist())
+        normalisation = self.normalisation(self.store.cases[case_id])
+        return tuple(normalisation(torch.tensor(normalisation.pad_value).view(-1, 1, 1, 1)).flatten().tolist())
 
     def train_dataloader(self) -> DataLoader:
         """Batches from the trainer's current step on, without end."""
