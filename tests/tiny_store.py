@@ -41,7 +41,7 @@ def make_case(
     histograms = {kind: tuple(Histogram.of(channel.ravel()) for channel in image) for kind in ("body", "objects")}
     return Case(
         id=case_id, split=split, group=group or case_id, shape=shape, channels=len(image),
-        frame=Frame.of_file(np.eye(4), shape), boxes=boxes.astype(np.float32), labels=np.asarray(labels, dtype=np.int64),
+        frame=Frame.of_file(np.eye(4), shape), boxes=boxes.astype(np.float32), labels=np.asarray(labels, np.int64),
         instances=instances, volumes_mm3=np.ones(len(labels)), annotated=annotated, content_hash=case_id,
         histograms=histograms, has_instances=has_instances, has_semantic=False,
     )  # fmt: skip

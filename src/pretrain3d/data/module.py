@@ -156,7 +156,7 @@ class DataModule(lightning.LightningDataModule):
         dataset = self._patches(self.train_ids, self.seed, self.spatial, self.intensities)
         return DataLoader(
             dataset,
-            batch_sampler=GlobalBatches(first, self.batch_size, rank, world_size),  # type: ignore[arg-type]
+            batch_sampler=GlobalBatches(first, self.batch_size, rank, world_size),
             num_workers=self.num_workers,
             collate_fn=collate,
             persistent_workers=self.num_workers > 0,

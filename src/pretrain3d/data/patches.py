@@ -206,7 +206,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
             "boxes": boxes,
             "labels": torch.as_tensor(labels, dtype=torch.int64),
             "annotated": annotated,
-            "geometry": _geometry(drawn, start, np.asarray(case.shape), patch),
+            "geometry": _geometry(drawn, start, case.shape, patch),
             "normalisation": self._normalisations[case.id],
             "intensity": {"drawn": intensity.draw(rng, self.intensities, len(image)), "seed": self.seed},
             "patch_size": self.patch_size,
@@ -215,7 +215,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
             "case_id": case.id,
         }
 
-    def _slots(self, case: Case, touching: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    def _slots(self, case: Case, touching: np.ndarray, start: tuple[int, ...], stop: tuple[int, ...]) -> np.ndarray:
         """(x, y, z): 1 + position in ``touching`` of the object at each voxel, 0 elsewhere."""
         mask = self.store.read(case.id, "instances", start, stop)
         dtype = np.uint8 if len(touching) < 256 else np.int16
@@ -224,7 +224,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         return table[mask]
 
 
-def _touching(case: Case, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+def _touching(case: Case, start: tuple[int, ...], stop: tuple[int, ...]) -> np.ndarray:
     """(n,) which objects of the case reach into a region."""
     boxes = np.asarray(case.boxes).reshape(-1, 6)
     # two voxels of slack: boxes come from the input file's mask, the cached mask is a resampling of it
@@ -238,18 +238,19 @@ def _visible_boxes(boxes: np.ndarray, drawn: Draw, patch: np.ndarray) -> tuple[n
     moved = transform_boxes(torch.as_tensor(boxes, dtype=torch.float64), torch.from_numpy(matrix)).numpy()
     moved[:, :3] = np.maximum(moved[:, :3], 0)
     moved[:, 3:] = np.minimum(moved[:, 3:], patch)
-    visible = (np.ceil(moved[:, :3] - 0.5) < np.ceil(moved[:, 3:] - 0.5)).all(axis=1)
+    visible = np.all(np.ceil(moved[:, :3] - 0.5) < np.ceil(moved[:, 3:] - 0.5), axis=1)
     return visible, torch.from_numpy(moved[visible].astype(np.float32))
 
 
-def _geometry(drawn: Draw, start: np.ndarray, shape: np.ndarray, patch: np.ndarray) -> dict[str, Any]:
+def _geometry(drawn: Draw, start: tuple[int, ...], shape: tuple[int, ...], patch: np.ndarray) -> dict[str, Any]:
     """Plain values that place the source region: see `data.augment`."""
     if not drawn.linear.resample:
-        offset = start - (drawn.center - patch / 2)
+        offset = np.asarray(start) - (drawn.center - patch / 2)
         return {"resample": False, "flips": drawn.linear.flips, "offset": tuple(int(value) for value in offset)}
     matrix = np.concatenate([drawn.linear.matrix, (drawn.center - start)[:, None]], axis=1)
-    low, high = -start.astype(np.float64), (shape - start).astype(np.float64)  # the volume, in source coordinates
-    return {"resample": True, "matrix": matrix.tolist(), "low": low.tolist(), "high": high.tolist()}
+    low = [float(-first) for first in start]  # the volume, in source coordinates
+    high = [float(size - first) for size, first in zip(shape, start, strict=True)]
+    return {"resample": True, "matrix": matrix.tolist(), "low": low, "high": high}
 
 
 def mirrored_labels(store: Store) -> np.ndarray:

@@ -127,8 +127,8 @@ def _rotation(angles: np.ndarray) -> np.ndarray:
 
 def source_region(
     linear: Linear, center: np.ndarray, patch: np.ndarray, shape: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The part of the volume that the patch is made of: ``start`` and ``stop`` (3,) int64, inside the volume.
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The part of the volume that the patch is made of: ``start`` and ``stop``, three voxels each, inside the volume.
 
     Without resampling it is the patch itself (cut by the volume); else the voxels that trilinear interpolation at the
     patch's voxel centres touches.
@@ -138,9 +138,9 @@ def source_region(
         start, stop = np.floor(center - half - 0.5), np.floor(center + half - 0.5) + 2
     else:
         start, stop = center - patch / 2, center + patch / 2
-    start = np.clip(start, 0, shape - 1).astype(np.int64)
-    stop = np.clip(stop, start + 1, shape).astype(np.int64)
-    return start, stop
+    start = np.clip(start, 0, shape - 1)
+    stop = np.clip(stop, start + 1, shape)
+    return tuple(int(value) for value in start), tuple(int(value) for value in stop)
 
 
 def place(source: Tensor, offset: tuple[int, ...], flips: tuple[bool, ...], out: Tensor) -> None:
