@@ -1,0 +1,43 @@
+"""`show`: says what a file or folder is."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from pretrain3d.config import UserError
+
+USAGE = """\
+pretrain3d show PATH ... [key=value ...]
+
+Says in plain lines what each path is:
+  a folder of raw data    the reader that knows it, cases, classes, licence
+  a store, its plan.yaml  cases, classes, sizes of the objects, spacing, folds, plan
+  a configuration         resolved, as YAML; key=value overrides as in `fit`
+  a run folder            its state, the last metrics, its checkpoints, its result
+  a checkpoint, an export backbone, preprocessing, where it comes from, parameters, fingerprint
+  a result.json           metrics with intervals, data, cost
+  a score file            cases, boxes per class
+
+  pretrain3d show data/phantom
+  pretrain3d show configs/detect/phantom.yaml backbone=resenc_s
+  pretrain3d show runs/phantom/mae-scratch-resenc_xs-f0-s0/checkpoints/last.ckpt
+"""
+
+
+def run(paths: list[str], options: dict[str, object]) -> int:
+    """Prints the lines of every path; returns the exit status."""
+    from pretrain3d.reporting.inspection import describe
+
+    if not paths:
+        raise UserError("show takes at least one path; see pretrain3d show --help")
+    overrides = [f"{key}={value}" for key, value in options.items()]
+    for index, path in enumerate(paths):
+        lines = describe(Path(path), overrides)
+        try:
+            print("\n" * bool(index) + "\n".join(lines), flush=True)
+        except BrokenPipeError:  # `show ... | head` has read enough; nothing may be flushed into that pipe at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+    return 0
