@@ -28,7 +28,8 @@ def make_wandb_logger(node: Mapping[str, Any] | None, run_folder: str | Path, co
         config: the resolved configuration.
 
     Returns:
-        A `RunLogger`, or None: not asked for, not the first process, or (with a warning) the package is missing or does not start.
+        A `RunLogger`, or None: not asked for, not the first process, or (with a warning) the package is missing or
+        does not start.
 
     Raises:
         UserError: an unknown mode or key.
@@ -41,7 +42,7 @@ def make_wandb_logger(node: Mapping[str, Any] | None, run_folder: str | Path, co
     mode = node.get("mode", "offline")
     if mode not in MODES:
         raise UserError(f"logger.wandb.mode is {mode!r}{suggestion(str(mode), MODES) or ';'} it is {', '.join(MODES)}")
-    if mode == "disabled" or rank_zero_only.rank > 0:  # one process logs
+    if mode == "disabled" or getattr(rank_zero_only, "rank", 0) > 0:  # one process logs
         return None
     folder = Path(run_folder)
     options = {key: value for key, value in node.items() if key not in ("mode", "project")}

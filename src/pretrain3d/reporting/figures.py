@@ -1,0 +1,269 @@
+"""Figures as texts for an HTML page: curves as SVG, slices of volumes as PNG. Also the file that slices are kept in."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context, ticker
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
+TRUE, PREDICTED = "#3ddc62", "#ff9d2e"
+PLANES = ("sagittal", "coronal", "axial")  # perpendicular to x, y, z of RAS axes
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "pretrain3d", "font.family": "sans-serif", "font.size": 10,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
+    "axes.axisbelow": True, "axes.titlesize": 11, "legend.frameon": False,
+}  # fmt: skip
+Curve = tuple[Sequence[float], Sequence[float]]
+
+
+def to_svg(figure: Figure) -> str:
+    """A figure as an inline ``<svg>``; the same figure gives the same text."""
+    text = io.StringIO()
+    with rc_context(STYLE):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def to_png(figure: Figure, dpi: int = 110) -> str:
+    """A figure as the ``data:`` address of a PNG."""
+    file = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(file, format="png", dpi=dpi, facecolor=figure.get_facecolor(), metadata={"Software": None})
+    return png_address(file.getvalue())
+
+
+def png_address(content: bytes) -> str:
+    """The ``data:`` address of PNG bytes."""
+    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+
+
+def training_curves(panels: Mapping[str, Mapping[str, Mapping[str, Curve]]]) -> Figure:
+    """Curves over optimiser steps, side by side.
+
+    Args:
+        panels: ``{title: {run: {"train" | "val": (steps, values)}}}``; a training curve is drawn as its running median
+            over a faint line, a validation curve with its points.
+    """
+    runs = list(dict.fromkeys(run for panel in panels.values() for run in panel))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.2 * len(panels), 3.4), layout="constrained")
+        for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+            for run, kinds in lines.items():
+                _draw_run(axes, run, COLOURS[runs.index(run) % len(COLOURS)], kinds)
+            axes.set(title=title, xlabel="step", xlim=(0, None))
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+            if "mAP" in title or "AP@" in title:
+                axes.set_ylim(0, None)
+            axes.legend(fontsize=8)
+    return figure
+
+
+def _draw_run(axes: Axes, run: str, colour: str, kinds: Mapping[str, Curve]) -> None:
+    if "train" in kinds:
+        steps, values = (np.asarray(part, float) for part in kinds["train"])
+        axes.plot(steps, values, color=colour, alpha=0.18, linewidth=0.8)
+        axes.plot(steps, running_median(values), color=colour, linewidth=1.5, label=f"{run}, training")
+        low, high = np.nanpercentile(values, (0, 99))  # a few huge first losses must not flatten the rest
+        old = axes.get_ylim() if axes.has_data() and axes.get_autoscaley_on() is False else (low, high)
+        axes.set_ylim(min(old[0], low) * (0.95 if low > 0 else 1.05), max(old[1], high) * 1.05)
+    if "val" in kinds:
+        dashed = "--" if "train" in kinds else "-"
+        axes.plot(*kinds["val"], dashed, color=colour, marker="o", markersize=3.5, label=f"{run}, validation")
+
+
+def running_median(values: np.ndarray) -> np.ndarray:
+    """Median over a centred window of about a fiftieth of the curve."""
+    half = max(len(values) // 100, 0)
+    return np.array([np.nanmedian(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))])
+
+
+def froc_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> Figure:
+    """FROC of several runs, over the range that the FROC score averages.
+
+    Args:
+        curves: ``{run: {"false_positives_per_case", "sensitivity"}}``.
+    """
+    rates = 2.0 ** np.arange(-3, 4)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+        axes = figure.subplots()
+        for index, (run, curve) in enumerate(curves.items()):
+            x = np.asarray(curve["false_positives_per_case"], float)
+            y = np.asarray(curve["sensitivity"], float)
+            fine = np.geomspace(rates[0], rates[-1], 400)  # straight between corners, which a log axis would bend
+            colour = COLOURS[index % len(COLOURS)]
+            axes.plot(fine, np.interp(fine, x, y), color=colour, label=run)
+            axes.plot(rates, np.interp(rates, x, y), "o", color=colour, markersize=4)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(rates, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+        axes.set(title=title, xlabel="false positives per case", ylabel="sensitivity", ylim=(0, 1.02))
+        axes.legend(fontsize=8)
+    return figure
+
+
+def precision_recall_curves(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], title: str) -> Figure:
+    """One panel per class. Args: ``{class: {run: {"recall", "precision"}}}``."""
+    runs = list(dict.fromkeys(run for panel in curves.values() for run in panel))
+    columns = min(len(curves), 4)
+    lines = -(-len(curves) // columns)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.0 * columns, 2.7 * lines + 0.4), layout="constrained")
+        figure.suptitle(title, fontsize=11)
+        panels = np.ravel(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False))
+        for axes, (name, of_run) in zip(panels, curves.items(), strict=False):
+            for run, curve in of_run.items():
+                colour = COLOURS[runs.index(run) % len(COLOURS)]
+                axes.plot(curve["recall"], curve["precision"], color=colour, label=run)
+            axes.set(title=name, xlim=(0, 1.02), ylim=(0, 1.02))
+        for axes in panels[len(curves) :]:
+            axes.set_visible(False)
+        figure.supxlabel("recall", fontsize=10)
+        figure.supylabel("precision", fontsize=10)
+        panels[0].legend(fontsize=7)
+    return figure
+
+
+def values_per_class(values: Mapping[str, Mapping[str, tuple[float, float | None, float | None]]], key: str) -> Figure:
+    """Dots with intervals. Args: ``{run: {class: (value, low, high)}}`` and the name of the values."""
+    names = list(dict.fromkeys(name for row in values.values() for name in row))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 0.6 + 0.17 * (len(values) + 1.5) * len(names)), layout="constrained")
+        axes = figure.subplots()
+        for index, (run, row) in enumerate(values.items()):
+            offset = (index - (len(values) - 1) / 2) * 0.75 / max(len(values), 1)
+            colour = COLOURS[index % len(COLOURS)]
+            for place, name in enumerate(names):
+                if name in row:
+                    value, low, high = row[name]
+                    if low is not None and high is not None:
+                        axes.plot([low, high], [place + offset] * 2, color=colour, linewidth=1.6, alpha=0.6)
+                    label = run if name == next(iter(row)) else None
+                    axes.plot([value], [place + offset], "o", color=colour, markersize=5, label=label)
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlim=(-0.01, 1.01), ylim=(len(names) - 0.5, -0.5), xlabel=f"{key} (bars: 95 % interval over cases)")
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def save_case_picture(
+    path: str | Path,
+    image: np.ndarray,
+    true_boxes: np.ndarray,
+    true_labels: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    scores: np.ndarray,
+    classes: Sequence[str],
+    spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
+    num_points: int = 3,
+) -> None:
+    """Keeps what a report shows of a case: three planes through a few of its objects, and its boxes.
+
+    The file is an ``.npz``: ``slice_<point>_<axis>`` (uint8, the plane perpendicular to that axis, the other axes in
+    order), ``points`` (P, 3) voxels, ``shape``, ``spacing_mm``, ``true_boxes``, ``true_labels``, ``boxes``,
+    ``labels``, ``scores`` (the best 100), ``classes``.
+
+    Args:
+        path: ``<run>/pictures/test_<case>.npz``.
+        image: (X, Y, Z) on RAS axes, normalised.
+        true_boxes, boxes: (N, 6), (M, 6) in its voxels.
+        true_labels, labels, scores: (N,), (M,), (M,).
+        classes: names of the labels.
+        spacing_mm: size of a voxel.
+        num_points: objects to cut through: the largest of every class first; without objects the best prediction.
+    """
+    assert image.ndim == 3, image.shape
+    true_boxes, boxes = (np.asarray(array, np.float32).reshape(-1, 6) for array in (true_boxes, boxes))
+    best = np.argsort(-np.asarray(scores), kind="stable")[:100]
+    points = _points(image.shape, true_boxes, np.asarray(true_labels), boxes[best[:1]], num_points)
+    low, high = np.percentile(image[::2, ::2, ::2], (1.0, 99.8))
+    planes = {}
+    for index, point in enumerate(points):
+        for axis in range(3):
+            plane = np.take(image, point[axis], axis=axis).astype(np.float32)
+            grey = np.clip((plane - low) / max(float(high - low), 1e-6), 0.0, 1.0)
+            planes[f"slice_{index}_{axis}"] = np.round(grey * 255).astype(np.uint8)
+    arrays = {
+        "points": points, "shape": np.asarray(image.shape), "spacing_mm": np.asarray(spacing_mm, np.float64),
+        "true_boxes": true_boxes, "true_labels": np.asarray(true_labels, np.int64), "boxes": boxes[best],
+        "labels": np.asarray(labels, np.int64)[best], "scores": np.asarray(scores, np.float32)[best],
+        "classes": np.asarray(list(classes), dtype=np.str_),
+    }  # fmt: skip
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **arrays, **planes)
+
+
+def _points(shape: tuple[int, ...], boxes: np.ndarray, labels: np.ndarray, best: np.ndarray, count: int) -> np.ndarray:
+    """(P, 3) voxels to cut at: centres of true objects, of the best prediction, or of the volume."""
+    if len(boxes):
+        volume = np.prod(boxes[:, 3:] - boxes[:, :3], axis=1)
+        by_size = np.argsort(-volume, kind="stable")
+        _, first = np.unique(labels[by_size], return_index=True)  # the largest of each class
+        order = [*by_size[np.sort(first)], *np.delete(by_size, first)]
+        boxes = boxes[order[:count]]
+    elif len(best):
+        boxes = best
+    else:
+        boxes = np.array([[0, 0, 0, *shape]], np.float32)
+    center = np.floor((boxes[:, :3] + boxes[:, 3:]) / 2)
+    return np.clip(center, 0, np.asarray(shape) - 1).astype(np.int64)
+
+
+def case_figure(path: str | Path) -> Figure:
+    """Three planes through each point of a `save_case_picture` file, true boxes green, predictions orange with score.
+
+    Drawn are the predictions that the slice cuts among the best of the case: three more than it has objects.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        data: dict[str, Any] = dict(file)
+    points, classes = data["points"], [str(name) for name in data["classes"]]
+    shown = slice(0, len(data["true_boxes"]) + 3)
+    extent = data["shape"] * data["spacing_mm"]
+    widths = [float(extent[others[0]]) for others in ((1, 2), (0, 2), (0, 1))]
+    height = max(float(extent[2]), float(extent[1]))
+    figure = Figure(figsize=(10, len(points) * 10 * height / sum(widths)), facecolor="#111111", layout="constrained")
+    panels = figure.subplots(len(points), 3, squeeze=False, width_ratios=widths)
+    for row, (point, axes_row) in enumerate(zip(points, panels, strict=True)):
+        for axis, axes in enumerate(axes_row):
+            _draw_plane(axes, data[f"slice_{row}_{axis}"], axis, data["spacing_mm"])
+            where = float(point[axis]) + 0.5
+            _draw_boxes(axes, data["true_boxes"], [classes[i] for i in data["true_labels"]], axis, where, TRUE)
+            texts = [f"{classes[label]} {score:.2f}"
+                     for label, score in zip(data["labels"][shown], data["scores"][shown], strict=True)]  # fmt: skip
+            _draw_boxes(axes, data["boxes"][shown], texts, axis, where, PREDICTED, below=True)
+            if row == 0:
+                axes.set_title(PLANES[axis], color="#bbbbbb", fontsize=9)
+    return figure
+
+
+def _draw_plane(axes: Axes, plane: np.ndarray, axis: int, spacing_mm: np.ndarray) -> None:
+    """A slice as it hangs at a light box: right of the patient on the left, front and head on top."""
+    columns, rows = [other for other in range(3) if other != axis]
+    extent = (0, plane.shape[0], 0, plane.shape[1])
+    aspect = float(spacing_mm[rows] / spacing_mm[columns])
+    axes.imshow(plane.T, cmap="gray", vmin=0, vmax=255, origin="lower", extent=extent, aspect=aspect)
+    axes.set(xlim=(plane.shape[0], 0), ylim=(0, plane.shape[1]))
+    axes.set_axis_off()
+
+
+def _draw_boxes(
+    axes: Axes, boxes: np.ndarray, texts: Sequence[str], axis: int, where: float, colour: str, below: bool = False
+) -> None:
+    columns, rows = [other for other in range(3) if other != axis]
+    for box, text in zip(boxes, texts, strict=True):
+        if box[axis] <= where < box[axis + 3]:
+            corner, width = (box[columns], box[rows]), box[columns + 3] - box[columns]
+            axes.add_patch(Rectangle(corner, width, box[rows + 3] - box[rows], fill=False, color=colour, linewidth=1.2))
+            y, anchor = (box[rows], "top") if below else (box[rows + 3], "bottom")
+            axes.text(box[columns + 3], y, text, color=colour, fontsize=6, va=anchor, ha="left", clip_on=True)
