@@ -93,7 +93,7 @@ def _weights(matches: Matches, samples: int, seed: int, groups: Mapping[str, str
     """The samples (S, C) behind the plain set, every case once, as the first row."""
     names = None if groups is None else [groups[case_id] for case_id in matches.case_ids]
     weights = resample(len(matches.case_ids), samples, seed, names)
-    return np.vstack([np.ones_like(weights[:1]), weights])
+    return np.vstack([np.ones((1, len(matches.case_ids)), np.int64), weights])
 
 
 def _interval(row: np.ndarray) -> dict[str, float | None]:
