@@ -1,14 +1,13 @@
 """The file in which a backbone travels from pretraining to detection: written whole, loaded strictly.
 
-``{"format", "version", "backbone": {"name", **arguments}, "preprocessing", "source", "weights": {name: tensor}}``,
-plain values throughout, readable with ``torch.load(path, weights_only=True)``.
+``{"format", "version", "backbone": {"name", **arguments}, "preprocessing", "source", "weights": {name: tensor},
+"fingerprint": of the weights}``, plain values throughout, readable with ``torch.load(path, weights_only=True)``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -100,6 +99,7 @@ def export_weights(
         "source": dict(source),
         # clones: a view would drag its whole storage into the file
         "weights": {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()},
+        "fingerprint": fingerprint(weights),
     }
     _check_plain({key: value for key, value in content.items() if key != "weights"}, "export")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,14 +126,20 @@ def load_export(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; `pretrain3d export RUN out={path}` writes one")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # what a damaged file makes the unpickler raise has no common class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read as a backbone file: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         keys = f"it holds {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else "it is no table"
         raise UserError(f"{path} is not a file of `pretrain3d export` ({keys})")
-    if content["version"] != VERSION:
-        raise UserError(f"{path} has format version {content['version']}, this release reads version {VERSION}")
+    if content.get("version") != VERSION:
+        raise UserError(f"{path} has format version {content.get('version')}, this release reads version {VERSION}")
+    missing = [key for key in ("backbone", "preprocessing", "source", "weights", "fingerprint") if key not in content]
+    if missing:
+        raise UserError(f"{path} is incomplete: it lacks {', '.join(missing)}; export it again")
+    mark = fingerprint(content["weights"])
+    if mark != content["fingerprint"]:  # torch does not notice a flipped bit
+        raise UserError(f"{path} is damaged: fingerprint {mark} instead of {content['fingerprint']}; export it again")
     return content
 
 
@@ -176,7 +182,7 @@ def transfer_into(backbone: nn.Module, path: str | Path, adapt: Sequence[str] = 
     backbone.load_state_dict(weights)
     return Report(
         path=str(path),
-        fingerprint=fingerprint(content["weights"]),
+        fingerprint=content["fingerprint"],
         tensors=len(weights),
         parameters=sum(tensor.numel() for tensor in weights.values()),
         adaptations=adaptations,

@@ -54,7 +54,7 @@ def export(folder: RunFolder, out: Path, which: str) -> None:
     mark = fingerprint(weights)
     if out.exists():  # never over a file of another kind: load_export refuses those
         old = load_export(out)
-        if fingerprint(old["weights"]) == mark and all(old[key] == value for key, value in about.items()):
+        if old["fingerprint"] == mark and all(old[key] == value for key, value in about.items()):
             print(f"{out} holds this backbone already (fingerprint {mark}), nothing to do")
             return
     export_weights(out, about["backbone"], weights, about["preprocessing"], about["source"])
