@@ -20,9 +20,8 @@ class PyramidLevel(Protocol):
 
 
 Backbone = Callable[[Tensor, Tensor | None], list[Tensor]]  # (image, keep) -> features, finest first
-Decoder = Callable[
-    [Sequence[PyramidLevel], int], torch.nn.Module
-]  # (levels, out_channels) -> features to [output, ...]
+# (levels, out_channels) -> module from features to outputs, finest first
+Decoder = Callable[[Sequence[PyramidLevel], int], torch.nn.Module]
 
 
 class Method(Protocol):

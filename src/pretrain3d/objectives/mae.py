@@ -29,9 +29,9 @@ class MAE(nn.Module):
     Raises:
         UserError: a backbone without full-resolution features, or a mask that hides nothing or everything.
 
-    Source: He et al., "Masked autoencoders are scalable vision learners" (2022); on ResEnc-L Wald et al., "Revisiting MAE
-    pre-training for 3D medical image segmentation" (2024). The target is the intensity itself, without normalisation
-    per block. Unlike the reference code, voxels outside the volume do not count.
+    Source: He et al., "Masked autoencoders are scalable vision learners" (2022); on ResEnc-L Wald et al., "Revisiting
+    MAE pre-training for 3D medical image segmentation" (2024). The target is the intensity itself, without
+    normalisation per block. Unlike the reference code, voxels outside the volume do not count.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class MAE(nn.Module):
         if tuple(levels[0].stride) != (1, 1, 1):
             raise UserError(f"mae: the backbone's finest stride is {levels[0].stride}; features at stride 1 are needed")
         self.ratio = ratio
-        self.block = (
-            block_size(patch_size) if block is None else (block,) * 3 if isinstance(block, int) else tuple(block)
-        )
+        if block is None:
+            block = block_size(patch_size)
+        self.block = (block,) * 3 if isinstance(block, int) else tuple(block)
         num_cells = int(np.prod([-(-size // side) for size, side in zip(patch_size, self.block, strict=True)]))
         if not 0 < hidden_cells(num_cells, ratio) < num_cells:
             raise UserError(
@@ -62,8 +62,8 @@ class MAE(nn.Module):
         """Draws the mask; see `contract.Method.prepare`.
 
         Returns:
-            ``inputs`` and ``targets`` (B, C, X, Y, Z), the whole image (the backbone hides what ``keep`` says); ``keep``
-            and ``inside`` (B, 1, X, Y, Z) bool, True = visible, True = inside the volume.
+            ``inputs`` and ``targets`` (B, C, X, Y, Z), the whole image (the backbone hides what ``keep`` says);
+            ``keep`` and ``inside`` (B, 1, X, Y, Z) bool, True = visible, True = inside the volume.
         """
         image = batch["image"]
         keep = block_mask(image.shape[2:], self.block, self.ratio, generator).to(image.device)
@@ -75,11 +75,11 @@ class MAE(nn.Module):
         return {"reconstruction": self.decoder(features)[0]}
 
     def loss(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Mean squared error over the hidden voxels inside the volume, of the whole batch (over all processes in training).
+        """Mean squared error over the hidden voxels inside the volume: one mean for the whole batch of all processes.
 
         Returns:
-            ``loss``; and ``mean_predictor``, the same error of predicting in each sample the mean of its visible voxels,
-            which a network that learned anything is below.
+            ``loss``; and ``mean_predictor``, the same error when the mean of the visible voxels of each sample is
+            predicted, which a network that learned anything is below.
         """
         targets = prepared["targets"].float()  # (B, C, X, Y, Z)
         scored = ~prepared["keep"] & prepared["inside"]  # (B, 1, X, Y, Z)
