@@ -108,10 +108,12 @@ class DataModule(lightning.LightningDataModule):
     ):
         super().__init__()
         self.store = Store(Path(store))
-        self.seed = seed
-        self.batch_size, self.num_workers = _at_least(1, "batch_size", batch_size), num_workers
+        self.seed = _at_least(0, "seed", seed)
+        self.batch_size = _at_least(1, "batch_size", batch_size)
+        self.num_workers = _at_least(0, "num_workers", num_workers)
         self.foreground = foreground
-        self.validation, self.num_val_patches = validation, _at_least(1, "num_val_patches", num_val_patches)
+        self.num_val_patches = _at_least(1, "num_val_patches", num_val_patches)
+        self.validation = _one_of(("volumes", "patches"), "validation", validation)
         plan = self.store.plan
         self.patch_size = _patch_size(plan["patch_size"] if patch_size is None else patch_size)
         self.spatial, self.intensities = _augmentation(augment, tuple(flip_axes))
@@ -208,6 +210,12 @@ def _at_least(least: int, name: str, value: int) -> int:
     return value
 
 
+def _one_of(known: tuple[str, ...], name: str, value: str) -> str:
+    if value not in known:
+        raise UserError(f"data.{name}={value}: expected {' or '.join(known)}")
+    return value
+
+
 def _patch_size(value: Sequence[int]) -> tuple[int, int, int]:
     if len(value) != 3 or any(int(size) != size or size < 1 for size in value):
         raise UserError(f"data.patch_size={list(value)}: expected three numbers of voxels")
@@ -234,6 +242,7 @@ def _cases_of_pool(
     for name, value in (("label_fraction", label_fraction), ("val_fraction", val_fraction)):
         if not 0 < value <= 1:
             raise UserError(f"data.{name}={value}: expected more than 0 and at most 1")
+    _one_of(("train", "pretrain", "all"), "pool", pool)
     parts = fold_cases(store, fold, num_folds)
     train: list[str] = []
     val: list[str] = []
@@ -246,8 +255,6 @@ def _cases_of_pool(
         held_out = _held_out(store, parts["pretrain"], val_fraction)
         train += [case_id for case_id in parts["pretrain"] if case_id not in held_out]
         val += [case_id for case_id in parts["pretrain"] if case_id in held_out]
-    if pool not in ("train", "pretrain", "all"):
-        raise UserError(f"data.pool={pool}: expected train, pretrain or all")
     if not train:
         raise UserError(f"data.pool={pool}: {store.path} has no case left to train on")
     return train, val, list(parts["test"])
