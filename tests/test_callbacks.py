@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from pretrain3d.config import UserError
 from pretrain3d.reporting import callbacks
 from pretrain3d.reporting.callbacks import Checkpoints, Pictures, Progress, Throughput, as_images
-from pretrain3d.reporting.csv_logger import MetricsCSV, read_rows
+from pretrain3d.reporting.csv_logger import MetricsCSV
+from pretrain3d.reporting.results import read_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 ACCUMULATE, STEPS, VALIDATE = 2, 12, 4

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pretrain3d.config import UserError
-from pretrain3d.reporting.csv_logger import MetricsCSV, read_rows
+from pretrain3d.reporting.csv_logger import MetricsCSV
+from pretrain3d.reporting.results import read_rows
 from pretrain3d.reporting.wandb_logger import log_result, make_wandb_logger, result_curves
 
 RESULT = {

@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from pretrain3d.reporting.results import write_text
+from pretrain3d.reporting.results import read_rows, write_text
 
 FLUSH_SECONDS = 10.0
 
@@ -92,9 +92,3 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.flush()
-
-
-def read_rows(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a ``metrics.csv``, texts as written, without empty cells."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return [{key: text for key, text in row.items() if text} for row in csv.DictReader(file)]

@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 TRUE, PREDICTED = "#3ddc62", "#ff9d2e"
 PLANES = ("sagittal", "coronal", "axial")  # perpendicular to x, y, z of RAS axes
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "pretrain3d", "font.family": "sans-serif", "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
     "axes.axisbelow": True, "axes.titlesize": 11, "legend.frameon": False,
@@ -188,20 +188,20 @@ def save_case_picture(
     best = np.argsort(-np.asarray(scores), kind="stable")[:100]
     points = _points(image.shape, true_boxes, np.asarray(true_labels), boxes[best[:1]], num_points)
     low, high = np.percentile(image[::2, ::2, ::2], (1.0, 99.8))
-    planes = {}
+    planes: dict[str, Any] = {}
     for index, point in enumerate(points):
         for axis in range(3):
             plane = np.take(image, point[axis], axis=axis).astype(np.float32)
             grey = np.clip((plane - low) / max(float(high - low), 1e-6), 0.0, 1.0)
             planes[f"slice_{index}_{axis}"] = np.round(grey * 255).astype(np.uint8)
-    arrays = {
+    arrays: dict[str, Any] = {
         "points": points, "shape": np.asarray(image.shape), "spacing_mm": np.asarray(spacing_mm, np.float64),
         "true_boxes": true_boxes, "true_labels": np.asarray(true_labels, np.int64), "boxes": boxes[best],
         "labels": np.asarray(labels, np.int64)[best], "scores": np.asarray(scores, np.float32)[best],
         "classes": np.asarray(list(classes), dtype=np.str_),
     }  # fmt: skip
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, **arrays, **planes)
+    np.savez_compressed(path, **(arrays | planes))
 
 
 def _points(shape: tuple[int, ...], boxes: np.ndarray, labels: np.ndarray, best: np.ndarray, count: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -50,6 +51,12 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a JSON file ({error})") from None
+
+
+def read_rows(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a ``metrics.csv``, texts as written, without empty cells."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return [{key: text for key, text in row.items() if text} for row in csv.DictReader(file)]
 
 
 def write_result(

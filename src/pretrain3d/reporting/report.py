@@ -1,0 +1,307 @@
+"""One self-contained HTML page about a few runs: tables, curves, cases, reconstructions, and how to do it again."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain3d.config import UserError, read_yaml, to_yaml
+from pretrain3d.reporting import figures
+from pretrain3d.reporting.results import read_result, read_rows, write_text
+from pretrain3d.reporting.tables import CLASS_KEY, by_cases, describe_cases, make_tables
+
+CASES = 4  # with pictures
+ORDER = ("original", "masked", "reconstructed")
+STYLE = """
+:root { color-scheme: light }
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1c1c1e; background: #f5f5f4;
+  margin: 0 }
+main { max-width: 1120px; margin: 0 auto; padding: 24px }
+section { background: #fff; border: 1px solid #e4e4e2; border-radius: 10px; padding: 4px 24px 20px; margin: 20px 0 }
+h1 { font-size: 28px; margin: 12px 0 0 } h2 { font-size: 19px } h3 { font-size: 15px; margin: 18px 0 6px }
+p.about, figcaption { color: #6b6b70; margin: 4px 0 }
+figcaption { font-size: 13px }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: 14px; margin: 14px 0; font-variant-numeric: tabular-nums }
+caption { text-align: left; color: #6b6b70; padding-bottom: 6px }
+th, td { padding: 5px 14px 5px 0; text-align: right; border-bottom: 1px solid #ececea; white-space: nowrap }
+th { font-weight: 600; border-bottom: 2px solid #c9c9c6 }
+th:first-child, td:first-child, table.facts td { text-align: left }
+table.facts td:not(:first-child) { white-space: normal; max-width: 420px }
+figure { margin: 10px 0 }
+svg { max-width: 100%; height: auto; font-family: inherit }
+img.case { width: 100%; border-radius: 6px; display: block }
+.strip { display: flex; gap: 10px; flex-wrap: wrap }
+.strip img { width: 240px; image-rendering: pixelated; background: #111; border-radius: 4px; display: block }
+pre { background: #f5f5f4; padding: 12px; border-radius: 6px; overflow-x: auto; font-size: 12.5px }
+details { margin: 8px 0 } summary { cursor: pointer }
+.true { color: #1c9a3c } .predicted { color: #d9780a }
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a report reads of a run: a folder, or (a baseline somewhere else) a result file alone.
+
+    Attributes:
+        label: its name, unlike that of every other run of the report.
+        folder: where pictures and metrics may lie.
+        result: of a tested detector or a baseline.
+        config: resolved.
+        rows: of ``metrics.csv``.
+    """
+
+    label: str
+    folder: Path
+    result: dict[str, Any] | None
+    config: dict[str, Any]
+    rows: list[dict[str, str]]
+
+    def curve(self, key: str) -> figures.Curve:
+        """Steps and values of a logged key; empty when it was not logged."""
+        points = [(int(row["step"]), float(row[key])) for row in self.rows if key in row]
+        return [step for step, _ in points], [value for _, value in points]
+
+    @property
+    def is_detection(self) -> bool:
+        return self.result is not None or _module(self.config) == "detection"
+
+
+def is_pretraining(path: str | Path) -> bool:
+    """Whether ``path`` is the folder of a run that is no detector, so that it has curves but no result."""
+    path = Path(path)
+    if not path.is_dir() or (path / "result.json").exists() or not (path / "config.yaml").exists():
+        return False
+    return _module(read_yaml(path / "config.yaml")) != "detection"
+
+
+def write_report(path: str | Path, runs: Sequence[str | Path], title: str = "Results", pictures: bool = True) -> None:
+    """Writes the page.
+
+    Args:
+        path: the HTML file.
+        runs: run folders (tested detectors, baselines, pretraining runs) or ``result.json`` files.
+        title: of the page.
+        pictures: False leaves out every image of the data: cases and reconstructions.
+
+    Raises:
+        UserError: a run is not there, or is a detector without a result.
+    """
+    read = _read_runs(runs)
+    tested = [run for run in read if run.result is not None]
+    tables = make_tables([run.result for run in tested if run.result is not None])
+    sections = [
+        ("Results", "".join(f'<div class="wide">{table.as_html()}</div>' for table in tables) + _per_class(tested)),
+        ("Training", _training(read)),
+        ("Detection curves", _curves(tested)),
+        ("Cases", _cases(tested) if pictures else ""),
+        ("Reconstruction", "".join(_reconstructions(run) for run in read) if pictures else ""),
+        ("Cases in numbers", "".join(_case_rows(run) for run in tested)),
+        ("What was run", _facts(read)),
+    ]
+    body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections if content)
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    )
+    about = ", ".join(dict.fromkeys(describe_cases(run.result) for run in tested if run.result is not None))
+    write_text(
+        path,
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body><main>'
+        f'<h1>{html.escape(title)}</h1><p class="about">{html.escape(about)}</p>{body}</main></body></html>\n',
+    )
+
+
+def _read_runs(paths: Sequence[str | Path]) -> list[Run]:
+    runs: list[Run] = []
+    for path in map(Path, paths):
+        folder = path if path.is_dir() else path.parent
+        result = None if is_pretraining(path) else read_result(path)
+        config = read_yaml(folder / "config.yaml") if result is None else result["config"]
+        rows = read_rows(folder / "metrics.csv") if path.is_dir() and (folder / "metrics.csv").exists() else []
+        name = result["run"] if result is not None else str(config.get("name") or folder.name)
+        again = sum(re.sub(r" #\d+$", "", run.label) == name for run in runs)
+        runs.append(Run(f"{name} #{again + 1}" if again else name, folder, result, config, rows))
+    if not runs:
+        raise UserError("no run is given; a report takes run folders or result.json files")
+    return runs
+
+
+def _module(config: dict[str, Any]) -> str | None:
+    return (config.get("module") or {}).get("name")
+
+
+def _per_class(tested: Sequence[Run]) -> str:
+    parts = []
+    for same in by_cases([run.result for run in tested if run.result is not None]).values():
+        values = {}
+        for run in tested:
+            if run.result in same and run.result is not None:
+                entries = {name: (keys or {}).get(CLASS_KEY) for name, keys in run.result["per_class"].items()}
+                found = {n: (e["value"], e.get("low"), e.get("high")) for n, e in entries.items()
+                         if e is not None and e["value"] is not None}  # fmt: skip
+                if found:
+                    values[run.label] = found
+        if values:
+            parts.append(_svg(figures.values_per_class(values, CLASS_KEY), describe_cases(same[0])))
+    return "".join(parts)
+
+
+def _training(runs: Sequence[Run]) -> str:
+    panels: dict[str, dict[str, dict[str, figures.Curve]]] = {}
+    for run in runs:
+        loss = f"{'detection' if run.is_detection else 'pretraining'} loss"
+        drawn = {loss: {"train": "train/loss", "val": "val/loss"}, "validation mAP": {"val": "val/mAP"},
+                 "validation AP@0.10": {"val": "val/AP@0.10"}}  # fmt: skip
+        for panel, keys in drawn.items():
+            curves = {kind: run.curve(key) for kind, key in keys.items()}
+            if curves := {kind: curve for kind, curve in curves.items() if curve[0]}:
+                panels.setdefault(panel, {})[run.label] = curves
+    order = sorted(panels, key=["pretraining loss", "detection loss", "validation mAP", "validation AP@0.10"].index)
+    pairs = [order[i : i + 2] for i in range(0, len(order), 2)]
+    return "".join(_svg(figures.training_curves({name: panels[name] for name in pair}), "") for pair in pairs)
+
+
+def _curves(tested: Sequence[Run]) -> str:
+    parts = []
+    for same in by_cases([run.result for run in tested if run.result is not None]).values():
+        of_cases = [run for run in tested if run.result in same]
+        about = describe_cases(same[0])
+        for suffix, threshold in (("", "0.10"), ("@0.50", "0.50")):
+            curves = {run.label: _curve_set(run, f"froc{suffix}") for run in of_cases}
+            curves = {label: curve for label, curve in curves.items() if curve.get("sensitivity")}
+            if curves:
+                parts.append(_svg(figures.froc_curves(curves, f"FROC at IoU {threshold}, all classes"), about))
+        panels: dict[str, dict[str, Any]] = {}
+        for run in of_cases:
+            for name, curve in _curve_set(run, "pr").items():
+                if curve and curve.get("recall"):
+                    panels.setdefault(name, {})[run.label] = curve
+        if panels:
+            parts.append(_svg(figures.precision_recall_curves(panels, "Precision and recall at IoU 0.10"), about))
+    return "".join(parts)
+
+
+def _curve_set(run: Run, key: str) -> dict[str, Any]:
+    assert run.result is not None
+    return (run.result.get("curves") or {}).get(key) or {}
+
+
+def _cases(tested: Sequence[Run]) -> str:
+    """The kept pictures, case by case, the runs under each other."""
+    files: dict[str, list[tuple[Run, Path]]] = {}
+    for run in tested:
+        for path in sorted((run.folder / "pictures").glob("test_*.npz")):
+            files.setdefault(path.stem.removeprefix("test_"), []).append((run, path))
+    parts = []
+    for case, of_case in list(files.items())[:CASES]:
+        parts.append(f"<h3>{html.escape(case)}</h3>")
+        for run, path in of_case:
+            source = figures.to_png(figures.case_figure(path))
+            label = html.escape(run.label)
+            parts.append(
+                f'<figure><img class="case" src="{source}" alt="{label}"><figcaption>{label}</figcaption></figure>'
+            )
+    legend = (
+        '<p class="about">Planes through up to three objects of a case; <b class="true">true boxes</b>, '
+        '<b class="predicted">predicted boxes with their score</b>: the best of the case, three more than it has '
+        "objects, where the plane cuts them. Right of the patient on the left.</p>"
+    )
+    return legend + "".join(parts) if parts else ""
+
+
+def _reconstructions(run: Run) -> str:
+    """The strips that a pretraining run drew at its first and last validation."""
+    steps: dict[int, dict[str, Path]] = {}
+    for path in sorted((run.folder / "pictures").glob("step*_*.png")):
+        if match := re.fullmatch(r"step(\d+)_(.+)", path.stem):
+            steps.setdefault(int(match[1]), {})[match[2]] = path
+    parts = []
+    for step, names in sorted(steps.items()):
+        order = sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+        images = "".join(
+            f'<figure><img src="{figures.png_address(names[name].read_bytes())}" alt="{html.escape(name)}">'
+            f"<figcaption>{html.escape(name)}</figcaption></figure>"
+            for name in order
+        )
+        parts.append(f'<h3>{html.escape(run.label)}, step {step}</h3><div class="strip">{images}</div>')
+    return "".join(parts)
+
+
+def _case_rows(run: Run) -> str:
+    assert run.result is not None
+    rows = run.result["cases"]
+    if not rows:
+        return ""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    head = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in columns)
+    body = "".join("<tr>" + "".join(f"<td>{_text(row.get(key))}</td>" for key in columns) + "</tr>" for row in rows)
+    table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f"<details><summary>{html.escape(run.label)}: {len(rows)} cases</summary>{table}</details>"
+
+
+def _facts(runs: Sequence[Run]) -> str:
+    """One column of facts per run, and the resolved configurations."""
+    facts = [_facts_of(run) for run in runs]
+    keys = list(dict.fromkeys(key for fact in facts for key in fact))
+    head = "".join(f"<th>{html.escape(run.label)}</th>" for run in runs)
+    rows = "".join(
+        f"<tr><td>{key}</td>" + "".join(f"<td>{html.escape(fact.get(key) or '–')}</td>" for fact in facts) + "</tr>"
+        for key in keys
+    )
+    configs = "".join(
+        f"<details><summary>Configuration of {html.escape(run.label)}</summary>"
+        f"<pre>{html.escape(to_yaml(run.config))}</pre></details>"
+        for run in runs
+    )
+    table = f'<table class="facts"><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<div class="wide">{table}</div>{configs}'
+
+
+def _facts_of(run: Run) -> dict[str, str | None]:
+    config, result = run.config, run.result or {}
+    module = config.get("module") or {}
+    what = (module.get("detector") or module.get("method") or {}).get("name") or config.get("baseline")
+    backbone = (result.get("backbone") or {}) or {"name": (config.get("backbone") or {}).get("name")}
+    cost, data, machine = (result.get(key) or {} for key in ("cost", "data", "environment"))
+    commit = result.get("commit")
+    steps = cost.get("steps") or (int(run.rows[-1]["step"]) if run.rows else None)
+    versions = [f"{name} {machine[name]}" for name in ("python", "torch", "lightning", "monai") if machine.get(name)]
+    return {
+        "method": what,
+        "backbone": backbone.get("name"),
+        "starts from": backbone.get("init"),
+        "steps": f"{steps:,}" if steps else None,
+        "training samples": f"{cost['samples']:,}" if cost.get("samples") else None,
+        "training time": duration(cost.get("seconds")),
+        "prediction time": duration(result.get("test_seconds")),
+        "seed": _text(result.get("seed", config.get("seed"))),
+        "data": f"{data.get('name')} ({data.get('hash')})" if data else (config.get("data") or {}).get("store"),
+        "licence of the data": data.get("licence"),
+        "machine": machine.get("gpu") or (f"{machine['cpu']}, {machine.get('cores')} cores" if machine else None),
+        "software": ", ".join(versions) or None,
+        "commit": f"{commit['hash'][:12]}{', with changes' if commit['dirty'] else ''}" if commit else None,
+    }
+
+
+def duration(seconds: float | None) -> str | None:
+    """``"1 h 02 min"``, ``"3 min 20 s"`` or ``"4.5 s"``."""
+    if seconds is None:
+        return None
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _svg(figure: Any, caption: str) -> str:
+    return f"<figure>{figures.to_svg(figure)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))

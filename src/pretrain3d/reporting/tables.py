@@ -1,0 +1,152 @@
+"""Tables of results: one row per run, or per group of runs that differ by their seed only."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from pretrain3d.config import UserError
+from pretrain3d.reporting.results import read_result
+
+KEYS = ("mAP", "AP@0.10", "AP@0.50", "FROC@0.10")
+CLASS_KEY = "AP@0.10"
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of texts; the first column is the name of the row."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def as_markdown(self) -> str:
+        """For a file."""
+        lines = [self.header, ["---"] + ["---:"] * (len(self.header) - 1), *self.rows]
+        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return f"### {self.title}\n\n{body}\n"
+
+    def as_text(self) -> str:
+        """For a terminal."""
+        lines = [self.header, *self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
+        texts = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                           for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+                 for line in lines]  # fmt: skip
+        return "\n".join([self.title, texts[0], "-" * len(texts[0]), *texts[1:]])
+
+    def as_html(self) -> str:
+        """For a page."""
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
+        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.rows]
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        title = html.escape(self.title)
+        return f"<table><caption>{title}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def read_results(paths: Sequence[str | Path]) -> list[Result]:
+    """The results of run folders or ``result.json`` files.
+
+    Raises:
+        UserError: none is given, one is given twice, or one is no result.
+    """
+    if not paths:
+        raise UserError("no run is given; a table takes run folders or result.json files")
+    files = [Path(path) / "result.json" if Path(path).is_dir() else Path(path) for path in paths]
+    for index, file in enumerate(files):
+        if file.resolve() in [other.resolve() for other in files[:index]]:
+            raise UserError(f"{paths[index]} is given twice")
+    return [read_result(path) for path in paths]
+
+
+def make_tables(results: Sequence[Result]) -> list[Table]:
+    """Two tables (all classes together, and per class) for each set of cases that the results are of.
+
+    Numbers of different cases are not comparable, so they never share a table.
+    """
+    tables = []
+    for same_cases in by_cases(results).values():
+        rows = [(name, group) for name, group in by_seed(same_cases).items()]
+        about = describe_cases(same_cases[0])
+        seeds = "; mean ± standard deviation over seeds" if any(len(group) > 1 for _, group in rows) else ""
+        body = [[name, *(_cell([r["metrics"].get(key) for r in group]) for key in KEYS)] for name, group in rows]
+        tables.append(Table(f"{about}, 95 % intervals over cases{seeds}", ["run", *KEYS], body))
+        classes = list(dict.fromkeys(name for result in same_cases for name in result["per_class"]))
+        body = [[name, *(_cell([_of_class(r, one) for r in group]) for one in classes)] for name, group in rows]
+        tables.append(Table(f"{CLASS_KEY} per class, {about}", ["run", *classes], body))
+    return tables
+
+
+def by_cases(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results by the cases that they are of."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        data = result.get("data") or {}
+        cases = sorted(str(row.get("case")) for row in result["cases"])
+        groups.setdefault(json.dumps([data.get("hash"), data.get("name"), cases]), []).append(result)
+    return groups
+
+
+def describe_cases(result: Result) -> str:
+    """``"phantom, 24 test cases"``."""
+    name = (result.get("data") or {}).get("name") or "data"
+    split = (result.get("asked") or {}).get("split")
+    return f"{name}, {len(result['cases'])} {f'{split} ' if split else ''}cases"
+
+
+def by_seed(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Row name -> the results of that row, in the order given; runs that differ by their seed only share a row."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(json.dumps([_seedless(result["run"], result["seed"]), _setting(result)]), []).append(result)
+    rows: list[tuple[str, list[Result]]] = []
+    for group in groups.values():
+        if len({result["seed"] for result in group}) == len(group) > 1:
+            rows.append((f"{_seedless(group[0]['run'], group[0]['seed'])} ({len(group)} seeds)", group))
+        else:  # alone, or the same seed again: rows of their own
+            rows += [(result["run"], [result]) for result in group]
+    names: dict[str, list[Result]] = {}
+    for name, group in rows:
+        again = sum(other == name or other.startswith(f"{name} #") for other in names)
+        names[f"{name} #{again + 1}" if again else name] = group
+    return names
+
+
+def _setting(result: Result) -> Any:
+    """The configuration without what a seed changes."""
+    config = {key: value for key, value in result["config"].items() if key not in ("seed", "name", "out")}
+    return _seedless(config, result["seed"])
+
+
+def _seedless(value: Any, seed: int) -> Any:
+    """Names of the seed in texts (``...-s3``, also in the path of a backbone) -> ``...-s*``."""
+    if isinstance(value, Mapping):
+        return {key: _seedless(item, seed) for key, item in sorted(value.items())}
+    if isinstance(value, list):
+        return [_seedless(item, seed) for item in value]
+    return re.sub(rf"-s{seed}(?!\d)", "-s*", value) if isinstance(value, str) else value
+
+
+def _of_class(result: Result, name: str) -> dict[str, Any] | None:
+    return (result["per_class"].get(name) or {}).get(CLASS_KEY)
+
+
+def _cell(entries: Sequence[Mapping[str, Any] | None]) -> str:
+    """``0.512 [0.431, 0.580]`` of one run, ``0.512 ± 0.020`` of several, a dash where there is no value."""
+    values = [entry["value"] for entry in entries if entry is not None and entry["value"] is not None]
+    if not values or len(values) < len(entries):
+        return "–"
+    if len(values) > 1:
+        return f"{mean(values):.3f} ± {stdev(values):.3f}"
+    entry = entries[0]
+    assert entry is not None
+    if entry.get("low") is None or entry.get("high") is None:
+        return f"{values[0]:.3f}"
+    return f"{values[0]:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
