@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pretrain3d.data import intensity, spatial
 from pretrain3d.data.batch import normalise
-from pretrain3d.geometry import boxes_of_slots
+from pretrain3d.geometry import boxes_of_instances, boxes_of_slots
 
 
 class Augmentation:
@@ -81,11 +81,21 @@ def _objects(raw: dict[str, Any], slots: list[Tensor | None]) -> dict[str, Tenso
     mask = torch.zeros(batch_size, *raw["patch_size"], dtype=torch.uint8, device=device)
     for row, slot in enumerate(slots):
         if slot is not None:  # samples without an object cost nothing
-            found, present = boxes_of_slots(slot[None], num_objects)
-            boxes[row], valid[row] = found[0], present[0]
-            mask[row] = raw["lookup"][row][slot.long()]
+            boxes[row], valid[row] = _boxes(slot, num_objects)
+            mask[row] = raw["lookup"][row].index_select(0, slot.flatten().int()).view(slot.shape)
         elif raw["boxes"][row] is not None:
             count = len(raw["boxes"][row])
             boxes[row, :count] = raw["boxes"][row]
             valid[row, :count] = True
     return {"boxes": boxes, "valid": valid} | ({"mask": mask} if raw["with_mask"] else {})
+
+
+def _boxes(slots: Tensor, num_objects: int) -> tuple[Tensor, Tensor]:
+    """(X, Y, Z) slots -> boxes (N, 6) and which of them have a voxel (N)."""
+    if slots.device.type != "cpu":
+        boxes, present = boxes_of_slots(slots[None], num_objects)
+        return boxes[0], present[0]
+    ids, found = boxes_of_instances(slots.numpy())  # the same, 20 times faster where nothing runs in parallel
+    boxes, present = torch.zeros(num_objects, 6), torch.zeros(num_objects, dtype=torch.bool)
+    boxes[ids - 1], present[ids - 1] = torch.from_numpy(found).float(), True
+    return boxes, present

@@ -145,11 +145,11 @@ def low_resolution(plane: Tensor, zoom: float) -> Tensor:
 
 def gamma(plane: Tensor, exponent: float) -> Tensor:
     """Raises the values, scaled to 0..1, to a power; mean and standard deviation stay."""
-    mean, std = plane.mean(), plane.std()
-    low, high = plane.min(), plane.max()
-    extent = (high - low).clamp_min(1e-7)
-    curved = ((plane - low) / extent).pow(exponent) * extent + low
-    return (curved - curved.mean()) / curved.std().clamp_min(1e-7) * std + mean
+    std, mean = torch.std_mean(plane)
+    low, high = torch.aminmax(plane)
+    curved = ((plane - low) / (high - low).clamp_min(1e-7)).pow_(exponent)
+    curved_std, curved_mean = torch.std_mean(curved)
+    return (curved - curved_mean).mul_(std / curved_std.clamp_min(1e-7)).add_(mean)
 
 
 def gamma_inverted(plane: Tensor, exponent: float) -> Tensor:
