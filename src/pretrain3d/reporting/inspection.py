@@ -1,4 +1,4 @@
-"""What a file or folder is, in plain lines: data, store, plan, configuration, run, checkpoint, export, result, boxes."""
+"""What a file or folder is, in plain lines: data, store, plan, configuration, run, checkpoint, result, boxes."""
 
 from __future__ import annotations
 
