@@ -24,6 +24,7 @@ already is left alone, so that an interrupted call is finished by repeating it.
 picture=FILE also draws two cases (training, test) in three directions with the boxes of their objects."""
 
 View = tuple[int, int, float, float]
+PICTURED = (("train", 1), ("test", 3))
 COLOURS = ("#ffb000", "#00d0ff", "#ff50a0")  # per class
 VIEWS: tuple[
     View, ...
@@ -65,7 +66,7 @@ def run(paths: list[str], options: dict[str, object]) -> int:
 
 
 def draw(path: Path, seed: int = 0) -> None:
-    """Draws the first training and test cases in three directions, with the boxes of the objects that a slice meets.
+    """Draws a training and a test case in three directions, with the boxes of the objects that a slice meets.
 
     Args:
         path: of the PNG file.
@@ -82,8 +83,8 @@ def draw(path: Path, seed: int = 0) -> None:
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     figure = Figure(figsize=(11, 5.4), facecolor="black", layout=layout)
     rows = figure.subplots(2, len(VIEWS))
-    for row, split in zip(rows, ("train", "test"), strict=True):
-        case = make_case(seed, 0, split)
+    for row, (split, index) in zip(rows, PICTURED, strict=True):
+        case = make_case(seed, index, split)
         as_ras = [nib.as_closest_canonical(nib.Nifti1Image(v, case.affine)) for v in (case.image, case.instances)]
         image, instances = (np.asarray(volume.dataobj) for volume in as_ras)
         for axes, view in zip(row, VIEWS, strict=True):

@@ -70,7 +70,7 @@ class Canvas:
         self.scale = scale
         self.edge_mm = float(np.prod(self.spacing_mm) ** (1 / 3))
         self.axes = [self.origin_mm[i] + np.arange(shape[i]) * self.spacing_mm[i] for i in range(3)]
-        self._warp = [SmoothField(rng, 150.0, warp_mm) for _ in range(3)]
+        self._warp = [SmoothField(rng, 210.0, warp_mm) for _ in range(3)]
         grids = np.meshgrid(*(axis.astype(np.float32) for axis in self.axes), indexing="ij", sparse=True)
         x0, y0, z0 = self.axes
         self.x, self.y, self.z = (

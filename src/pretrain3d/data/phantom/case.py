@@ -8,13 +8,15 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from pretrain3d.data.phantom.anatomy import BODY_HALF_MM, Body, Traits, build, organ_map
+from pretrain3d.data.phantom.anatomy import BODY_HALF_MM, Body, Traits, organ_map, paint_soft_tissue
 from pretrain3d.data.phantom.canvas import Array, Canvas, texture
 from pretrain3d.data.phantom.lesions import Placer, add_distractors, add_objects
+from pretrain3d.data.phantom.organs import paint_abdomen, paint_chest
+from pretrain3d.data.phantom.skeleton import paint_skeleton, place_spine
 
 Range = tuple[float, float]
 SPLITS = ("train", "test", "unlabelled")
-# file axes of the volumes; most scanners write LPS (seen from nibabel: "LPS"), the rest occurs in public sets
+# directions of the file axes: LPS is what most scanners write, the rest occurs in public sets
 ORIENTATIONS = ("LPS", "LPS", "RAS", "LAS", "RPI", "PIR", "LSP", "ASR")
 
 
@@ -80,7 +82,7 @@ def make_case(seed: int, index: int, split: str) -> PhantomCase:
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     ranges = TEST if split == "test" else TRAINING
     canvas = _canvas(rng, ranges)
-    body = build(canvas, _traits(rng, ranges), rng)
+    body = _body(canvas, _traits(rng, ranges), rng)
     placer = Placer(body, rng)
     instances, labels = add_objects(placer, index)
     add_distractors(placer)
@@ -122,6 +124,19 @@ def _traits(rng: np.random.Generator, ranges: Ranges) -> Traits:
         spongy=spongy,
         cortex=spongy + rng.uniform(110, 150),
     )
+
+
+def _body(canvas: Canvas, traits: Traits, rng: np.random.Generator) -> Body:
+    """A healthy body, painted from the skin inwards."""
+    body = Body(canvas, traits)
+    grain = texture(rng, canvas.shape, 1.2)
+    blotches = canvas.smooth_field(rng, 60.0, 1.0)
+    paint_soft_tissue(body, rng, grain)
+    place_spine(body, rng)
+    paint_abdomen(body, rng, grain, blotches)
+    paint_chest(body, rng, grain, blotches)
+    paint_skeleton(body, rng, grain)
+    return body
 
 
 def _couch(body: Body, rng: np.random.Generator) -> None:

@@ -255,10 +255,11 @@ def _plugs(placer: Placer) -> None:
     segments = []
     for centre in placer.candidates(lung < -6, count=int(rng.integers(1, 5))):
         direction = rng.standard_normal(3)
-        half = direction / np.linalg.norm(direction) * rng.uniform(7, 13)
-        if not placer.free(centre, float(np.linalg.norm(half))):
+        length = rng.uniform(7, 13)
+        if not placer.free(centre, length + 4):
             continue
-        placer.take(centre, float(np.linalg.norm(half)))
+        placer.take(centre, length + 4)
+        half = direction / np.linalg.norm(direction) * length
         points = np.stack([centre - half, centre + rng.normal(0, 1.5, 3), centre + half])
         segments.append(chain(points, rng.uniform(1.7, 3.2)))
     if segments:

@@ -169,8 +169,11 @@ def _write_missing(path: Path, content: Callable[[], bytes]) -> int:
     if path.exists():
         return 0
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content())
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return 1
 
 
