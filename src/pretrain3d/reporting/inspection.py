@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import zipfile
 from collections import Counter
@@ -171,13 +172,11 @@ def _last_metrics(path: Path) -> Rows:
     """The newest value of every logged key, and the best one of what is validated."""
     if not path.is_file():
         return []
-    from pretrain3d.reporting.csv_logger import read_rows
-
     latest: dict[str, tuple[str, float]] = {}
     best: dict[str, tuple[str, float]] = {}
-    for row in read_rows(path):
+    for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):  # the logger's reader imports lightning
         for key, text in row.items():
-            if key != "step":
+            if key != "step" and text:
                 latest[key] = (row["step"], float(text))
                 if key == "val/mAP" and not float(text) <= best.get(key, ("", float("-inf")))[1]:
                     best[key] = latest[key]
