@@ -1,4 +1,4 @@
-"""The report: one file that needs nothing else, with all that the runs left behind, and no picture where none is wanted."""
+"""The report: one file that needs nothing else, with all that the runs left, and no picture where none is wanted."""
 
 import re
 from html.parser import HTMLParser
@@ -167,8 +167,8 @@ def test_without_pictures_no_image_of_the_data_is_left(runs, tmp_path):
 
 
 def test_the_same_runs_give_the_same_page(runs, tmp_path):
-    write_report(tmp_path / "a.html", runs)
-    write_report(tmp_path / "b.html", runs)
+    for name in ("a.html", "b.html"):
+        write_report(tmp_path / name, [runs[0], runs[3]])
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 

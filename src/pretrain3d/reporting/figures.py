@@ -13,7 +13,9 @@ from matplotlib import rc_context, ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 TRUE, PREDICTED = "#3ddc62", "#ff9d2e"
@@ -48,111 +50,139 @@ def png_address(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
 
 
-def training_curves(panels: Mapping[str, Mapping[str, Mapping[str, Curve]]]) -> Figure:
+def palette(runs: Sequence[str]) -> dict[str, str]:
+    """A colour for each run, the same in every figure of a report."""
+    return {run: COLOURS[index % len(COLOURS)] for index, run in enumerate(runs)}
+
+
+def training_curves(panels: Mapping[str, Mapping[str, Mapping[str, Curve]]], colours: Mapping[str, str]) -> Figure:
     """Curves over optimiser steps, side by side.
 
     Args:
-        panels: ``{title: {run: {"train" | "val": (steps, values)}}}``; a training curve is drawn as its running median
-            over a faint line, a validation curve with its points.
+        panels: ``{title: {run: {"train" | "val": (steps, values)}}}``; a training curve (solid) is drawn as its running
+            median over a faint line, a validation curve (dots, dashed where there are both) with its points.
+        colours: of the runs.
     """
-    runs = list(dict.fromkeys(run for panel in panels.values() for run in panel))
     with rc_context(STYLE):
-        figure = Figure(figsize=(5.2 * len(panels), 3.4), layout="constrained")
+        figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
         for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
             for run, kinds in lines.items():
-                _draw_run(axes, run, COLOURS[runs.index(run) % len(COLOURS)], kinds)
+                _draw_run(axes, colours[run], kinds)
             axes.set(title=title, xlabel="step", xlim=(0, None))
             axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
-            if "mAP" in title or "AP@" in title:
+            if "loss" in title:
+                axes.set_ylim(*_range_of_losses(lines))
+            else:
                 axes.set_ylim(0, None)
-            axes.legend(fontsize=8)
+        _legend(figure, [run for run in colours if any(run in lines for lines in panels.values())], colours)
     return figure
 
 
-def _draw_run(axes: Axes, run: str, colour: str, kinds: Mapping[str, Curve]) -> None:
+def _draw_run(axes: Axes, colour: str, kinds: Mapping[str, Curve]) -> None:
     if "train" in kinds:
         steps, values = (np.asarray(part, float) for part in kinds["train"])
         axes.plot(steps, values, color=colour, alpha=0.18, linewidth=0.8)
-        axes.plot(steps, running_median(values), color=colour, linewidth=1.5, label=f"{run}, training")
-        low, high = np.nanpercentile(values, (0, 99))  # a few huge first losses must not flatten the rest
-        old = axes.get_ylim() if axes.has_data() and axes.get_autoscaley_on() is False else (low, high)
-        axes.set_ylim(min(old[0], low) * (0.95 if low > 0 else 1.05), max(old[1], high) * 1.05)
+        axes.plot(steps, running_median(values), color=colour, linewidth=1.5)
     if "val" in kinds:
-        dashed = "--" if "train" in kinds else "-"
-        axes.plot(*kinds["val"], dashed, color=colour, marker="o", markersize=3.5, label=f"{run}, validation")
+        axes.plot(*kinds["val"], "--" if "train" in kinds else "-", color=colour, marker="o", markersize=3.5)
+
+
+def _range_of_losses(lines: Mapping[str, Mapping[str, Curve]]) -> tuple[float, float]:
+    """All losses but the largest hundredth: a few huge first ones must not flatten the rest."""
+    values = np.concatenate([np.asarray(curve[1], float) for kinds in lines.values() for curve in kinds.values()])
+    low, high = np.nanpercentile(values, (0, 99))
+    margin = 0.05 * max(float(high - low), 1e-9)
+    return float(low) - margin, float(high) + margin
+
+
+def _legend(figure: Figure, runs: Sequence[str], colours: Mapping[str, str]) -> None:
+    handles = [Line2D([], [], color=colours[run], marker="o", markersize=4, label=run) for run in runs]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(runs), 2), fontsize=9)
 
 
 def running_median(values: np.ndarray) -> np.ndarray:
     """Median over a centred window of about a fiftieth of the curve."""
-    half = max(len(values) // 100, 0)
+    half = len(values) // 100
     return np.array([np.nanmedian(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))])
 
 
-def froc_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> Figure:
+def froc_curves(
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], colours: Mapping[str, str]
+) -> Figure:
     """FROC of several runs, over the range that the FROC score averages.
 
     Args:
-        curves: ``{run: {"false_positives_per_case", "sensitivity"}}``.
+        panels: ``{title: {run: {"false_positives_per_case", "sensitivity"}}}``.
+        colours: of the runs.
     """
     rates = 2.0 ** np.arange(-3, 4)
+    fine = np.geomspace(rates[0], rates[-1], 400)  # straight between corners, which a log axis bends
     with rc_context(STYLE):
-        figure = Figure(figsize=(5.6, 3.8), layout="constrained")
-        axes = figure.subplots()
-        for index, (run, curve) in enumerate(curves.items()):
-            x = np.asarray(curve["false_positives_per_case"], float)
-            y = np.asarray(curve["sensitivity"], float)
-            fine = np.geomspace(rates[0], rates[-1], 400)  # straight between corners, which a log axis would bend
-            colour = COLOURS[index % len(COLOURS)]
-            axes.plot(fine, np.interp(fine, x, y), color=colour, label=run)
-            axes.plot(rates, np.interp(rates, x, y), "o", color=colour, markersize=4)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(rates, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
-        axes.set(title=title, xlabel="false positives per case", ylabel="sensitivity", ylim=(0, 1.02))
-        axes.legend(fontsize=8)
+        figure = Figure(figsize=(5.2 * len(panels), 4.0), layout="constrained")
+        for axes, (title, curves) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+            for run, curve in curves.items():
+                x = np.asarray(curve["false_positives_per_case"], float)
+                y = np.asarray(curve["sensitivity"], float)
+                axes.plot(fine, np.interp(fine, x, y), color=colours[run])
+                axes.plot(rates, np.interp(rates, x, y), "o", color=colours[run], markersize=4)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(rates, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+            axes.set(title=title, xlabel="false positives per case", ylabel="sensitivity", ylim=(0, 1.02))
+        _legend(figure, [run for run in colours if any(run in curves for curves in panels.values())], colours)
     return figure
 
 
-def precision_recall_curves(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], title: str) -> Figure:
-    """One panel per class. Args: ``{class: {run: {"recall", "precision"}}}``."""
-    runs = list(dict.fromkeys(run for panel in curves.values() for run in panel))
-    columns = min(len(curves), 4)
-    lines = -(-len(curves) // columns)
+def precision_recall_curves(
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], title: str, colours: Mapping[str, str]
+) -> Figure:
+    """One panel per class.
+
+    Args:
+        panels: ``{class: {run: {"recall", "precision"}}}``.
+        title: above all panels.
+        colours: of the runs.
+    """
+    columns = min(len(panels), 4)
+    lines = -(-len(panels) // columns)
     with rc_context(STYLE):
-        figure = Figure(figsize=(3.0 * columns, 2.7 * lines + 0.4), layout="constrained")
+        figure = Figure(figsize=(2.6 * max(columns, 3), 2.5 * lines + 0.9), layout="constrained")
         figure.suptitle(title, fontsize=11)
-        panels = np.ravel(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False))
-        for axes, (name, of_run) in zip(panels, curves.items(), strict=False):
-            for run, curve in of_run.items():
-                colour = COLOURS[runs.index(run) % len(COLOURS)]
-                axes.plot(curve["recall"], curve["precision"], color=colour, label=run)
-            axes.set(title=name, xlim=(0, 1.02), ylim=(0, 1.02))
-        for axes in panels[len(curves) :]:
+        grid = np.ravel(figure.subplots(lines, columns, sharey=True, squeeze=False))
+        for axes, (name, curves) in zip(grid, panels.items(), strict=False):
+            for run, curve in curves.items():
+                axes.plot(curve["recall"], curve["precision"], color=colours[run])
+            axes.set(title=name, xlabel="recall", xlim=(0, 1.02), ylim=(0, 1.02), xticks=(0, 0.5, 1))
+        for axes in grid[len(panels) :]:
             axes.set_visible(False)
-        figure.supxlabel("recall", fontsize=10)
-        figure.supylabel("precision", fontsize=10)
-        panels[0].legend(fontsize=7)
+        grid[0].set_ylabel("precision")
+        _legend(figure, [run for run in colours if any(run in curves for curves in panels.values())], colours)
     return figure
 
 
-def values_per_class(values: Mapping[str, Mapping[str, tuple[float, float | None, float | None]]], key: str) -> Figure:
-    """Dots with intervals. Args: ``{run: {class: (value, low, high)}}`` and the name of the values."""
+def values_per_class(
+    values: Mapping[str, Mapping[str, tuple[float, float | None, float | None]]], key: str, colours: Mapping[str, str]
+) -> Figure:
+    """Dots with intervals.
+
+    Args:
+        values: ``{run: {class: (value, low, high)}}``.
+        key: name of the values.
+        colours: of the runs.
+    """
     names = list(dict.fromkeys(name for row in values.values() for name in row))
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 0.6 + 0.17 * (len(values) + 1.5) * len(names)), layout="constrained")
+        figure = Figure(figsize=(7.8, 1.2 + 0.2 * (len(values) + 1) * len(names)), layout="constrained")
         axes = figure.subplots()
         for index, (run, row) in enumerate(values.items()):
-            offset = (index - (len(values) - 1) / 2) * 0.75 / max(len(values), 1)
-            colour = COLOURS[index % len(COLOURS)]
-            for place, name in enumerate(names):
-                if name in row:
-                    value, low, high = row[name]
-                    if low is not None and high is not None:
-                        axes.plot([low, high], [place + offset] * 2, color=colour, linewidth=1.6, alpha=0.6)
-                    label = run if name == next(iter(row)) else None
-                    axes.plot([value], [place + offset], "o", color=colour, markersize=5, label=label)
+            offset = (index - (len(values) - 1) / 2) * 0.7 / len(values)
+            for name, (value, low, high) in row.items():
+                place = names.index(name) + offset
+                if low is not None and high is not None:
+                    axes.plot([low, high], [place, place], color=colours[run], linewidth=1.6, alpha=0.6)
+                axes.plot([value], [place], "o", color=colours[run], markersize=5)
         axes.set_yticks(range(len(names)), names)
         axes.set(xlim=(-0.01, 1.01), ylim=(len(names) - 0.5, -0.5), xlabel=f"{key} (bars: 95 % interval over cases)")
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _legend(figure, list(values), colours)
     return figure
 
 
@@ -266,4 +296,7 @@ def _draw_boxes(
             corner, width = (box[columns], box[rows]), box[columns + 3] - box[columns]
             axes.add_patch(Rectangle(corner, width, box[rows + 3] - box[rows], fill=False, color=colour, linewidth=1.2))
             y, anchor = (box[rows], "top") if below else (box[rows + 3], "bottom")
-            axes.text(box[columns + 3], y, text, color=colour, fontsize=6, va=anchor, ha="left", clip_on=True)
+            axes.annotate(
+                text, (box[columns + 3], y), (0, -2 if below else 2), textcoords="offset points", color=colour,
+                fontsize=7, va=anchor, ha="left", path_effects=[withStroke(linewidth=1.5, foreground="#000000")],
+            )  # fmt: skip

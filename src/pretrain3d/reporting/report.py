@@ -92,12 +92,16 @@ def write_report(path: str | Path, runs: Sequence[str | Path], title: str = "Res
         UserError: a run is not there, or is a detector without a result.
     """
     read = _read_runs(runs)
+    colours = figures.palette([run.label for run in read])
     tested = [run for run in read if run.result is not None]
     tables = make_tables([run.result for run in tested if run.result is not None])
     sections = [
-        ("Results", "".join(f'<div class="wide">{table.as_html()}</div>' for table in tables) + _per_class(tested)),
-        ("Training", _training(read)),
-        ("Detection curves", _curves(tested)),
+        (
+            "Results",
+            "".join(f'<div class="wide">{table.as_html()}</div>' for table in tables) + _per_class(tested, colours),
+        ),
+        ("Training", _training(read, colours)),
+        ("Detection curves", _curves(tested, colours)),
         ("Cases", _cases(tested) if pictures else ""),
         ("Reconstruction", "".join(_reconstructions(run) for run in read) if pictures else ""),
         ("Cases in numbers", "".join(_case_rows(run) for run in tested)),
@@ -134,7 +138,7 @@ def _module(config: dict[str, Any]) -> str | None:
     return (config.get("module") or {}).get("name")
 
 
-def _per_class(tested: Sequence[Run]) -> str:
+def _per_class(tested: Sequence[Run], colours: dict[str, str]) -> str:
     parts = []
     for same in by_cases([run.result for run in tested if run.result is not None]).values():
         values = {}
@@ -146,11 +150,11 @@ def _per_class(tested: Sequence[Run]) -> str:
                 if found:
                     values[run.label] = found
         if values:
-            parts.append(_svg(figures.values_per_class(values, CLASS_KEY), describe_cases(same[0])))
+            parts.append(_svg(figures.values_per_class(values, CLASS_KEY, colours), describe_cases(same[0])))
     return "".join(parts)
 
 
-def _training(runs: Sequence[Run]) -> str:
+def _training(runs: Sequence[Run], colours: dict[str, str]) -> str:
     panels: dict[str, dict[str, dict[str, figures.Curve]]] = {}
     for run in runs:
         loss = f"{'detection' if run.is_detection else 'pretraining'} loss"
@@ -162,26 +166,32 @@ def _training(runs: Sequence[Run]) -> str:
                 panels.setdefault(panel, {})[run.label] = curves
     order = sorted(panels, key=["pretraining loss", "detection loss", "validation mAP", "validation AP@0.10"].index)
     pairs = [order[i : i + 2] for i in range(0, len(order), 2)]
-    return "".join(_svg(figures.training_curves({name: panels[name] for name in pair}), "") for pair in pairs)
+    drawings = [figures.training_curves({name: panels[name] for name in pair}, colours) for pair in pairs]
+    caption = "Losses: solid is training (running median), dots are validation."
+    return "".join(_svg(figure, caption if index == 0 else "") for index, figure in enumerate(drawings))
 
 
-def _curves(tested: Sequence[Run]) -> str:
+def _curves(tested: Sequence[Run], colours: dict[str, str]) -> str:
     parts = []
     for same in by_cases([run.result for run in tested if run.result is not None]).values():
         of_cases = [run for run in tested if run.result in same]
         about = describe_cases(same[0])
+        froc: dict[str, dict[str, Any]] = {}
         for suffix, threshold in (("", "0.10"), ("@0.50", "0.50")):
-            curves = {run.label: _curve_set(run, f"froc{suffix}") for run in of_cases}
-            curves = {label: curve for label, curve in curves.items() if curve.get("sensitivity")}
-            if curves:
-                parts.append(_svg(figures.froc_curves(curves, f"FROC at IoU {threshold}, all classes"), about))
+            for run in of_cases:
+                if (curve := _curve_set(run, f"froc{suffix}")).get("sensitivity"):
+                    froc.setdefault(f"FROC at IoU {threshold}, all classes", {})[run.label] = curve
+        if froc:
+            parts.append(_svg(figures.froc_curves(froc, colours), about))
         panels: dict[str, dict[str, Any]] = {}
         for run in of_cases:
             for name, curve in _curve_set(run, "pr").items():
                 if curve and curve.get("recall"):
                     panels.setdefault(name, {})[run.label] = curve
         if panels:
-            parts.append(_svg(figures.precision_recall_curves(panels, "Precision and recall at IoU 0.10"), about))
+            parts.append(
+                _svg(figures.precision_recall_curves(panels, "Precision and recall at IoU 0.10", colours), about)
+            )
     return "".join(parts)
 
 

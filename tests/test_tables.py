@@ -1,0 +1,84 @@
+"""Tables: values with intervals, seeds as one row, and never two sets of cases in one table."""
+
+import statistics
+
+import pytest
+
+from pretrain3d.config import UserError
+from pretrain3d.reporting.results import write_result
+from pretrain3d.reporting.tables import KEYS, Table, by_seed, make_tables, read_results
+
+
+def result(name="a", value=0.5, seed=0, data="h", cases=("c0", "c1"), interval=True, **config):
+    entry = {"value": value, "low": None, "high": None}
+    if interval and value is not None:
+        entry |= {"low": value - 0.1, "high": value + 0.1}
+    return {
+        "run": name, "metrics": dict.fromkeys(KEYS, entry), "per_class": {"nodule": {"AP@0.10": entry}, "other": None},
+        "cases": [{"case": case} for case in cases], "config": {"name": name, "out": "runs", "seed": seed, **config},
+        "seed": seed, "data": {"hash": data, "name": f"set {data}"}, "asked": {"split": "test"},
+    }  # fmt: skip
+
+
+def test_a_row_holds_values_and_intervals():
+    table, classes = make_tables([result("a", 0.5), result("b|c", 0.25, interval=False), result("none", None)])
+    assert table.header == ["run", *KEYS] and classes.header == ["run", "nodule", "other"]
+    assert table.rows[0] == ["a", *["0.500 [0.400, 0.600]"] * 4]
+    assert table.rows[1] == ["b|c", *["0.250"] * 4]
+    assert table.rows[2] == ["none", *["–"] * 4]
+    assert classes.rows[0] == ["a", "0.500 [0.400, 0.600]", "–"]
+    assert table.title == "set h, 2 test cases, 95 % intervals over cases"
+
+
+def test_seeds_become_mean_and_deviation():
+    values = [0.4, 0.5, 0.75]
+    runs = [result(f"x-s{s}", v, s, transfer={"path": f"runs/mae-s{s}/backbone.pt"}) for s, v in enumerate(values)]
+    table = make_tables([*runs, result("y-s0", 0.1)])[0]
+    expected = f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+    assert table.rows[0] == ["x-s* (3 seeds)", *[expected] * 4]
+    assert table.rows[1][0] == "y-s0"
+    assert "over seeds" in table.title
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        result("x-s1", seed=1, backbone={"name": "other"}),  # another setting
+        result("z-s1", seed=1),  # another name
+        result("x-s11", seed=1),  # 11 is not the seed
+        result("x-s0", seed=0),  # the same seed again
+    ],
+)
+def test_runs_that_differ_otherwise_keep_their_rows(second):
+    rows = by_seed([result("x-s0"), second])
+    assert [len(group) for group in rows.values()] == [1, 1]
+    assert len(set(rows)) == 2
+
+
+def test_different_cases_never_share_a_table():
+    tables = make_tables([result("a"), result("b", data="other"), result("c", cases=("c0",)), result("d")])
+    assert [[row[0] for row in table.rows] for table in tables[::2]] == [["a", "d"], ["b"], ["c"]]
+
+
+def test_a_missing_value_of_one_seed_is_not_averaged_over():
+    table = make_tables([result("x-s0", 0.5, 0), result("x-s1", None, 1)])[0]
+    assert table.rows == [["x-s* (2 seeds)", *["–"] * 4]]
+
+
+def test_formats_of_a_table():
+    table = Table("A & B", ["run", "mAP"], [["x|y", "0.5"], ["longer", "–"]])
+    assert table.as_markdown() == "### A & B\n\n| run | mAP |\n| --- | ---: |\n| x\\|y | 0.5 |\n| longer | – |\n"
+    assert table.as_text().splitlines() == ["A & B", "run     mAP", "-----------", "x|y     0.5", "longer    –"]
+    assert "<caption>A &amp; B</caption>" in table.as_html() and "<td>x|y</td><td>0.5</td>" in table.as_html()
+
+
+def test_reading_takes_folders_and_files_once_each(tmp_path):
+    for name in ("a", "b"):
+        values = result(name)
+        write_result(tmp_path / name, curves={}, **{k: values[k] for k in values})
+    read = read_results([tmp_path / "a", tmp_path / "b" / "result.json"])
+    assert [entry["run"] for entry in read] == ["a", "b"]
+    with pytest.raises(UserError, match="given twice"):
+        read_results([tmp_path / "a", tmp_path / "a" / "result.json"])
+    with pytest.raises(UserError, match="no run is given"):
+        read_results([])
