@@ -117,4 +117,6 @@ def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"{name}: {COMMANDS[name]}\n\npretrain3d {name}")
-    assert callable(importlib.import_module(f"pretrain3d.commands.{name}").run)
+    command = importlib.import_module(f"pretrain3d.commands.{name}")
+    assert callable(command.run)
+    assert getattr(command, "HELP", COMMANDS[name]) == COMMANDS[name]  # the overview and the module say the same

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pretrain3d.config import UserError, suggestion
 
 COMMANDS = {
-    "phantom": "write the embedded data set: synthetic CT volumes with labels, as NIfTI files",
+    "phantom": "write the embedded data set of synthetic CT volumes",
     "prepare": "turn a folder of raw cases into a training store",
     "fit": "train what a configuration names, pretraining or detection; resumes an unfinished run",
     "test": "evaluate a trained detector on the held-out cases of its store",
