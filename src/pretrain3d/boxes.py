@@ -135,8 +135,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | Non
 def _greedy_keep(boxes: Tensor, threshold: float) -> Tensor:
     """(n,) bool of the greedy survivors among boxes sorted best first.
 
-    ``keep = not suppressed by a kept better box`` is iterated from "all kept". After n rounds the n best boxes are right
-    for good, so it ends, and its only fixed point is the greedy solution.
+    ``keep = not suppressed by a kept better box`` is iterated from "all kept". After n rounds the n best boxes are
+    right for good, so it ends, and its only fixed point is the greedy solution.
     """
     suppresses = (iou(boxes, boxes) > threshold).triu(diagonal=1).T.float()  # [i, j] = 1: better box j would drop i
     keep = torch.ones(len(boxes), device=boxes.device)

@@ -1,9 +1,9 @@
 """Which anchors train on which box: adaptive training sample selection (ATSS).
 
-Source: Zhang et al. 2020, "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample
-Selection", algorithm 1, as used by nnDetection: per level the ``k * A`` anchors closest to a box are candidates (at most
-all anchors of the level; MONAI 1.6 stops at the number of *positions*), and those whose IoU reaches the mean plus the
-standard deviation of all candidates of that box are positive.
+Source: Zhang et al. 2020, "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training
+Sample Selection", algorithm 1, as used by nnDetection: per level the ``k * A`` anchors closest to a box are candidates
+(at most all anchors of the level; MONAI 1.6 stops at the number of *positions*), and those whose IoU reaches the mean
+plus the standard deviation of all candidates of that box are positive.
 
 All A anchors of a position share its centre, so the ``k * A`` closest anchors are those of the k closest positions, and
 these lie in a window of k + 2 positions per axis around the box. Only that window is ever looked at: time and memory
@@ -64,7 +64,8 @@ def atss(
     anchor = torch.cat(_candidates(grid, box_ops.centers(boxes), num_candidates), dim=-1)  # (B, N, C)
     candidates = grid.boxes[anchor]  # (B, N, C, 6)
     overlap = box_ops.aligned_iou(boxes[:, :, None], candidates)
-    threshold = overlap.mean(dim=-1) + _deviation(overlap)  # (B, N)
+    # float64: equal IoUs, as of a box in the middle of its candidates, must reach their own mean
+    threshold = overlap.double().mean(dim=-1) + _deviation(overlap.double())  # (B, N)
     positive = (overlap >= threshold[..., None]) & (overlap > 0) & valid[..., None]
     if center_in_box:
         middle = box_ops.centers(candidates)

@@ -62,8 +62,8 @@ def predict_volume(
 ) -> Detections:
     """Detections of a whole volume.
 
-    A volume smaller than the patch is padded on both sides. Every view (all combinations of mirrored axes) is merged over
-    its tiles first, then the views are merged with each other. Memory is that of one batch of tiles.
+    A volume smaller than the patch is padded on both sides. Every view (all combinations of mirrored axes) is merged
+    over its tiles first, then the views are merged with each other. Memory is that of one batch of tiles.
 
     Args:
         predict_patches: (b, C, *patch_size) patches on the image's device -> one `Detections` per patch, patch voxels.
@@ -101,7 +101,8 @@ def predict_volume(
         for view, collected in zip(views, parts, strict=True):
             flipped = tiles.flip([axis + 2 for axis in view]) if view else tiles
             for start, found in zip(starts, predict_patches(flipped), strict=True):
-                collected.append(_to_volume(found.cpu(), view, mirror_classes or {}, patch, start, shape))
+                best = box_ops.batched_nms(found.boxes, found.scores, found.labels, tile_iou)
+                collected.append(_to_volume(found[best].cpu(), view, mirror_classes or {}, patch, start, shape))
     limit = _triple(image.shape[1:])
     merged, weights = [], []
     for collected in parts:
@@ -145,6 +146,7 @@ def _to_volume(
         Detections(boxes + offset, found.scores.float(), labels),
         weights=center_weight(boxes, patch),
         cut=is_cut(boxes, patch, start, shape),
+        tiles=(offset + torch.tensor([0, 0, 0, *patch])).expand(len(boxes), 6),
     )
 
 
@@ -162,6 +164,7 @@ def _joined(parts: list[TileDetections]) -> TileDetections:
         Detections.concatenate([part.found for part in parts]),
         torch.cat([part.weights for part in parts]),
         torch.cat([part.cut for part in parts]),
+        torch.cat([part.tiles for part in parts]),
     )
 
 
@@ -171,7 +174,7 @@ def _inside(view: TileDetections, before: Triple, shape: Triple) -> TileDetectio
     boxes = box_ops.clip(view.found.boxes - offset, shape)
     keep = (box_ops.sizes(boxes) >= MIN_SIZE).all(dim=-1)
     found = Detections(boxes, view.found.scores, view.found.labels)
-    return TileDetections(found[keep], view.weights[keep], view.cut[keep])
+    return TileDetections(found[keep], view.weights[keep], view.cut[keep], view.tiles[keep] - offset)
 
 
 def _triple(values: Sequence[int]) -> Triple:
