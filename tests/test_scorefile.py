@@ -70,8 +70,8 @@ def test_targets_say_what_was_annotated(tmp_path: Path) -> None:
         (case(scores=0.5), "scores must be a list, not 0.5"),
         (case(scores=[float("nan")]), "score 0 is NaN"),
         (case(scores=[None]), "score 0 is null"),
-        (case(scores=[0.5, 0.4]), "lists of different lengths: 1 boxes, 2 scores, 1 labels"),
-        ([BOX], "boxes is missing"),
+        (case(scores=[0.5, 0.4]), "lists of different lengths: 1 boxes, 1 labels, 2 scores"),
+        ([BOX], "expected an object with boxes, labels, scores"),
     ],
 )
 def test_a_bad_prediction_is_named(tmp_path: Path, entry: Any, said: str) -> None:
@@ -95,7 +95,7 @@ def test_a_bad_target_is_named(tmp_path: Path, entry: Any, said: str) -> None:
     path = save(tmp_path / "t.json", {"scan 7": entry})
     with pytest.raises(UserError) as caught:
         read(path, "targets")
-    assert f"case 'scan 7': {said}" in str(caught.value) or said in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: case 'scan 7': ") and said in str(caught.value)
 
 
 def test_a_prediction_without_volume_is_allowed(tmp_path: Path) -> None:
@@ -116,6 +116,7 @@ def test_five_problems_are_listed_and_the_rest_counted(tmp_path: Path) -> None:
         ("{", "not a score file"),
         ("[]", "expected"),
         ('{"cases": {}}', "expected"),
+        ('{"classes": ["x"], "case": {}}', "expected"),
         ('{"classes": [], "cases": {"a": {}}}', "classes must be a list of names"),
         ('{"classes": ["x", "x"], "cases": {"a": {}}}', "a name twice"),
         ('{"classes": ["x"], "cases": {}}', "at least one case"),

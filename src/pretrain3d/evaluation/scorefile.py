@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +97,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # also what is no UTF-8
         raise UserError(f"{path}: not a score file: {error}") from None
-    if not isinstance(content, dict) or set(content) < {"classes", "cases"}:
+    if not isinstance(content, dict) or not {"classes", "cases"} <= set(content):
         raise UserError(f'{path}: not a score file: expected {{"classes": [...], "cases": {{...}}}}')
     classes = content["classes"]
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
@@ -118,52 +118,53 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_case(case_id: str, entry: Any, kind: Kind, num_classes: int, problems: list[str]) -> dict[str, Any]:
-    """The case's arrays; what is wrong is added to `problems`, and what it returns is then not used."""
-
-    def problem(text: str) -> None:
-        problems.append(f"case {case_id!r}: {text}")
-
-    needed = ("boxes", "scores", "labels") if kind == "predictions" else ("boxes", "labels")
-    lists: dict[str, Any] = {}
-    for key in needed:
-        lists[key] = entry.get(key) if isinstance(entry, dict) else None
-        if not isinstance(lists[key], list):
-            problem(
-                f"{key} must be a list, not {_short(lists[key])}" if lists[key] is not None else f"{key} is missing"
-            )
-    if any(not isinstance(values, list) for values in lists.values()):
+    """The case's arrays; or its problems added to the list, and nothing to use."""
+    keys = ("boxes", "labels", "scores") if kind == "predictions" else ("boxes", "labels")
+    found = _list_problems(entry, keys) or [*_value_problems(entry, kind, num_classes)]
+    problems += [f"case {case_id!r}: {text}" for text in found]
+    if found:
         return {}
-    lengths = {key: len(values) for key, values in lists.items()}
-    if len(set(lengths.values())) > 1:
-        problem("lists of different lengths: " + ", ".join(f"{size} {key}" for key, size in lengths.items()))
-        return {}
-
-    bad = len(problems)
-    for index, box in enumerate(lists["boxes"]):
-        reason = _box_problem(box, kind)
-        if reason:
-            problem(f"box {index} {_short(box)} {reason}")
-    for index, label in enumerate(lists["labels"]):
-        if not _is_label(label, num_classes):
-            problem(f"label {index} is {_short(label)}, not a class index of 0..{num_classes - 1}")
-    for index, score in enumerate(lists.get("scores", [])):
-        if not _is_finite(score):
-            problem(f"score {index} is {_short(score)}, not a finite number")
-    annotated = entry.get("annotated", list(range(num_classes))) if kind == "targets" else []
-    if not isinstance(annotated, list) or not all(_is_label(label, num_classes) for label in annotated):
-        problem(f"annotated must list class indices of 0..{num_classes - 1}, not {_short(annotated)}")
-    elif kind == "targets" and len(problems) == bad:
-        for label in sorted(set(lists["labels"]) - set(annotated)):
-            problem(f"has objects of class {label}, which its annotated {annotated} leaves out")
-    if len(problems) > bad:
-        return {}
-    arrays: dict[str, Any] = {
-        "boxes": np.array(lists["boxes"], np.float64).reshape(-1, 6),
-        "labels": np.array(lists["labels"], np.int64),
+    arrays = {
+        "boxes": np.array(entry["boxes"], np.float64).reshape(-1, 6),
+        "labels": np.array(entry["labels"], np.int64),
     }
     if kind == "predictions":
-        return arrays | {"scores": np.array(lists["scores"], np.float64)}
-    return arrays | {"annotated": tuple(annotated)}
+        return arrays | {"scores": np.array(entry["scores"], np.float64)}
+    return arrays | {"annotated": tuple(entry.get("annotated", range(num_classes)))}
+
+
+def _list_problems(entry: Any, keys: tuple[str, ...]) -> list[str]:
+    """Lists that are missing, are none, or differ in length."""
+    if not isinstance(entry, dict):
+        return [f"expected an object with {', '.join(keys)}, not {_short(entry)}"]
+    found = [f"{key} is missing" for key in keys if key not in entry]
+    wrong = [key for key in keys if key in entry and not isinstance(entry[key], list)]
+    found += [f"{key} must be a list, not {_short(entry[key])}" for key in wrong]
+    if not found and len({len(entry[key]) for key in keys}) > 1:
+        found = ["lists of different lengths: " + ", ".join(f"{len(entry[key])} {key}" for key in keys)]
+    return found
+
+
+def _value_problems(entry: dict[str, Any], kind: Kind, num_classes: int) -> Iterator[str]:
+    """Boxes, labels, scores and annotated classes that cannot be."""
+    for index, box in enumerate(entry["boxes"]):
+        if reason := _box_problem(box, kind):
+            yield f"box {index} {_short(box)} {reason}"
+    for index, label in enumerate(entry["labels"]):
+        if not _is_label(label, num_classes):
+            yield f"label {index} is {_short(label)}, not a class index of 0..{num_classes - 1}"
+    if kind == "predictions":
+        for index, score in enumerate(entry["scores"]):
+            if not _is_finite(score):
+                yield f"score {index} is {_short(score)}, not a finite number"
+    elif "annotated" in entry:
+        annotated = entry["annotated"]
+        if not isinstance(annotated, list) or not all(_is_label(label, num_classes) for label in annotated):
+            yield f"annotated must list class indices of 0..{num_classes - 1}, not {_short(annotated)}"
+            return
+        for label in dict.fromkeys(entry["labels"]):
+            if _is_label(label, num_classes) and label not in annotated:
+                yield f"has objects of class {label}, which its annotated {annotated} leaves out"
 
 
 def _box_problem(box: Any, kind: Kind) -> str:
