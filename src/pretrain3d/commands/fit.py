@@ -50,13 +50,14 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> None:
     check_arguments(settings)
     lightning.seed_everything(settings["seed"], verbose=False)
     torch.set_float32_matmul_precision("high")
+    asked = settings
     if settings["data"]["intensity"] == "pretrained":
         settings = intensity_of_transfer(settings)
     datamodule = build(DATA, {"name": "data", **settings["data"]}, "data", seed=settings["seed"])
     module = assemble(settings, datamodule, folder)
     trainer = make_trainer(settings, folder)
     if trainer.is_global_zero:
-        folder.open(settings)
+        folder.open(asked)
     trainer.fit(module, datamodule=datamodule, ckpt_path=str(folder.last) if resume else None, weights_only=True)
     if trainer.is_global_zero:
         print(f"{folder.path}: {trainer.global_step} steps")
@@ -80,7 +81,8 @@ def check_arguments(settings: dict[str, Any]) -> None:
     given = ["backbone", "patch_size", "note"]
     if module["name"] == "detection":
         given += ["classes", "mirror_classes"]
-        check(DETECTORS, module["detector"], "module.detector", given=("levels", "num_classes", "anchors"))
+        detector = {**module["detector"], "anchors": module["detector"].get("anchors") or {}}
+        check(DETECTORS, detector, "module.detector", given=("levels", "num_classes"))
     else:
         check(PRETRAINING, module["method"], "module.method", given=("levels", "in_channels", "patch_size"))
     check(MODULES, module, "module", given=tuple(given))

@@ -79,7 +79,8 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
     if is_current(folder.path / "result.json", asked):
         print(f"{folder.path / 'result.json'} is of these weights already, nothing to do")
         return
-    datamodule = build(DATA, {"name": "data", **settings["data"]}, "data", seed=settings["seed"])
+    data = {**settings["data"], "intensity": module.note["preprocessing"]["intensity"]}
+    datamodule = build(DATA, {"name": "data", **data}, "data", seed=settings["seed"])
     case_ids = held_out({"test": datamodule.test_ids, "val": datamodule.val_ids}, split)
     mixed = "bf16" in str(settings["trainer"].get("precision", ""))
     precision = torch.autocast(module.device.type, dtype=torch.bfloat16) if mixed else nullcontext()
