@@ -53,7 +53,7 @@ data-named:
 	@test -n "$(DATA)" || { echo "make openkbp needs DATA=<folder of the OpenKBP collection>" >&2; exit 2; }
 
 test: setup  ## the fast tests
-	$(PY) -m pytest -m "not slow" -n $(WORKERS)
+	$(PY) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-all: setup  ## all tests, slow ones too
 	$(PY) -m pytest
