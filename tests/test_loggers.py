@@ -99,8 +99,8 @@ def test_wandb_logs_offline_and_keeps_its_id(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # a failure of the tables or curves would be one
         log_result(node, tmp_path, {"name": "run"}, RESULT)
-    ids = {path.name.rsplit("-", 1)[1] for path in (tmp_path / "wandb").glob("offline-run-*")}
-    assert ids == {run_id}  # a resumed run is the same run
+    ids = [path.stem.removeprefix("run-") for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert ids == [run_id, run_id]  # a resumed run is the same run
 
 
 def test_curves_without_points_are_not_drawn():

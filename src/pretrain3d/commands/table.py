@@ -6,7 +6,6 @@ from pathlib import Path
 
 from pretrain3d.config import UserError, read_options
 
-HELP = "tabulate the results of runs"
 USAGE = """\
 pretrain3d table RUN ... [out=FILE] [report=FILE] [title=TEXT] [pictures=true]
 
