@@ -109,3 +109,24 @@ def _bin_width(extent: float) -> float:
 
 def _std(values: np.ndarray) -> float:
     return float(values.std(dtype=np.float64))
+
+
+def target_spacing(spacings_mm: np.ndarray, shapes: np.ndarray) -> tuple[float, ...]:
+    """The spacing that a data set is resampled to: the median per axis, finer on a coarse axis with few slices.
+
+    An axis whose median is more than three times that of the others, and which has fewer than a third of their voxels,
+    takes its 10th percentile instead (not below the others' finer one): thin slices exist and keep their detail.
+
+    Args:
+        spacings_mm: (cases, 3).
+        shapes: (cases, 3) voxels.
+
+    Source: Isensee et al. 2021 (nnU-Net), supplement; nnDetection v0.1 uses the same rule.
+    """
+    spacing = np.median(spacings_mm, axis=0)
+    size = np.median(shapes, axis=0)
+    worst = int(np.argmax(spacing))
+    others = [axis for axis in range(3) if axis != worst]
+    if spacing[worst] > 3 * spacing[others].min() and size[worst] * 3 < size[others].min():
+        spacing[worst] = max(np.percentile(spacings_mm[:, worst], 10), spacing[others].min())
+    return tuple(float(round(value, 4)) for value in spacing)

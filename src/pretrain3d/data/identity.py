@@ -16,7 +16,7 @@ def content_hash(image: np.ndarray) -> str:
         image: (C, X, Y, Z) as read, in the input file's axes.
     """
     digest = hashlib.sha256(f"{image.dtype.str}{image.shape}".encode())
-    digest.update(np.ascontiguousarray(image))
+    digest.update(np.ascontiguousarray(image).data)
     return digest.hexdigest()[:32]
 
 

@@ -1,0 +1,337 @@
+"""Raw cases -> store: reoriented to RAS, cropped to the body, resampled; in parallel, and continued after a kill.
+
+Intensities stay as they are. A case is done when the note ``prepared/<case>.json`` says so, which is written last and
+holds a hash of the case's input files and of the settings: what it covers is not done again. The index is taken away
+while there is work to do, so that a store that is half of one kind and half of another is never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from pretrain3d.config import UserError
+from pretrain3d.data.body import body_mask, body_on_grid, crop_to
+from pretrain3d.data.fingerprint import CT_RANGE, Histogram, target_spacing
+from pretrain3d.data.identity import content_hash, files_hash
+from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
+from pretrain3d.data.resample import resample_image, resample_labels
+from pretrain3d.data.splits import SPLITS
+from pretrain3d.data.store import KINDS, Case, StoreWriter, array_path, case_path, write_json
+from pretrain3d.geometry import Frame, boxes_of_instances
+
+VERSION = 1  # of what is done to a case: goes up whenever the same input gives other arrays or records
+MARGIN_MM = 5.0
+MAX_SIDE = 4096  # cached voxels per axis; more is a mistyped spacing
+
+
+@dataclass
+class Summary:
+    """What `prepare` did.
+
+    Attributes:
+        spacing_mm: of the cached voxels.
+        done: cases prepared now.
+        reused: cases that were there before and are up to date.
+        failed: case id -> why it could not be prepared; these are not in the store.
+        removed: cases of an earlier call that are not in the raw data any more.
+    """
+
+    spacing_mm: tuple[float, ...]
+    done: list[str] = field(default_factory=list)
+    reused: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)
+
+
+def prepare(
+    reader: Reader,
+    out: Path,
+    spacing_mm: tuple[float, ...] | None = None,
+    workers: int = 2,
+    progress: bool = True,
+    keep_spacing: bool = True,
+) -> Summary:
+    """Makes or completes the store ``out``. A bad case is noted and the rest goes on.
+
+    Args:
+        reader: of the raw data.
+        out: folder of the store.
+        spacing_mm: of the cached voxels (R, A, S). None: that of an earlier call, else `target_spacing` of the cases.
+        workers: processes; 1 works in this one.
+        progress: shows a bar.
+        keep_spacing: False computes the spacing again where ``spacing_mm`` is None.
+
+    Raises:
+        UserError: no case could be prepared, or ``out`` is something else.
+    """
+    cases = _checked_cases(reader)
+    old = _claim(out, reader)
+    if spacing_mm is None:
+        spacing_mm = old["spacing_mm"] if keep_spacing and old.get("spacing_mm") else _computed_spacing(reader, cases)
+    spacing_mm = tuple(float(value) for value in spacing_mm)
+    write_json(out / "prepare.json", {"name": reader.name, "spacing_mm": list(spacing_mm)})
+    job = _Job(reader, _writer(reader, out, spacing_mm), spacing_mm)
+    summary = Summary(spacing_mm)
+    todo = []
+    for case in tqdm(cases, desc="check", unit="case", disable=not progress, leave=False):
+        if _is_done(job, case):
+            summary.reused.append(case.id)
+        else:
+            todo.append(case)
+    known = {case.id for case in cases}
+    summary.removed = sorted(p.stem for p in (out / "prepared").glob("*.json") if p.stem not in known)
+    if not todo and not summary.removed and (out / "index.json").is_file():
+        return summary
+    (out / "index.json").unlink(missing_ok=True)
+    for case_id in [*summary.removed, *(case.id for case in todo)]:
+        _forget(out, case_id)
+    for case_id, problem in tqdm(
+        _run(job, todo, workers), total=len(todo), desc="prepare", unit="case", disable=not (progress and todo)
+    ):
+        if problem is None:
+            summary.done.append(case_id)
+        else:
+            summary.failed[case_id] = problem
+    good = [*summary.done, *summary.reused]
+    if not good:
+        case_id, problem = min(summary.failed.items())
+        raise UserError(f"none of {len(cases)} cases could be prepared; the first, {case_id}: {problem}")
+    job.writer.finish(good)
+    return summary
+
+
+def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], writer: StoreWriter) -> Case:
+    """Reads one case, brings it into the store's form and writes it.
+
+    Raises:
+        UserError: a file is missing, unreadable or inconsistent, or the image is not usable.
+    """
+    volume = reader.read(case)
+    image = _usable(volume, case, reader)
+    frame = Frame.of_file(volume.affine, image.shape[1:])
+    oriented = frame.orient(image)
+    input_spacing = frame.input_spacing_mm
+    body, step = body_mask(oriented, reader.modality, input_spacing)
+    raw_maps = {"instances": volume.instances, "semantic": volume.semantic}
+    maps = {name: frame.orient(labels) for name, labels in raw_maps.items() if labels is not None}
+    start, stop = crop_to(body, step, oriented.shape[1:], list(maps.values()), input_spacing, MARGIN_MM)
+    region = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+    frame = frame.cropped(start, stop)
+    frame = frame.resampled(_cached_shape(frame.crop_shape, input_spacing, spacing_mm))
+
+    cached = np.stack([resample_image(channel[region], frame.cached_shape) for channel in oriented])
+    if image.dtype == np.int16:
+        cached = np.rint(cached).astype(np.int16)
+    cached_maps = {
+        name: resample_labels(np.ascontiguousarray(labels[region]), frame, keep_all=name == "instances")
+        for name, labels in maps.items()
+    }
+    foreground = {"body": body_on_grid(body, step, start, frame.factor, frame.cached_shape)}
+    foreground["objects"] = cached_maps.get("instances", np.zeros(frame.cached_shape, dtype=np.uint8)) > 0
+    record = Case(
+        id=case.id, split=case.split, group=case.group, shape=frame.cached_shape, channels=len(image), frame=frame,
+        **_objects(volume, frame), annotated=tuple(volume.annotated), content_hash=content_hash(volume.image),
+        histograms=_histograms(cached, foreground, reader.modality),
+        has_instances="instances" in maps, has_semantic="semantic" in maps,
+    )  # fmt: skip
+    writer.add(record, cached, cached_maps.get("instances"), cached_maps.get("semantic"))
+    return record
+
+
+def _usable(volume: RawVolume, case: RawCase, reader: Reader) -> np.ndarray:
+    """The image as it is stored: int16 for CT in whole numbers, else float32."""
+    image, where = volume.image, case.files[0]
+    if len(image) != len(reader.modality):
+        raise UserError(f"{where}: {len(image)} channels, the data set has {len(reader.modality)}: {reader.modality}")
+    if not np.isfinite(image).all():
+        raise UserError(f"{where}: {int((~np.isfinite(image)).sum())} voxels are NaN or infinite")
+    for channel in image:
+        if channel.min() == channel.max():
+            raise UserError(f"{where}: the image is empty, every voxel is {channel.flat[0]:g}")
+    for labels in (volume.instances, volume.semantic):
+        assert labels is None or labels.shape == image.shape[1:], (labels.shape, image.shape)
+    low, high = float(image.min()), float(image.max())
+    is_ct = set(reader.modality) == {"CT"}
+    whole = image.dtype.kind in "iu" or np.array_equal(np.rint(image), image)
+    if is_ct and whole and np.iinfo(np.int16).min <= low and high <= np.iinfo(np.int16).max:
+        return image.astype(np.int16)
+    return image.astype(np.float32)
+
+
+def _cached_shape(shape: tuple[int, ...], input_spacing: np.ndarray, spacing_mm: tuple[float, ...]) -> tuple[int, ...]:
+    size = tuple(max(round(n * a / b), 1) for n, a, b in zip(shape, input_spacing, spacing_mm, strict=True))
+    if max(size) > MAX_SIDE:
+        raise UserError(f"{size} voxels at spacing_mm={list(spacing_mm)} are too many; is the spacing right?")
+    return size
+
+
+def _objects(volume: RawVolume, frame: Frame) -> dict[str, np.ndarray]:
+    """Boxes, labels, ids and volumes, all from the input file's mask."""
+    mask = np.zeros((1, 1, 1), dtype=np.int32) if volume.instances is None else volume.instances
+    instances, boxes = boxes_of_instances(mask)
+    assert set(instances.tolist()) == volume.labels.keys(), (instances, volume.labels)
+    mapped = frame.from_original(boxes)
+    shape = np.asarray(frame.cached_shape)
+    assert (mapped[:, :3] > -1e-6).all() and (mapped[:, 3:] < shape + 1e-6).all(), "the crop cuts an object"
+    counts = np.bincount(mask.reshape(-1), minlength=1)
+    return {
+        "boxes": mapped.astype(np.float32),
+        "labels": np.array([volume.labels[int(i)] for i in instances], dtype=np.int64),
+        "instances": instances,
+        "volumes_mm3": counts[instances] * abs(np.linalg.det(volume.affine[:3, :3])),
+    }
+
+
+def _histograms(
+    image: np.ndarray, foreground: dict[str, np.ndarray], modality: list[str]
+) -> dict[str, tuple[Histogram, ...]]:
+    clips = [CT_RANGE if name == "CT" else None for name in modality]
+    return {
+        name: tuple(Histogram.of(channel[mask], clip) for channel, clip in zip(image, clips, strict=True))
+        for name, mask in foreground.items()
+    }
+
+
+@dataclass
+class _Job:
+    """What a worker needs for any case."""
+
+    reader: Reader
+    writer: StoreWriter
+    spacing_mm: tuple[float, ...]
+
+    def settings(self, case: RawCase) -> str:
+        """A hash of all that decides the result besides the files' contents."""
+        reader = self.reader
+        parts = [VERSION, type(reader).__name__, self.spacing_mm, reader.modality, reader.classes,
+                 reader.semantic_classes, case.split, case.group]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _run(job: _Job, cases: list[RawCase], workers: int) -> Iterator[tuple[str, str | None]]:
+    """Yields case id and problem (None when it went well), in the order of completion."""
+    if workers == 1 or len(cases) < 2:
+        for case in cases:
+            yield case.id, _work(job, case)
+        return
+    # spawned, not forked: the parent may hold threads of torch
+    with ProcessPoolExecutor(min(workers, len(cases)), multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(_work, job, case): case.id for case in cases}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker was killed, most likely for want of memory; the same call with workers=1 continues"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _work(job: _Job, case: RawCase) -> str | None:
+    """Prepares a case and notes it; the problem if it cannot be prepared."""
+    try:
+        note = {"settings": job.settings(case), "files": _stat(case), "hash": files_hash(case.files)}
+        prepare_case(job.reader, case, job.spacing_mm, job.writer)
+    except UserError as error:
+        return str(error)
+    except FileNotFoundError as error:
+        return f"{error.filename}: no such file"
+    except Exception as error:  # whatever a strange file does to a library, the other cases go on
+        return f"{case.files[0]}: {type(error).__name__}: {' '.join(str(error).split())}"
+    write_json(_note_path(job.writer.path, case.id), note)
+    return None
+
+
+def _is_done(job: _Job, case: RawCase) -> bool:
+    """Whether the store holds what these files and settings give; files are read only if they were touched."""
+    path = _note_path(job.writer.path, case.id)
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        stat = _stat(case)
+    except (OSError, ValueError):
+        return False
+    if note["settings"] != job.settings(case) or not array_path(job.writer.path, "image", case.id).is_file():
+        return False
+    if note["files"] == stat:
+        return True
+    if note["hash"] != files_hash(case.files):
+        return False
+    write_json(path, {**note, "files": stat})
+    return True
+
+
+def _stat(case: RawCase) -> list[list[Any]]:
+    stats = [(path, path.stat()) for path in case.files]
+    return [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+def _note_path(out: Path, case_id: str) -> Path:
+    return out / "prepared" / f"{case_id}.json"
+
+
+def _forget(out: Path, case_id: str) -> None:
+    """Takes a case out of the store, the note first: what is left after a kill is not taken for a case."""
+    for path in (_note_path(out, case_id), case_path(out, case_id), *(array_path(out, k, case_id) for k in KINDS)):
+        path.unlink(missing_ok=True)
+
+
+def _checked_cases(reader: Reader) -> list[RawCase]:
+    cases = reader.cases()
+    seen: set[str] = set()
+    for case in cases:
+        assert case.split in SPLITS, case
+        if case.id in seen:
+            raise UserError(f"{case.files[0]}: case id {case.id!r} occurs twice; rename one of its files")
+        seen.add(case.id)
+    return sorted(cases, key=lambda case: case.id)
+
+
+def _claim(out: Path, reader: Reader) -> dict[str, Any]:
+    """The note of an earlier call; leftovers of a killed one are removed."""
+    note = out / "prepare.json"
+    if not note.is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"out={out} exists and is not a store; choose a new or empty folder")
+        return {}
+    old = json.loads(note.read_text(encoding="utf-8"))
+    if old["name"] != reader.name:
+        raise UserError(f"out={out} is the store of {old['name']!r}, not of {reader.name!r}; choose another folder")
+    for folder in (out, *(out / name for name in (*KINDS, "cases", "prepared"))):
+        for path in folder.glob(".*.tmp*"):
+            path.unlink(missing_ok=True)
+    return old
+
+
+def _computed_spacing(reader: Reader, cases: list[RawCase]) -> tuple[float, ...]:
+    """From the headers of the annotated cases that are not for testing, else of those for pretraining."""
+    pool = [case for case in cases if case.split in ("train", "val")] or [c for c in cases if c.split == "pretrain"]
+    spacings, shapes = [], []
+    for case in pool or cases:
+        try:
+            frame = Frame.of_file(*reader.geometry(case))
+        except (UserError, OSError):
+            continue  # reported with its reason when its turn comes
+        spacings.append(frame.input_spacing_mm)
+        shapes.append(frame.cached_shape)
+    if not spacings:
+        raise UserError(f"no readable image among {len(pool or cases)} cases, the first {(pool or cases)[0].files[0]}")
+    return target_spacing(np.asarray(spacings), np.asarray(shapes))
+
+
+def _writer(reader: Reader, out: Path, spacing_mm: tuple[float, ...]) -> StoreWriter:
+    return StoreWriter(
+        out, reader.name, reader.classes, spacing_mm, reader.modality, reader.mirror_classes, reader.semantic_classes,
+        reader.licence,
+    )  # fmt: skip

@@ -1,0 +1,93 @@
+"""What a reader gives: cases, and the voxels of a case in the input file's own axes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pretrain3d.data.readers import nifti
+
+
+@dataclass(frozen=True)
+class RawCase:
+    """A case as it lies on disk.
+
+    Attributes:
+        id: unique name; becomes a file name.
+        split: "train" | "val" | "test" | "pretrain".
+        group: the patient.
+        files: every file the case is made of, the (first) image first. The store's copy is up to date as long as these
+            are unchanged.
+    """
+
+    id: str
+    split: str
+    group: str
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RawVolume:
+    """The voxels of a case, in the input file's axes.
+
+    Attributes:
+        image: (C, X, Y, Z).
+        affine: (4, 4) voxel centre -> RAS mm.
+        instances: (X, Y, Z) instance ids, 0 = background; None when the case has no annotation of objects.
+        labels: instance id -> class index, for exactly the ids in ``instances``.
+        annotated: the classes that were annotated in this case.
+        semantic: (X, Y, Z) labels of `Reader.semantic_classes` from 1; None when there is no map.
+    """
+
+    image: np.ndarray
+    affine: np.ndarray
+    instances: np.ndarray | None = None
+    labels: dict[int, int] = field(default_factory=dict)
+    annotated: tuple[int, ...] = ()
+    semantic: np.ndarray | None = None
+
+
+class Reader:
+    """Base of all readers; a subclass takes the raw folder as its only argument and sets the attributes.
+
+    Attributes:
+        name: of the data set.
+        classes: names of the objects' classes.
+        mirror_classes: class -> class under a left-right mirror; symmetric, classes without a partner left out.
+        modality: per channel, "CT", "MR", ...; empty where the files do not say.
+        semantic_classes: names of labels 1.. of the semantic map, empty when there is none.
+        licence: as the data set states it, "" unknown.
+    """
+
+    name: str
+    classes: list[str]
+    mirror_classes: dict[str, str]
+    modality: list[str]
+    semantic_classes: list[str]
+    licence: str
+
+    def cases(self) -> list[RawCase]:
+        """All cases; reads no voxels.
+
+        Raises:
+            UserError: the folder is not what the reader reads.
+        """
+        raise AssertionError(f"{type(self).__name__} does not say its cases")
+
+    def read(self, case: RawCase) -> RawVolume:
+        """The voxels of a case.
+
+        Raises:
+            UserError: a file is missing, unreadable or inconsistent; names the file.
+        """
+        raise AssertionError(f"{type(self).__name__} does not read")
+
+    def geometry(self, case: RawCase) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Affine and spatial shape of a case's image without its voxels.
+
+        Raises:
+            UserError: the file is missing or unreadable; names the file.
+        """
+        return nifti.read_geometry(case.files[0])

@@ -1,0 +1,108 @@
+"""NIfTI files, and what can be wrong with them."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from pretrain3d.config import UserError
+
+SUFFIXES = (".nii.gz", ".nii")
+MAX_SHIFT = 0.1  # voxels by which the corners of two files of one case may differ
+
+
+def stem(path: Path) -> str:
+    """The file name without ``.nii`` or ``.nii.gz``."""
+    return next((path.name.removesuffix(s) for s in SUFFIXES if path.name.endswith(s)), path.name)
+
+
+def files_in(folder: Path, pattern: str = "*") -> list[Path]:
+    """The NIfTI files of a folder, sorted; hidden ones (left-overs of a download) are not data."""
+    found = (p for p in folder.glob(pattern) if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
+    return sorted(found)
+
+
+def read_geometry(path: Path) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Affine and spatial shape, from the header.
+
+    Raises:
+        UserError: missing, unreadable or not 3D.
+    """
+    image = _open(path)
+    return image.affine, _spatial(image.shape, path)
+
+
+def read_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(X, Y, Z) voxels and affine. Integers stay integers unless the header scales them; the rest is float32.
+
+    Raises:
+        UserError: missing, unreadable, truncated or not 3D.
+    """
+    image = _open(path)
+    shape = _spatial(image.shape, path)
+    try:
+        voxels = np.asanyarray(image.dataobj)
+    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+        raise UserError(f"{path}: cannot read the voxels, the file is damaged ({_one_line(error)})") from error
+    if voxels.dtype.kind not in "iuf":
+        raise UserError(f"{path}: voxels of type {voxels.dtype} are not intensities; expected integers or floats")
+    voxels = voxels.reshape(shape)
+    return (voxels.astype(np.float32) if voxels.dtype.kind == "f" else voxels), image.affine
+
+
+def read_mask(path: Path, image_path: Path) -> np.ndarray:
+    """(X, Y, Z) int32 labels on the same grid as the image.
+
+    Raises:
+        UserError: unreadable, another shape or position than the image, or values that are not whole numbers from 0.
+    """
+    voxels, affine = read_image(path)
+    check_same_grid(path, affine, voxels.shape, image_path)
+    low, high = float(voxels.min()), float(voxels.max())
+    if not (np.isfinite([low, high]).all() and low >= 0 and high < 2**16):
+        raise UserError(f"{path}: labels must be 0..65535, found {low:g}..{high:g}")
+    labels = voxels.astype(np.int32)
+    if voxels.dtype.kind == "f" and not np.array_equal(labels, voxels):
+        raise UserError(f"{path}: labels must be whole numbers, found {voxels[labels != voxels].flat[0]:g}")
+    return labels
+
+
+def check_same_grid(path: Path, affine: np.ndarray, shape: tuple[int, ...], image_path: Path) -> None:
+    """Compares a file's grid with that of the case's (first) image.
+
+    Raises:
+        UserError: the shape differs, or a corner lies elsewhere in the world.
+    """
+    other_affine, other_shape = read_geometry(image_path)
+    if tuple(shape) != tuple(other_shape):
+        raise UserError(f"{path}: shape {tuple(shape)} differs from {tuple(other_shape)} of {image_path}")
+    corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape], [1], indexing="ij")).reshape(4, -1)
+    shift = np.linalg.norm(((affine - other_affine) @ corners)[:3], axis=0).max()
+    voxel = np.linalg.norm(other_affine[:3, :3], axis=0).min()
+    if not shift <= MAX_SHIFT * voxel:
+        raise UserError(f"{path}: lies elsewhere than {image_path}: their affines put a corner {shift:.3g} mm apart")
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return nib.load(path)
+    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+        raise UserError(f"{path}: not a readable NIfTI file ({_one_line(error)})") from error
+
+
+def _spatial(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
+    """Trailing axes of length 1 are no axes."""
+    spatial = shape[:3] if len(shape) > 3 and set(shape[3:]) == {1} else shape
+    if len(spatial) != 3 or min(spatial) < 1:
+        raise UserError(f"{path}: expected a 3D volume, got shape {tuple(shape)}")
+    return tuple(int(size) for size in spatial)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,150 @@
+"""The raw layout of nnDetection: images, instance masks and a JSON per case with the class of each instance.
+
+    dataset.json                          labels {"0": name, ...}, modalities {"0": "CT", ...}
+    [raw_splitted/]imagesTr/<case>_0000.nii.gz [, _0001 ...]    one file per channel
+    [raw_splitted/]labelsTr/<case>.nii.gz, <case>.json          ids 1..N; {"instances": {"1": 0, "2": 1}}
+    [raw_splitted/]imagesTs, labelsTs                           test cases, the labels optional
+
+Beyond it, all optional: ``imagesUn`` (images without labels, for pretraining), ``organsTr``, ``organsTs`` and
+``organsUn`` (``<case>.nii.gz``, label maps whose names are ``"organs": {"1": name, ...}`` of dataset.json), and the
+keys ``"groups": {case: patient}``, ``"mirror_classes": {class: class}`` and ``"licence"``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain3d.config import UserError
+from pretrain3d.data.readers import nifti
+from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
+
+FOLDERS = {"train": "Tr", "test": "Ts", "pretrain": "Un"}
+
+
+class NnDetection(Reader):
+    """Reads the layout above.
+
+    Args:
+        folder: holds dataset.json, or is the ``raw_splitted`` below it.
+
+    Raises:
+        UserError: no dataset.json, or it lacks or contradicts something.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder = Path(folder)
+        self.root = folder / "raw_splitted" if (folder / "raw_splitted").is_dir() else folder
+        self.file = _description_file(folder)
+        description = _read_json(self.file)
+        self.name = str(description.get("name") or description.get("task") or folder.resolve().name)
+        self.classes = _names(description, "labels", 0)
+        self.modality = _names(description, "modalities", 0)
+        self.semantic_classes = _names(description, "organs", 1) if "organs" in description else []
+        self.mirror_classes = _mirror(description.get("mirror_classes", {}), self.classes)
+        self.licence = str(description.get("licence", description.get("license", "")))
+        self.groups: dict[str, str] = description.get("groups", {})
+
+    def cases(self) -> list[RawCase]:
+        """Training, test and unlabelled cases, by name."""
+        cases = []
+        for split, ending in FOLDERS.items():
+            for first in nifti.files_in(self.root / f"images{ending}", "*_0000.nii*"):
+                case_id = nifti.stem(first).removesuffix("_0000")
+                cases.append(RawCase(case_id, split, str(self.groups.get(case_id, case_id)), self._files(first, split)))
+        if not cases:
+            raise UserError(f"{self.root}: no image imagesTr/<case>_0000.nii.gz, imagesTs/... or imagesUn/...")
+        return sorted(cases, key=lambda case: case.id)
+
+    def _files(self, first: Path, split: str) -> tuple[Path, ...]:
+        """The channels, then what there is of mask, JSON and organ map (a training case must have the first two)."""
+        case_id, ending = nifti.stem(first).removesuffix("_0000"), FOLDERS[split]
+        suffix = first.name.removeprefix(f"{case_id}_0000")
+        channels = [first.with_name(f"{case_id}_{index:04d}{suffix}") for index in range(len(self.modality))]
+        files = [*channels]
+        labels = [self.root / f"labels{ending}" / f"{case_id}{end}" for end in (suffix, ".json")]
+        if split == "train" or (split == "test" and any(path.is_file() for path in labels)):
+            files += labels
+        organs = self.root / f"organs{ending}" / f"{case_id}{suffix}"
+        return (*files, organs) if self.semantic_classes and organs.is_file() else tuple(files)
+
+    def read(self, case: RawCase) -> RawVolume:
+        """Image, instances with their classes, and the organ map where there is one."""
+        first, *others = case.files[: len(self.modality)]
+        image, affine = nifti.read_image(first)
+        channels = [image]
+        for path in others:
+            channel, channel_affine = nifti.read_image(path)
+            nifti.check_same_grid(path, channel_affine, channel.shape, first)
+            channels.append(channel)
+        rest = list(case.files[len(self.modality) :])
+        semantic = None
+        if rest and rest[-1].parent.name.startswith("organs"):
+            path = rest.pop()
+            semantic = nifti.read_mask(path, first)
+            if semantic.max() > len(self.semantic_classes):
+                raise UserError(f"{path}: label {semantic.max()} has no name under organs in {self.file}")
+        if not rest:
+            return RawVolume(np.stack(channels), affine, semantic=semantic)
+        mask = nifti.read_mask(rest[0], first)
+        labels = self._labels(rest[1], mask, rest[0])
+        return RawVolume(np.stack(channels), affine, mask, labels, tuple(range(len(self.classes))), semantic)
+
+    def _labels(self, path: Path, mask: np.ndarray, mask_path: Path) -> dict[int, int]:
+        instances: Any = _read_json(path).get("instances")
+        try:
+            labels = {int(key): int(value) for key, value in instances.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise UserError(f'{path}: expected {{"instances": {{"1": 0, ...}}}}, got {instances!r}') from None
+        found = set(np.flatnonzero(np.bincount(mask.reshape(-1))).tolist()) - {0}
+        if found != labels.keys():
+            only_mask, only_json = sorted(found - labels.keys()), sorted(labels.keys() - found)
+            raise UserError(f"{path}: its ids are not those of {mask_path}: only in the mask {only_mask}, "
+                            f"only in the JSON {only_json}")  # fmt: skip
+        for key, value in labels.items():
+            if not 0 <= value < len(self.classes):
+                raise UserError(f"{path}: instance {key} has class {value}, {self.file} has 0..{len(self.classes) - 1}")
+        return labels
+
+
+def _description_file(folder: Path) -> Path:
+    """dataset.json, in the folder or above its ``raw_splitted``."""
+    candidates = [folder, folder.parent] if folder.name == "raw_splitted" else [folder]
+    for path in (candidate / "dataset.json" for candidate in candidates):
+        if path.is_file():
+            return path
+    raise UserError(f"{folder}: no dataset.json; reader=nndetection needs it (for plain images: reader=images)")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _names(description: dict[str, Any], key: str, first: int) -> list[str]:
+    """The names under consecutive keys from ``first``."""
+    names: Any = description.get(key)
+    expected = [str(first + index) for index in range(len(names))] if isinstance(names, dict) else None
+    if expected is None or sorted(names, key=str) != sorted(expected):
+        raise UserError(f'dataset.json: {key} must be {{"{first}": name, "{first + 1}": name, ...}}, got {names!r}')
+    return [str(names[index]) for index in expected]
+
+
+def _mirror(pairs: Any, classes: list[str]) -> dict[str, str]:
+    """Symmetric, and only names of classes."""
+    if not isinstance(pairs, dict) or not {*pairs, *pairs.values()} <= set(classes):
+        raise UserError(f"dataset.json: mirror_classes must map names among {classes}, got {pairs!r}")
+    both = {**pairs, **{b: a for a, b in pairs.items()}}
+    if any(both[both[name]] != name for name in both):
+        raise UserError(f"dataset.json: mirror_classes must be pairs, got {pairs!r}")
+    return both

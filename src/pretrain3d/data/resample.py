@@ -1,0 +1,137 @@
+"""Resampling with aligned edges: of images with anti-aliasing, of label maps without losing a small object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy import ndimage, sparse
+
+from pretrain3d.config import UserError
+from pretrain3d.geometry import Frame
+
+
+def resample_image(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """(X, Y, Z) -> float32 of another shape over the same extent: separable cubic, widened where it shrinks.
+
+    The result stays within the range of the input; a constant stays that constant.
+    """
+    out = image.astype(np.float32)
+    for axis, size in enumerate(shape):
+        if size != out.shape[axis]:
+            out = _along(out, _weights(out.shape[axis], size, _cubic, 2.0), axis)
+    return np.clip(out, np.float32(image.min()), np.float32(image.max()))
+
+
+def resample_labels(mask: np.ndarray, frame: Frame, keep_all: bool) -> np.ndarray:
+    """A label map on the cached grid: in each voxel the label that covers most of it.
+
+    Args:
+        mask: (X, Y, Z) labels from 0, reoriented and cropped as ``frame`` says, not resampled.
+        frame: its ``cached_shape`` is the result's.
+        keep_all: a label without any voxel left takes one that it covers, so that no instance vanishes.
+
+    Returns:
+        (x, y, z) uint8, or uint16 for labels above 255.
+
+    Raises:
+        UserError: with ``keep_all``, two labels need the same single voxel.
+    """
+    dtype = np.uint8 if mask.max() < 2**8 else np.uint16
+    shape = frame.cached_shape
+    if shape == mask.shape:
+        return mask.astype(dtype)
+    weights = [_weights(a, b, _linear, 1.0) for a, b in zip(mask.shape, shape, strict=True)]
+    out = np.zeros(shape, dtype=dtype)
+    best = np.zeros(shape, dtype=np.float32)  # share of the voxel covered by the label in `out`
+    total = np.zeros(shape, dtype=np.float32)  # and by any label
+    crops: dict[int, tuple[slice, ...]] = {}
+    for index, box in enumerate(ndimage.find_objects(mask)):
+        if box is not None:
+            label = index + 1
+            crops[label] = tuple(_reach(w, part) for w, part in zip(weights, box, strict=True))
+            share = _coverage(mask, label, box, weights, crops[label])
+            total[crops[label]] += share
+            better = share > best[crops[label]]
+            best[crops[label]][better] = share[better]
+            out[crops[label]][better] = label
+    out[best < 1 - total] = 0  # where the background covers more; ties go to the object
+    if keep_all:
+        _restore_lost(out, mask, crops, weights)
+    return out
+
+
+def _restore_lost(
+    out: np.ndarray, mask: np.ndarray, crops: dict[int, tuple[slice, ...]], weights: list[sparse.csr_array]
+) -> None:
+    """Gives each label without a voxel the one it covers most, unless that is the last one of another label."""
+    counts = np.bincount(out.reshape(-1), minlength=max(crops, default=0) + 1)
+    boxes = ndimage.find_objects(mask)
+    for label, crop in crops.items():
+        if counts[label]:
+            continue
+        share = _coverage(mask, label, boxes[label - 1], weights, crop)
+        for flat in np.argsort(-share, axis=None, kind="stable"):
+            place = np.unravel_index(flat, share.shape)
+            owner = int(out[crop][place])
+            if share[place] > 0 and (owner == 0 or counts[owner] > 1):
+                out[crop][place] = label
+                counts[label] += 1
+                counts[owner] -= 1
+                break
+        else:
+            raise UserError(f"instance {label} has no voxel of its own at this spacing; use a finer spacing_mm")
+
+
+def _coverage(
+    mask: np.ndarray, label: int, box: tuple[slice, ...], weights: list[sparse.csr_array], crop: tuple[slice, ...]
+) -> np.ndarray:
+    """How much of each voxel of ``crop`` (of the result) the label covers, 0..1."""
+    share = (mask[box] == label).astype(np.float32)
+    for axis in range(3):
+        share = _along(share, weights[axis][crop[axis]][:, box[axis]], axis)
+    return share
+
+
+def _reach(weights: sparse.csr_array, part: slice) -> slice:
+    """The rows with weight on input voxels ``part``."""
+    rows = np.flatnonzero(np.diff(weights[:, part].indptr))
+    return slice(int(rows[0]), int(rows[-1]) + 1)
+
+
+def _along(array: np.ndarray, weights: sparse.csr_array, axis: int) -> np.ndarray:
+    moved = np.moveaxis(array, axis, 0)
+    result = weights @ np.ascontiguousarray(moved).reshape(moved.shape[0], -1)
+    return np.moveaxis(result.reshape(-1, *moved.shape[1:]), 0, axis)
+
+
+def _weights(size: int, new_size: int, kernel: Callable[[np.ndarray], np.ndarray], radius: float) -> sparse.csr_array:
+    """(new_size, size) rows that sum to 1: voxel ``i`` of the result has its centre at ``(i + 0.5) * size / new_size``.
+
+    Shrinking widens the kernel by the same factor: what would alias is averaged instead.
+    """
+    step = size / new_size
+    width = max(step, 1.0)
+    centers = (np.arange(new_size) + 0.5) * step
+    first = np.floor(centers - radius * width).astype(np.int64)
+    columns = first[:, None] + np.arange(int(np.ceil(2 * radius * width)) + 2)
+    values = kernel((columns + 0.5 - centers[:, None]) / width)
+    inside = (columns >= 0) & (columns < size)  # beyond the edge there is nothing: the rest is scaled up
+    values = np.where(inside, values, 0.0)
+    values /= values.sum(axis=1, keepdims=True)
+    rows = np.repeat(np.arange(new_size), columns.shape[1])
+    keep = (values != 0).reshape(-1)
+    matrix = (values.reshape(-1)[keep].astype(np.float32), (rows[keep], columns.reshape(-1)[keep]))
+    return sparse.csr_array(matrix, shape=(new_size, size))
+
+
+def _linear(x: np.ndarray) -> np.ndarray:
+    return np.clip(1 - np.abs(x), 0, None)
+
+
+def _cubic(x: np.ndarray) -> np.ndarray:
+    """Keys' kernel with a = -1/2. Source: Keys 1981, equation 15."""
+    x = np.abs(x)
+    inner = 1.5 * x**3 - 2.5 * x**2 + 1
+    outer = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return np.where(x < 1, inner, np.where(x < 2, outer, 0.0))
