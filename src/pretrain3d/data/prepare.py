@@ -84,7 +84,7 @@ def prepare(
     job = _Job(reader, _writer(reader, out, spacing_mm), spacing_mm)
     summary = Summary(spacing_mm)
     todo = []
-    for case in tqdm(cases, desc="check", unit="case", disable=not progress, leave=False):
+    for case in tqdm(cases, desc="check", unit="case", disable=not progress, leave=False, delay=1):
         if _is_done(job, case):
             summary.reused.append(case.id)
         else:

@@ -1,0 +1,139 @@
+"""`prepare`: a folder of raw cases becomes a training store."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from pretrain3d.config import REQUIRED, UserError, read_options, resolve
+
+HELP = "turn a folder of raw cases into a training store"
+USAGE = """\
+pretrain3d prepare RAW_FOLDER out=STORE reader=nndetection|openkbp|images [spacing_mm=null patch_size=null workers=2]
+
+Reads every case of RAW_FOLDER, turns it to RAS axes, crops it to the body, resamples it and writes it to STORE with its
+boxes and statistics; then plans patch size and anchors in STORE/plan.yaml. Intensities stay as they are.
+A repeated call does only what is missing or has changed, so an interrupted one is continued. A case that cannot be
+read is named with its reason, the rest goes on, and the exit status is 1.
+
+  out=STORE            folder of the store, new or of an earlier call
+  reader=NAME          format of RAW_FOLDER
+  spacing_mm=null      voxel size: one number or [x,y,z]; null: the plan's, for a new store the median of the cases
+  patch_size=null      largest patch to plan, a number or [x,y,z] in multiples of 16; null: 128
+  modality=null        CT, MR, ... (a list for several channels), where the files do not say (reader=images)
+  workers=2            processes
+  replan=false         true computes spacing and plan again, over an existing plan.yaml
+
+  pretrain3d prepare data/phantom out=stores/phantom reader=nndetection
+  pretrain3d prepare scans out=stores/scans reader=images modality=CT spacing_mm=1.5"""
+
+DEFAULTS: dict[str, Any] = {
+    "out": REQUIRED,
+    "reader": REQUIRED,
+    "spacing_mm": None,
+    "patch_size": None,
+    "modality": None,
+    "workers": 2,
+    "replan": False,
+}
+
+
+def run(paths: list[str], options: dict[str, object]) -> int:
+    """Prepares a folder; returns the exit status: 1 when a case failed."""
+    if len(paths) != 1:
+        raise UserError(f"prepare takes one folder of raw data, got {len(paths)}: {' '.join(paths) or 'none'}")
+    given = read_options(options, DEFAULTS)
+    if given["workers"] < 1:
+        raise UserError(f"workers={given['workers']}: must be at least 1")
+    spacing = _three(given["spacing_mm"], "spacing_mm", float)
+    patch = _three(given["patch_size"], "patch_size", int)
+    raw, out = Path(paths[0]), Path(str(given["out"]))
+    if not raw.is_dir():
+        raise UserError(f"{raw}: no such folder")
+
+    from pretrain3d.data.readers import READERS
+
+    reader = resolve(READERS, str(given["reader"]), "reader")(raw)
+    reader.modality = _modality(given["modality"], reader.modality)
+    return _prepare(reader, out, spacing, patch, given["workers"], given["replan"])
+
+
+def _prepare(
+    reader: Any,
+    out: Path,
+    spacing: tuple[float, ...] | None,
+    patch: tuple[int, ...] | None,
+    workers: int,
+    replan: bool,
+) -> int:
+    from pretrain3d.data.prepare import prepare
+    from pretrain3d.data.store import Store
+    from pretrain3d.planning import make_plan, read_plan, write_plan
+
+    path = out / "plan.yaml"
+    planned = path.is_file() and not replan
+    if planned:
+        plan_spacing = tuple(float(v) for v in read_plan(path)["spacing_mm"])
+        if spacing not in (None, plan_spacing):
+            raise UserError(f"{path} says spacing_mm={list(plan_spacing)}, not {list(spacing or ())}; edit it or give "
+                            "replan=true")  # fmt: skip
+        if patch is not None:
+            raise UserError(f"{path} exists and holds the patch size; edit it there or give replan=true")
+        spacing = plan_spacing
+    summary = prepare(reader, out, spacing, workers, keep_spacing=not replan)
+    _report(out, summary)
+    if not planned:
+        store = Store(out)
+        write_plan(path, make_plan(store, patch), store)
+        print(f"{path}: planned, patch {_by(store.plan['patch_size'])}; edit it as you like")
+    return 1 if summary.failed else 0
+
+
+def _report(out: Path, summary: Any) -> None:
+    from pretrain3d.data.store import Store
+
+    if not (summary.done or summary.failed or summary.removed):
+        print(f"{out}: complete, all {len(summary.reused)} cases are up to date, nothing to do")
+        return
+    cases = Store(out).cases.values()
+    counts = [
+        f"{len(summary.done)} cases prepared",
+        f"{len(summary.reused)} were up to date" if summary.reused else "",
+        f"{len(summary.removed)} removed that are not in the raw data any more" if summary.removed else "",
+        f"{len(summary.failed)} failed" if summary.failed else "",
+    ]
+    print(f"{out}: {', '.join(filter(None, counts))}")
+    print(f"  {len(cases)} cases, {sum(len(c.boxes) for c in cases)} objects, voxels of {_by(summary.spacing_mm)} mm")
+    for case_id, problem in sorted(summary.failed.items()):
+        print(f"  failed: {case_id}: {' '.join(problem.split())}", file=sys.stderr)
+
+
+def _three(value: Any, key: str, kind: type) -> tuple[Any, ...] | None:
+    """A number or three of them."""
+    if value is None:
+        return None
+    values = value if isinstance(value, list) else [value] * 3
+    fine = (int, float) if kind is float else (int,)
+    if len(values) != 3 or not all(type(v) in fine and v > 0 for v in values):
+        what = "sizes in mm" if kind is float else "whole numbers of voxels"
+        raise UserError(f"{key}={value}: expected one or three {what}, such as {key}={'1.5' if kind is float else 96}")
+    return tuple(kind(v) for v in values)
+
+
+def _modality(given: Any, of_reader: list[str]) -> list[str]:
+    if given is None:
+        if not of_reader:
+            raise UserError("the files do not say what they show; give modality=CT or modality=MR")
+        return of_reader
+    names = given if isinstance(given, list) else [given]
+    if not names or not all(isinstance(name, str) and re.fullmatch(r"[A-Z][A-Z0-9]*", name) for name in names):
+        raise UserError(f"modality={given}: expected a name such as CT or MR, or a list with one for each channel")
+    if of_reader and len(names) != len(of_reader):
+        raise UserError(f"modality={given}: the data set has {len(of_reader)} channels: {of_reader}")
+    return names
+
+
+def _by(values: Any) -> str:
+    return " x ".join(f"{value:g}" for value in values)
