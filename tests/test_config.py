@@ -10,6 +10,7 @@ import pytest
 from pretrain3d import config
 from pretrain3d.config import REQUIRED, UserError, build, check, load, read_options, resolve
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 BASE = """
 data: {store: stores/toy, fold: 1, patch_size: [32, 32, 32]}
 backbone: {name: resenc_xs, width: 8}
@@ -267,6 +268,15 @@ def test_packaged_configs_are_found_from_anywhere(tmp_path: Path, monkeypatch: p
     (tmp_path / "configs/detect").mkdir(parents=True)
     (tmp_path / "configs/detect/phantom.yaml").write_text("name: mine\n")  # the user's own comes first
     assert load("configs/detect/phantom.yaml")["name"] == "mine"
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.relative_to(CONFIGS).as_posix())
+def test_every_shipped_configuration_binds(file: Path) -> None:
+    from pretrain3d.commands.fit import check_arguments
+
+    values = load(file)
+    config.check_names(values)
+    check_arguments(values)
 
 
 # ---- names and arguments

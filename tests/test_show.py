@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import pytest
 from tiny_store import tiny_store
 
@@ -22,6 +24,22 @@ def shown(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, str]:
 def mistake(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     assert main(["show", *map(str, argv)]) == 2
     return capsys.readouterr().err.removeprefix("pretrain3d: error: ").rstrip("\n")
+
+
+def test_raw_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mistake(capsys, tmp_path).startswith(
+        f"{tmp_path} is neither a store, a run nor raw data that a reader knows (nndetection: {tmp_path}: no "
+    )
+    for name in ("b", "a"):
+        nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / f"{name}.nii.gz")
+    lines = {key: value.strip() for key, value in shown(capsys, tmp_path).items()}
+    assert lines == {
+        "": f"{tmp_path}: raw data of {tmp_path.name}, reader=images",
+        "cases": "2 (2 pretrain), 2 patients",
+        "classes": "none",
+        "channels": "not said by the files; give modality= to prepare",
+        "licence": "unknown",
+    }
 
 
 def test_a_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

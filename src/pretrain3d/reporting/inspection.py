@@ -66,11 +66,11 @@ def _raw(path: Path) -> list[str]:
             ("cases", f"{len(cases)} ({_counts(splits)}), {len({case.group for case in cases})} patients"),
             ("classes", ", ".join(reader.classes) or "none"),
             ("mirrored", ", ".join(f"{a} <-> {b}" for a, b in reader.mirror_classes.items() if a < b)),
-            ("channels", ", ".join(reader.modality)),
+            ("channels", ", ".join(reader.modality) or "not said by the files; give modality= to prepare"),
             ("organ map", ", ".join(reader.semantic_classes)),
             ("licence", reader.licence or "unknown"),
         ]
-        return _lines(f"{path}: raw data, read as {name}", rows)
+        return _lines(f"{path}: raw data of {reader.name}, reader={name}", rows)
     raise UserError(f"{path} is neither a store, a run nor raw data that a reader knows ({'; '.join(reasons)})")
 
 
