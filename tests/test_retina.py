@@ -149,6 +149,7 @@ VARIANTS = [
     {"segmentation": "classes", "detection_levels": [2]},
     {"segmentation": "none", "head_channels": 24, "num_convs": 0},
     {"detection_levels": [0, 2], "regression": "giou"},
+    {"segmentation_conv": False},
 ]
 
 

@@ -25,12 +25,15 @@ class FPN(nn.Module):
         outputs: indices of the levels to return, ascending.
         channels: channels of the levels from ``full_from`` on.
         full_from: finest level with the full number of channels.
+        plain: levels among ``outputs`` that are returned without their output conv.
 
     Source: Lin et al. 2017, "Feature Pyramid Networks"; transposed convs and halved fine levels as nnDetection's U-FPN,
     which also computes output convs that nothing uses.
     """
 
-    def __init__(self, levels: Sequence[Level], outputs: Sequence[int], channels: int, full_from: int) -> None:
+    def __init__(
+        self, levels: Sequence[Level], outputs: Sequence[int], channels: int, full_from: int, plain: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         assert list(outputs) == sorted(set(outputs)) and 0 <= outputs[0] <= outputs[-1] < len(levels), outputs
         self.outputs = tuple(outputs)
@@ -46,7 +49,9 @@ class FPN(nn.Module):
                 step = _relative_stride(levels[index - 1].stride, levels[index].stride)
                 self.up[str(index)] = nn.ConvTranspose3d(width, self.channels[index - 1], step, stride=step)
         for index in self.outputs:
-            self.output[str(index)] = nn.Conv3d(self.channels[index], self.channels[index], kernel_size=3, padding=1)
+            width = self.channels[index]
+            convolve = index not in plain
+            self.output[str(index)] = nn.Conv3d(width, width, kernel_size=3, padding=1) if convolve else nn.Identity()
 
     def forward(self, features: list[Tensor], finest: int | None = None) -> dict[int, Tensor]:
         """One (B, c, X, Y, Z) map per backbone level, finest first -> the output levels by index.
