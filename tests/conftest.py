@@ -34,3 +34,24 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 the legacy state is what other libraries draw from
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def phantom_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small embedded set as NIfTI files: 6 training, 2 test and 3 unlabelled cases."""
+    from pretrain3d.__main__ import main
+
+    folder = tmp_path_factory.mktemp("phantom") / "raw"
+    assert main(["phantom", f"out={folder}", "train=6", "test=2", "unlabelled=3", "workers=1"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom_store(phantom_raw: Path) -> Path:
+    """`phantom_raw` as a store of 4 mm voxels: small volumes, the same code."""
+    from pretrain3d.__main__ import main
+
+    folder = phantom_raw.parent / "store"
+    line = ["prepare", str(phantom_raw), f"out={folder}", "reader=nndetection", "spacing_mm=4", "workers=1"]
+    assert main(line) == 0
+    return folder

@@ -84,7 +84,7 @@ def check_arguments(settings: dict[str, Any]) -> None:
         detector = {**module["detector"], "anchors": module["detector"].get("anchors") or {}}
         check(DETECTORS, detector, "module.detector", given=("levels", "num_classes"))
     else:
-        check(PRETRAINING, module["method"], "module.method", given=("levels", "in_channels", "patch_size"))
+        check(PRETRAINING, module["method"], "module.method", given=("levels", "in_channels", "patch_size", "decoder"))
     check(MODULES, module, "module", given=tuple(given))
     optimizer = {key: value for key, value in module["optimizer"].items() if key != "weight_decay"}
     check(OPTIMIZERS, optimizer, "module.optimizer", given=("groups",))
@@ -122,6 +122,7 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         "classes": list(store.classes),
         "mirror_classes": dict(store.mirror_classes),
         "preprocessing": preprocessing(settings, datamodule),
+        "precision": settings["trainer"].get("precision", "32-true"),
         "source": {
             "run": settings["name"],
             "commit": commit(),

@@ -82,7 +82,7 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
     data = {**settings["data"], "intensity": module.note["preprocessing"]["intensity"]}
     datamodule = build(DATA, {"name": "data", **data}, "data", seed=settings["seed"])
     case_ids = held_out({"test": datamodule.test_ids, "val": datamodule.val_ids}, split)
-    mixed = "bf16" in str(settings["trainer"].get("precision", ""))
+    mixed = "bf16" in str(module.note["precision"])
     precision = torch.autocast(module.device.type, dtype=torch.bfloat16) if mixed else nullcontext()
 
     def predict(case_id: str) -> Prediction:
@@ -92,7 +92,8 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
         boxes, scores, labels = (value.cpu().numpy() for value in (found.boxes, found.scores, found.labels))
         if case_ids.index(case_id) < pictures:
             path = folder.path / "pictures" / f"test_{case_id}.npz"
-            save_case_picture(path, image[0].numpy(), case.boxes, case.labels, boxes, labels, scores, module.classes)
+            save_case_picture(path, image[0].numpy(), case.boxes, case.labels, boxes, labels, scores, module.classes,
+                              spacing_mm=case.frame.spacing_mm)  # fmt: skip
         return boxes, scores, labels
 
     transfer = module.note.get("transfer")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pretrain3d.config import UserError
-from pretrain3d.data.fingerprint import merge
+from pretrain3d.data.fingerprint import Histogram, merge
 from pretrain3d.data.splits import fold_cases
 from pretrain3d.data.store import Case, Store
 
@@ -77,23 +77,29 @@ def normalisation_for(
         UserError: unknown scheme or foreground, missing or senseless values.
     """
     resolved = resolve_intensity(store, intensity, fold, num_folds, seed)
-    return normalisation_of(resolved, len(store.modality))
+    of_body = normalisation_of(resolved, len(store.modality))
+    return lambda case: of_body(case.histograms["body"])
 
 
-def normalisation_of(resolved: dict[str, Any], channels: int) -> Callable[[Case], Normalisation]:
-    """`normalisation_for` without a store, from what `resolve_intensity` gave (a checkpoint holds that)."""
+def normalisation_of(
+    resolved: dict[str, Any], channels: int
+) -> Callable[[tuple[Histogram, ...]], Normalisation]:
+    """`normalisation_for` without a store, from what `resolve_intensity` gave (a checkpoint holds that).
+
+    Returns:
+        from the histograms of a case's body, one per channel, to its normalisation.
+    """
     if resolved["scheme"] == "zscore":
         low, high = (_per_channel(resolved.get(k), channels, k, d) for k, d in (("low", -math.inf), ("high", math.inf)))
 
-        def per_case(case: Case) -> Normalisation:
-            body = case.histograms["body"]
+        def per_case(body: tuple[Histogram, ...]) -> Normalisation:
             return Normalisation(low, high, tuple(h.mean for h in body), tuple(max(h.std, MIN_STD) for h in body))
 
         return per_case
     fixed = Normalisation(*(_per_channel(resolved[key], channels, key) for key in ("low", "high", "mean", "std")))
     if any(a >= b for a, b in zip(fixed.low, fixed.high, strict=True)) or min(fixed.std) <= 0:
         raise UserError(f"intensity: low must be below high and std above 0, got {resolved}")
-    return lambda case: fixed
+    return lambda body: fixed
 
 
 def resolve_intensity(

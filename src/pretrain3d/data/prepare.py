@@ -111,25 +111,46 @@ def prepare(
     return summary
 
 
-def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], writer: StoreWriter) -> Case:
-    """Reads one case, brings it into the store's form and writes it.
+@dataclass(frozen=True, eq=False)
+class Cached:
+    """A volume in the store's form: RAS, cropped to the body, resampled.
+
+    Attributes:
+        frame: from its voxels to those of the input file and to mm.
+        image: (C, X, Y, Z) int16 or float32, raw intensities.
+        maps: label maps (X, Y, Z) by name, as far as the volume has them: "instances", "semantic".
+        body: (X, Y, Z) bool, the patient.
+    """
+
+    frame: Frame
+    image: np.ndarray
+    maps: dict[str, np.ndarray]
+    body: np.ndarray
+
+
+def prepare_volume(volume: RawVolume, where: Path, modality: list[str], spacing_mm: tuple[float, ...]) -> Cached:
+    """Brings a volume into the form that networks are trained on; a file to be predicted takes the same way.
+
+    Args:
+        volume: in the input file's axes.
+        where: the file, for errors.
+        modality: per channel.
+        spacing_mm: of the cached voxels (R, A, S).
 
     Raises:
-        UserError: a file is missing, unreadable or inconsistent, or the image is not usable.
+        UserError: another number of channels, voxels that are not finite, an empty image, or far too many voxels.
     """
-    volume = reader.read(case)
-    image = _usable(volume, case, reader)
+    image = _usable(volume, where, modality)
     frame = Frame.of_file(volume.affine, image.shape[1:])
     oriented = frame.orient(image)
     input_spacing = frame.input_spacing_mm
-    body, step = body_mask(oriented, reader.modality, input_spacing)
+    body, step = body_mask(oriented, modality, input_spacing)
     raw_maps = {"instances": volume.instances, "semantic": volume.semantic}
     maps = {name: frame.orient(labels) for name, labels in raw_maps.items() if labels is not None}
     start, stop = crop_to(body, step, oriented.shape[1:], list(maps.values()), input_spacing, MARGIN_MM)
     region = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
     frame = frame.cropped(start, stop)
     frame = frame.resampled(_cached_shape(frame.crop_shape, input_spacing, spacing_mm))
-
     cached = np.stack([resample_image(channel[region], frame.cached_shape) for channel in oriented])
     if image.dtype == np.int16:
         cached = np.rint(cached).astype(np.int16)
@@ -137,23 +158,34 @@ def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], w
         name: resample_labels(np.ascontiguousarray(labels[region]), frame, keep_all=name == "instances")
         for name, labels in maps.items()
     }
-    foreground = {"body": body_on_grid(body, step, start, frame.factor, frame.cached_shape)}
-    foreground["objects"] = cached_maps.get("instances", np.zeros(frame.cached_shape, dtype=np.uint8)) > 0
+    return Cached(frame, cached, cached_maps, body_on_grid(body, step, start, frame.factor, frame.cached_shape))
+
+
+def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], writer: StoreWriter) -> Case:
+    """Reads one case, brings it into the store's form and writes it.
+
+    Raises:
+        UserError: a file is missing, unreadable or inconsistent, or the image is not usable.
+    """
+    volume = reader.read(case)
+    cached = prepare_volume(volume, case.files[0], reader.modality, spacing_mm)
+    shape = cached.frame.cached_shape
+    foreground = {"body": cached.body, "objects": cached.maps.get("instances", np.zeros(shape, dtype=np.uint8)) > 0}
     record = Case(
-        id=case.id, split=case.split, group=case.group, shape=frame.cached_shape, channels=len(image), frame=frame,
-        **_objects(volume, frame), annotated=tuple(volume.annotated), content_hash=content_hash(volume.image),
-        histograms=_histograms(cached, foreground, reader.modality),
-        has_instances="instances" in maps, has_semantic="semantic" in maps,
+        id=case.id, split=case.split, group=case.group, shape=shape, channels=len(cached.image), frame=cached.frame,
+        **_objects(volume, cached.frame), annotated=tuple(volume.annotated), content_hash=content_hash(volume.image),
+        histograms=image_histograms(cached.image, foreground, reader.modality),
+        has_instances="instances" in cached.maps, has_semantic="semantic" in cached.maps,
     )  # fmt: skip
-    writer.add(record, cached, cached_maps.get("instances"), cached_maps.get("semantic"))
+    writer.add(record, cached.image, cached.maps.get("instances"), cached.maps.get("semantic"))
     return record
 
 
-def _usable(volume: RawVolume, case: RawCase, reader: Reader) -> np.ndarray:
+def _usable(volume: RawVolume, where: Path, modality: list[str]) -> np.ndarray:
     """The image as it is stored: int16 for CT in whole numbers, else float32."""
-    image, where = volume.image, case.files[0]
-    if len(image) != len(reader.modality):
-        raise UserError(f"{where}: {len(image)} channels, the data set has {len(reader.modality)}: {reader.modality}")
+    image = volume.image
+    if len(image) != len(modality):
+        raise UserError(f"{where}: {len(image)} channels; {len(modality)} are needed: {', '.join(modality)}")
     if not np.isfinite(image).all():
         raise UserError(f"{where}: {int((~np.isfinite(image)).sum())} voxels are NaN or infinite")
     for channel in image:
@@ -162,7 +194,7 @@ def _usable(volume: RawVolume, case: RawCase, reader: Reader) -> np.ndarray:
     for labels in (volume.instances, volume.semantic):
         assert labels is None or labels.shape == image.shape[1:], (labels.shape, image.shape)
     low, high = float(image.min()), float(image.max())
-    is_ct = set(reader.modality) == {"CT"}
+    is_ct = set(modality) == {"CT"}
     whole = image.dtype.kind in "iu" or np.array_equal(np.rint(image), image)
     if is_ct and whole and np.iinfo(np.int16).min <= low and high <= np.iinfo(np.int16).max:
         return image.astype(np.int16)
@@ -193,7 +225,7 @@ def _objects(volume: RawVolume, frame: Frame) -> dict[str, np.ndarray]:
     }
 
 
-def _histograms(
+def image_histograms(
     image: np.ndarray, foreground: dict[str, np.ndarray], modality: list[str]
 ) -> dict[str, tuple[Histogram, ...]]:
     clips = [CT_RANGE if name == "CT" else None for name in modality]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain3d.backbones.decoders import UNetDecoder
 from pretrain3d.config import build
 from pretrain3d.data.batch import torch_generator
 from pretrain3d.modules.base import BaseModule
@@ -41,6 +42,7 @@ class ReconstructionModule(BaseModule):
             levels=backbone.levels,
             in_channels=backbone.in_channels,
             patch_size=tuple(patch_size),
+            decoder=UNetDecoder,
         )
         super().__init__(backbone, head, "method", note, optimizer, schedule, warmup_steps, ema)
 
