@@ -11,7 +11,9 @@ import numpy as np
 LABELS = {"0": "nodule", "1": "lesion"}
 
 
-def affine_of(axes: str, spacing_mm: tuple[float, ...], origin_mm: tuple[float, ...] = (7.0, -30.0, 12.0)) -> np.ndarray:
+def affine_of(
+    axes: str, spacing_mm: tuple[float, ...], origin_mm: tuple[float, ...] = (7.0, -30.0, 12.0)
+) -> np.ndarray:
     """The affine of a file whose axes point as ``axes`` says, for example "RAS" or "LPI"; spacing per file axis."""
     affine = np.eye(4)
     affine[:3, :3] = 0

@@ -18,9 +18,7 @@ from pretrain3d.geometry import (
 SHAPE = (11, 7, 9)
 SPACING = (0.7, 1.3, 2.5)
 ORIENTATIONS = [
-    "".join(letters)
-    for order in itertools.permutations(("RL", "AP", "SI"))
-    for letters in itertools.product(*order)
+    "".join(letters) for order in itertools.permutations(("RL", "AP", "SI")) for letters in itertools.product(*order)
 ]
 
 

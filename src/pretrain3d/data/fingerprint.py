@@ -46,7 +46,7 @@ class Histogram:
             values = np.clip(values, *clip)
         low, high = float(values.min()), float(values.max())
         integer = np.issubdtype(values.dtype, np.integer) and high - low < 2 * MAX_BINS
-        width = 1.0 if integer else _bin_width(high - low)
+        width = 1.0 if integer else _bin_width(low, high)
         start = math.floor(low / width)
         index = np.floor(values / width).astype(np.int64) - start
         return cls(width, start, np.bincount(index), bool(integer), float(values.mean(dtype=np.float64)), _std(values))
@@ -102,9 +102,10 @@ def merge(histograms: list[Histogram]) -> Histogram:
     return Histogram(width, first, counts, integer, mean, math.sqrt(max(square - mean**2, 0.0)))
 
 
-def _bin_width(extent: float) -> float:
-    """The smallest power of two that needs at most `MAX_BINS` bins."""
-    return 2.0 ** math.ceil(math.log2(max(extent, 1e-30) / (MAX_BINS - 1)))
+def _bin_width(low: float, high: float) -> float:
+    """The smallest power of two that needs at most `MAX_BINS` bins, and is not finer than float32 at these values."""
+    finest = max(abs(low), abs(high)) * 2.0**-22
+    return 2.0 ** math.ceil(math.log2(max((high - low) / (MAX_BINS - 1), finest, 1e-30)))
 
 
 def _std(values: np.ndarray) -> float:

@@ -1,0 +1,359 @@
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from raw_folder import affine_of, ct_phantom, save, write_case, write_cases, write_dataset
+
+from pretrain3d.config import UserError, resolve
+from pretrain3d.data.readers import READERS
+from pretrain3d.data.readers.contract import Reader
+from pretrain3d.data.readers.images import Images
+from pretrain3d.data.readers.nndetection import NnDetection
+from pretrain3d.data.readers.openkbp import DETECTION, GRID, LEFT_OUT, ORGANS, OpenKbp
+
+AFFINE = affine_of("LPS", (1.0, 1.0, 2.0))
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_registered_reader_is_one(name):
+    assert issubclass(resolve(READERS, name, "reader"), Reader)
+
+
+def by_id(reader: Reader) -> dict:
+    return {case.id: case for case in reader.cases()}
+
+
+# nnDetection
+
+
+def full_dataset(folder: Path) -> None:
+    """Training, test with and without labels, unlabelled; two channels; organs."""
+    write_dataset(
+        folder,
+        modalities={"0": "MR", "1": "MR"},
+        organs={"1": "liver", "2": "lung"},
+        groups={"a": "patient"},
+        licence="CC0",
+        mirror_classes={"nodule": "lesion"},
+    )
+    image = ct_phantom(np.random.default_rng(0))
+    mask = np.zeros(image.shape, dtype=np.uint8)
+    mask[3:5, 3:5, 3:5] = 1
+    for case_id, ending, labelled in (("a", "Tr", True), ("b", "Ts", True), ("c", "Ts", False), ("d", "Un", False)):
+        write_case(folder, case_id, image, mask if labelled else None, {1: 1}, AFFINE, ending)
+        save(folder / f"images{ending}" / f"{case_id}_0001.nii.gz", image + 1, AFFINE)
+    save(folder / "organsTr" / "a.nii.gz", mask * 2, AFFINE)
+
+
+@pytest.mark.parametrize("place", ["", "raw_splitted"])
+def test_nndetection_reads_every_kind_of_case(tmp_path, place):
+    full_dataset(tmp_path / place)
+    if place:
+        (tmp_path / place / "dataset.json").rename(tmp_path / "dataset.json")
+    reader = NnDetection(tmp_path)
+    assert reader.classes == ["nodule", "lesion"] and reader.modality == ["MR", "MR"] and reader.name == "tiny"
+    assert reader.semantic_classes == ["liver", "lung"] and reader.licence == "CC0"
+    assert reader.mirror_classes == {"nodule": "lesion", "lesion": "nodule"}
+    cases = by_id(reader)
+    assert {name: case.split for name, case in cases.items()} == {
+        "a": "train",
+        "b": "test",
+        "c": "test",
+        "d": "pretrain",
+    }
+    assert [cases[name].group for name in "ab"] == ["patient", "b"]
+    volumes = {name: reader.read(case) for name, case in cases.items()}
+    image = ct_phantom(np.random.default_rng(0))
+    for volume in volumes.values():
+        assert volume.image.dtype == np.int16
+        np.testing.assert_array_equal(volume.image, [image, image + 1])
+        np.testing.assert_allclose(volume.affine, AFFINE)
+    for name in "ab":
+        assert volumes[name].labels == {1: 1} and volumes[name].annotated == (0, 1)
+        assert volumes[name].instances.sum() == 8
+    for name in "cd":
+        assert volumes[name].instances is None and volumes[name].annotated == () and volumes[name].labels == {}
+    assert volumes["a"].semantic.max() == 2 and volumes["b"].semantic is None
+    affine, shape = reader.geometry(cases["a"])
+    assert shape == image.shape
+    np.testing.assert_allclose(affine, AFFINE)
+
+
+def test_nndetection_below_raw_splitted(tmp_path):
+    full_dataset(tmp_path / "raw_splitted")
+    (tmp_path / "raw_splitted" / "dataset.json").rename(tmp_path / "dataset.json")
+    assert len(NnDetection(tmp_path / "raw_splitted").cases()) == 4
+
+
+def test_a_case_without_objects_is_annotated(tmp_path):
+    write_dataset(tmp_path)
+    image = ct_phantom(np.random.default_rng(0))
+    write_case(tmp_path, "empty", image, np.zeros(image.shape, np.uint8), {}, AFFINE)
+    reader = NnDetection(tmp_path)
+    volume = reader.read(reader.cases()[0])
+    assert volume.labels == {} and not volume.instances.any() and volume.annotated == (0, 1)
+
+
+def spoil_json(path: Path, content: object) -> None:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def resave(path: Path, change=lambda voxels: voxels, affine=None) -> None:
+    image = nib.load(path)
+    voxels = change(np.asarray(image.dataobj).copy())
+    save(path, voxels, image.affine if affine is None else affine)
+
+
+DAMAGE = [
+    ("labelsTr/case_1.json", lambda p: spoil_json(p, {"instances": {"1": 0}}), "only in the mask [2], only in the JSON []"),
+    ("labelsTr/case_1.json", lambda p: spoil_json(p, {"instances": {"1": 0, "2": 1, "3": 0}}), "only in the JSON [3]"),
+    ("labelsTr/case_1.json", lambda p: spoil_json(p, {"instances": {"1": 0, "2": 2}}), "instance 2 has class 2"),
+    ("labelsTr/case_1.json", lambda p: spoil_json(p, {"instances": [1]}), "expected {"),
+    ("labelsTr/case_1.json", lambda p: spoil_json(p, "{"), "not readable as JSON"),
+    ("labelsTr/case_1.json", lambda p: spoil_json(p, []), "expected a JSON object, got list"),
+    ("labelsTr/case_1.json", Path.unlink, "no such file"),
+    ("labelsTr/case_1.nii.gz", Path.unlink, "no such file"),
+    ("labelsTr/case_1.nii.gz", truncate, "damaged"),
+    ("labelsTr/case_1.nii.gz", lambda p: resave(p, lambda v: v[:-1]), "shape (29, 28, 24) differs from (30, 28, 24)"),
+    ("labelsTr/case_1.nii.gz", lambda p: resave(p, affine=affine_of("RPS", (1, 1, 2))), "lies elsewhere"),
+    ("labelsTr/case_1.nii.gz", lambda p: resave(p, lambda v: v * np.float32(0.7)), "must be whole numbers"),
+    ("labelsTr/case_1.nii.gz", lambda p: resave(p, lambda v: -v.astype(np.int16)), "must be 0..65535"),
+    ("imagesTr/case_1_0000.nii.gz", truncate, "damaged"),
+    ("imagesTr/case_1_0000.nii.gz", lambda p: p.write_bytes(b"no image"), "not a readable NIfTI file"),
+    ("imagesTr/case_1_0000.nii.gz", lambda p: resave(p, lambda v: v[..., 0]), "expected a 3D volume, got shape (30, 28)"),
+    ("imagesTr/case_1_0000.nii.gz", lambda p: resave(p, lambda v: np.stack([v, v], -1)), "expected a 3D volume"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "spoil", "text"), DAMAGE)
+def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path, name, spoil, text):
+    write_cases(tmp_path, 2)
+    reader = NnDetection(tmp_path)
+    case = by_id(reader)["case_1"]
+    reader.read(case)
+    spoil(tmp_path / name)
+    with pytest.raises(UserError) as error:
+        reader.read(case)
+    assert text in str(error.value) and str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_trailing_axes_of_length_one_are_no_axes(tmp_path):
+    write_cases(tmp_path, 1)
+    resave(tmp_path / "imagesTr/case_0_0000.nii.gz", lambda v: v[..., None])
+    reader = NnDetection(tmp_path)
+    assert reader.read(reader.cases()[0]).image.shape == (1, 30, 28, 24)
+
+
+def test_scaled_integers_become_floats(tmp_path):
+    image = nib.Nifti1Image(np.arange(24, dtype=np.int16).reshape(2, 3, 4), np.eye(4))
+    image.header.set_slope_inter(0.5, 1)
+    nib.save(image, tmp_path / "scan.nii")
+    reader = Images(tmp_path)
+    found = reader.read(reader.cases()[0]).image
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found[0], np.arange(24).reshape(2, 3, 4) * 0.5 + 1)
+
+
+def test_a_second_channel_on_another_grid_is_refused(tmp_path):
+    full_dataset(tmp_path)
+    resave(tmp_path / "imagesTr/a_0001.nii.gz", affine=affine_of("LPS", (1, 1, 1)))
+    reader = NnDetection(tmp_path)
+    with pytest.raises(UserError, match=r"a_0001.nii.gz: lies elsewhere"):
+        reader.read(by_id(reader)["a"])
+
+
+def test_an_organ_without_name_is_refused(tmp_path):
+    full_dataset(tmp_path)
+    resave(tmp_path / "organsTr/a.nii.gz", lambda v: v * 2)
+    reader = NnDetection(tmp_path)
+    with pytest.raises(UserError, match=r"organsTr/a.nii.gz: label 4 has no name"):
+        reader.read(by_id(reader)["a"])
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"labels": {"1": "a"}}, "labels must be"),
+        ({"labels": ["a"]}, "labels must be"),
+        ({"modalities": {"0": "CT", "2": "CT"}}, "modalities must be"),
+        ({"organs": {"0": "background"}}, "organs must be"),
+        ({"mirror_classes": {"nodule": "other"}}, "mirror_classes must map names among"),
+    ],
+)
+def test_a_wrong_description_is_refused(tmp_path, content, text):
+    write_dataset(tmp_path, **content)
+    with pytest.raises(UserError, match=text):
+        NnDetection(tmp_path)
+
+
+def test_a_folder_without_data_says_what_is_expected(tmp_path):
+    with pytest.raises(UserError, match="no dataset.json"):
+        NnDetection(tmp_path)
+    write_dataset(tmp_path)
+    with pytest.raises(UserError, match="no image imagesTr/"):
+        NnDetection(tmp_path).cases()
+    with pytest.raises(UserError, match=r"no .nii or .nii.gz"):
+        Images(tmp_path).cases()
+    with pytest.raises(UserError, match="expected openkbp/"):
+        OpenKbp(tmp_path)
+
+
+# images
+
+
+def test_images_are_cases_for_pretraining(tmp_path):
+    image = ct_phantom(np.random.default_rng(0))
+    for name in ("x.nii.gz", "deep/er/x.nii", ".hidden.nii.gz"):
+        save(tmp_path / name, image, AFFINE)
+    (tmp_path / "notes.txt").write_text("no image")
+    reader = Images(tmp_path)
+    cases = reader.cases()
+    assert {(case.id, case.split) for case in cases} == {("x", "pretrain"), ("deep-er-x", "pretrain")}
+    volume = reader.read(cases[0])
+    np.testing.assert_array_equal(volume.image[0], image)
+    assert volume.instances is None and volume.semantic is None
+
+
+# OpenKBP
+
+
+def write_sparse(path: Path, values: np.ndarray, mask: bool) -> None:
+    """A (128, 128, 128) array as the collection is released: what is not 0, one row each."""
+    flat = values.reshape(-1)
+    rows = [f"{i}," if mask else f"{i},{float(flat[i])}" for i in np.flatnonzero(flat)]
+    path.write_text("\n".join([",data", *rows]) + "\n")
+
+
+def release(folder: Path, image: np.ndarray, organs: np.ndarray, affine: np.ndarray) -> None:
+    """A patient as released, from a volume along left, posterior and superior whose affine tells its place in the grid."""
+    folder.mkdir(parents=True)
+    spacing = np.abs(np.diag(affine)[:3])
+    start = np.round(affine[:3, 3] / np.diag(affine)[:3]).astype(int)
+    place = tuple(slice(a, a + size) for a, size in zip(start, image.shape, strict=True))
+
+    def released(volume: np.ndarray) -> np.ndarray:
+        grid = np.zeros(GRID, dtype=volume.dtype)
+        grid[place] = volume
+        return grid[:, :, ::-1].swapaxes(0, 1)  # rows, columns, slices from the head down
+
+    write_sparse(folder / "ct.csv", released(image.astype(np.int32) + 1024), mask=False)
+    for label, name in enumerate(ORGANS.values(), start=1):
+        if (organs == label).any():
+            write_sparse(folder / f"{name}.csv", released(organs == label), mask=True)
+    (folder / "voxel_dimensions.csv").write_text("".join(f"{value}\n" for value in spacing))
+
+
+def small_kbp(shape=(20, 14, 12), start=(30, 40, 50)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A body that fills the volume but for two voxels in the axial plane, as the NIfTI files are cropped."""
+    rng = np.random.default_rng(0)
+    image = np.full(shape, -1024, dtype=np.int16)
+    image[2:-2, 2:-2] = rng.integers(-1000, 3000, image[2:-2, 2:-2].shape)
+    organs = np.zeros(shape, dtype=np.uint8)
+    organs[3:5, 3:5, 1:9] = 2
+    organs[8:10, 3:6, 2:4] = 3
+    organs[8:9, 8:9, 2:4] = 3  # a second component
+    affine = np.diag([-4.5, -4.5, 3.0, 1.0])
+    affine[:3, 3] = np.diag(affine)[:3] * start
+    return image, organs, affine
+
+
+def write_kbp(folder: Path) -> None:
+    """Both NIfTI folders and the release, of the same three patients."""
+    image, organs, affine = small_kbp()
+    for number in (2, 206, 1):
+        kind = "openkbp" if number in DETECTION else "openkbp_pretrain"
+        name = f"openkbp_pt_{number}.nii.gz"
+        save(folder / "nifti" / kind / "imagesTr" / name, image, affine)
+        save(folder / "nifti" / kind / "labels_oar" / name, organs, affine)
+        split = "train-pats" if number <= 200 else "validation-pats"
+        release(folder / "csv" / "provided-data" / split / f"pt_{number}", image, organs, affine)
+
+
+def assert_same(one: Reader, other: Reader) -> None:
+    assert [(c.id, c.split, c.group) for c in one.cases()] == [(c.id, c.split, c.group) for c in other.cases()]
+    for a, b in zip(one.cases(), other.cases(), strict=True):
+        first, second = one.read(a), other.read(b)
+        np.testing.assert_array_equal(first.image, second.image)
+        assert first.image.dtype == second.image.dtype == np.int16
+        np.testing.assert_allclose(first.affine, second.affine, atol=1e-4)
+        np.testing.assert_array_equal(first.semantic, second.semantic)
+        assert first.labels == second.labels and first.annotated == second.annotated
+        np.testing.assert_allclose(one.geometry(a)[0], other.geometry(b)[0], atol=1e-4)
+        assert one.geometry(a)[1] == other.geometry(b)[1] == first.image.shape[1:]
+
+
+def test_openkbp_as_released_is_openkbp_in_nifti(tmp_path):
+    write_kbp(tmp_path)
+    nifti, released = OpenKbp(tmp_path / "nifti"), OpenKbp(tmp_path / "csv")
+    assert_same(nifti, released)
+    cases = by_id(released)
+    assert {name: case.split for name, case in cases.items()} == {"pt_1": "pretrain", "pt_2": "train", "pt_206": "val"}
+    volume = released.read(cases["pt_2"])
+    assert volume.labels == {2: 1, 3: 2} and volume.annotated == (1, 2)  # one box per organ, whatever its components
+    unlabelled = released.read(cases["pt_1"])
+    assert unlabelled.instances is None and unlabelled.annotated == () and unlabelled.semantic.max() == 3
+
+
+def test_left_and_right_parotid_are_mirrored(tmp_path):
+    write_kbp(tmp_path)
+    reader = OpenKbp(tmp_path / "nifti")
+    assert reader.mirror_classes == {"left_parotid": "right_parotid", "right_parotid": "left_parotid"}
+    assert reader.classes[2:4] == ["right_parotid", "left_parotid"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("ct.csv", ",data\n1,\n2,\n", "has no column of intensities"),
+        ("ct.csv", ",data\n1,x\n", "not readable as sparse CSV"),
+        ("ct.csv", ",data\n3000000,5\n", "index 3000000 lies outside"),
+        ("ct.csv", ",data\n1,0.0\n", "every voxel is air"),
+        ("voxel_dimensions.csv", "1\n2\n", "expected three sizes in mm"),
+        ("voxel_dimensions.csv", "a\nb\nc\n", "not readable as three numbers"),
+    ],
+)
+def test_a_damaged_release_is_named(tmp_path, name, content, text):
+    folder = tmp_path / "provided-data" / "train-pats" / "pt_2"
+    release(folder, *small_kbp())
+    (folder / name).write_text(content)
+    reader = OpenKbp(tmp_path)
+    with pytest.raises(UserError, match=text) as error:
+        reader.read(reader.cases()[0])
+    assert str(folder / name) in str(error.value)
+
+
+def test_the_real_openkbp(testdata, tmp_path):
+    """Counts and splits of the real files, and two patients written as released and read back."""
+    reader = OpenKbp(testdata / "data")
+    cases = reader.cases()
+    splits = [case.split for case in cases]
+    assert {split: splits.count(split) for split in set(splits)} == {
+        "train": 56,
+        "val": 12,
+        "test": 32,
+        "pretrain": 186,
+    }
+    table = {c["case"]: c for c in json.loads((testdata / "data" / "openkbp" / "cases.json").read_text())}
+    assert {f"pt_{number}" for number in DETECTION} == set(table)
+    assert not {f"pt_{number}" for number in LEFT_OUT} & {case.id for case in cases}
+    original = {"train": "train-pats", "val": "validation-pats", "test": "test-pats"}
+    assert all(table[c.id]["split"] == original[c.split] for c in cases if c.id in table)
+    chosen = [case for case in cases if case.id in ("pt_206", "pt_143")]
+    for case in chosen:
+        volume = reader.read(case)
+        split = "validation-pats" if case.id == "pt_206" else "train-pats"
+        release(tmp_path / "provided-data" / split / case.id, volume.image[0], volume.semantic, volume.affine)
+    again = OpenKbp(tmp_path)
+    assert len(again.cases()) == 2
+    for case, other in zip(chosen, again.cases(), strict=True):
+        first, second = reader.read(case), again.read(other)
+        np.testing.assert_array_equal(first.image, second.image)
+        np.testing.assert_array_equal(first.semantic, second.semantic)
+        np.testing.assert_allclose(first.affine, second.affine, atol=1e-4)
+        assert (case.id, case.split, first.labels) == (other.id, other.split, second.labels)
