@@ -40,7 +40,7 @@ class Assignment:
     def matches(self, num_anchors: int) -> Tensor:
         """(B, M) int64: index of the matched box per anchor, -1 for background."""
         dense = torch.full((len(self.anchor), num_anchors), -1, dtype=torch.long, device=self.anchor.device)
-        return dense.scatter_reduce(1, self.anchor, torch.where(self.positive, self.box, -1), "amax")
+        return dense.scatter_reduce_(1, self.anchor, torch.where(self.positive, self.box, -1), "amax")
 
 
 @torch.no_grad()
