@@ -111,7 +111,7 @@ def resave(path: Path, change=lambda voxels: voxels, affine=None) -> None:
 
 
 DAMAGE = [
-    ("labelsTr/case_1.json", lambda p: spoil_json(p, {"instances": {"1": 0}}), "only in the mask [2], only in the JSON []"),
+    ("labelsTr/case_1.json", lambda p: spoil_json(p, {"instances": {"1": 0}}), "only in the mask [2], only in"),
     ("labelsTr/case_1.json", lambda p: spoil_json(p, {"instances": {"1": 0, "2": 1, "3": 0}}), "only in the JSON [3]"),
     ("labelsTr/case_1.json", lambda p: spoil_json(p, {"instances": {"1": 0, "2": 2}}), "instance 2 has class 2"),
     ("labelsTr/case_1.json", lambda p: spoil_json(p, {"instances": [1]}), "expected {"),
@@ -126,7 +126,7 @@ DAMAGE = [
     ("labelsTr/case_1.nii.gz", lambda p: resave(p, lambda v: -v.astype(np.int16)), "must be 0..65535"),
     ("imagesTr/case_1_0000.nii.gz", truncate, "damaged"),
     ("imagesTr/case_1_0000.nii.gz", lambda p: p.write_bytes(b"no image"), "not a readable NIfTI file"),
-    ("imagesTr/case_1_0000.nii.gz", lambda p: resave(p, lambda v: v[..., 0]), "expected a 3D volume, got shape (30, 28)"),
+    ("imagesTr/case_1_0000.nii.gz", lambda p: resave(p, lambda v: v[..., 0]), "expected a 3D volume, got"),
     ("imagesTr/case_1_0000.nii.gz", lambda p: resave(p, lambda v: np.stack([v, v], -1)), "expected a 3D volume"),
 ]  # fmt: skip
 
@@ -193,7 +193,7 @@ def test_a_wrong_description_is_refused(tmp_path, content, text):
 
 
 def test_a_folder_without_data_says_what_is_expected(tmp_path):
-    with pytest.raises(UserError, match="no dataset.json"):
+    with pytest.raises(UserError, match=r"no dataset\.json"):
         NnDetection(tmp_path)
     write_dataset(tmp_path)
     with pytest.raises(UserError, match="no image imagesTr/"):
@@ -231,7 +231,7 @@ def write_sparse(path: Path, values: np.ndarray, mask: bool) -> None:
 
 
 def release(folder: Path, image: np.ndarray, organs: np.ndarray, affine: np.ndarray) -> None:
-    """A patient as released, from a volume along left, posterior and superior whose affine tells its place in the grid."""
+    """A patient as released, from a volume along left, posterior, superior whose affine tells its place."""
     folder.mkdir(parents=True)
     spacing = np.abs(np.diag(affine)[:3])
     start = np.round(affine[:3, 3] / np.diag(affine)[:3]).astype(int)

@@ -131,7 +131,7 @@ def test_nothing_temporary_is_left(written):
 
 
 def test_what_is_no_store_says_how_to_make_one(tmp_path):
-    with pytest.raises(UserError, match="is not a store .* prepare RAW_FOLDER"):
+    with pytest.raises(UserError, match=r"is not a store .* prepare RAW_FOLDER"):
         Store(tmp_path)
 
 

@@ -41,7 +41,7 @@ def make_plan(store: Store, patch_size: tuple[int, ...] | None = None) -> dict[s
     Raises:
         UserError: ``patch_size`` is not three positive multiples of 16.
     """
-    budget = _patch_budget(patch_size)
+    budget = patch_budget(patch_size)
     cases = _pool(store, store.cases.values())
     median = np.median([case.shape for case in cases], axis=0)
     patch = [min(limit, math.ceil(size / MULTIPLE) * MULTIPLE) for limit, size in zip(budget, median, strict=True)]
@@ -146,7 +146,12 @@ def read_plan(path: Path) -> dict[str, Any]:
     return plan
 
 
-def _patch_budget(patch_size: tuple[int, ...] | None) -> tuple[int, ...]:
+def patch_budget(patch_size: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The largest patch to plan, as asked for or by default.
+
+    Raises:
+        UserError: not three positive multiples of 16.
+    """
     budget = PATCH_BUDGET if patch_size is None else tuple(patch_size)
     if len(budget) != 3 or any(size < MULTIPLE or size % MULTIPLE for size in budget):
         raise UserError(f"patch_size must be three multiples of {MULTIPLE}, got {list(budget)}")

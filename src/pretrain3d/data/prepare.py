@@ -80,7 +80,9 @@ def prepare(
     if spacing_mm is None:
         spacing_mm = old["spacing_mm"] if keep_spacing and old.get("spacing_mm") else _computed_spacing(reader, cases)
     spacing_mm = tuple(float(value) for value in spacing_mm)
-    write_json(out / "prepare.json", {"name": reader.name, "spacing_mm": list(spacing_mm)})
+    note = {"name": reader.name, "spacing_mm": list(spacing_mm)}
+    if note != old:
+        write_json(out / "prepare.json", note)
     job = _Job(reader, _writer(reader, out, spacing_mm), spacing_mm)
     summary = Summary(spacing_mm)
     todo = []
