@@ -124,6 +124,15 @@ def test_no_instance_vanishes():
         assert (box[:3] < true[3:] + 1).all() and (box[3:] > true[:3] - 1).all()  # where it is or right beside it
 
 
+def test_a_speck_of_an_instance_keeps_its_box():
+    mask = np.zeros((24, 24, 24), dtype=np.int32)
+    mask[2:9, 2:9, 2:9] = 1
+    mask[20, 20, 20] = 1
+    frame = resampled_frame(mask.shape, (8, 8, 8))
+    found = boxes_of_instances(resample_labels(mask, frame, keep_all=True).astype(np.int32))[1]
+    np.testing.assert_allclose(found, frame.from_original(boxes_of_instances(mask)[1]), atol=0.7)
+
+
 def test_a_lost_instance_takes_the_voxel_that_it_covers_most():
     mask = np.zeros((8, 8, 8), dtype=np.int32)
     mask[5, 2, 6] = 1

@@ -29,7 +29,7 @@ def resample_labels(mask: np.ndarray, frame: Frame, keep_all: bool) -> np.ndarra
     Args:
         mask: (X, Y, Z) labels from 0, reoriented and cropped as ``frame`` says, not resampled.
         frame: its ``cached_shape`` is the result's.
-        keep_all: a label without any voxel left takes one that it covers, so that no instance vanishes.
+        keep_all: what would have no voxel left takes one that it covers: no instance vanishes, nor a speck of one.
 
     Returns:
         (x, y, z) uint8, or uint16 for labels above 255.
@@ -50,7 +50,7 @@ def resample_labels(mask: np.ndarray, frame: Frame, keep_all: bool) -> np.ndarra
         if box is not None:
             label = index + 1
             crops[label] = tuple(_reach(w, part) for w, part in zip(weights, box, strict=True))
-            share = _coverage(mask, label, box, weights, crops[label])
+            share = _coverage(mask[box] == label, box, weights, crops[label])
             total[crops[label]] += share
             better = share > best[crops[label]]
             best[crops[label]][better] = share[better]
@@ -64,30 +64,38 @@ def resample_labels(mask: np.ndarray, frame: Frame, keep_all: bool) -> np.ndarra
 def _restore_lost(
     out: np.ndarray, mask: np.ndarray, crops: dict[int, tuple[slice, ...]], weights: list[sparse.csr_array]
 ) -> None:
-    """Gives each label without a voxel the one it covers most, unless that is the last one of another label."""
+    """Gives each component of a label without a voxel the one it covers most, unless that is another label's last one.
+
+    Of each component, not of each label: a box reaches to the specks of its mask, and the mask shall have the same box.
+    """
     counts = np.bincount(out.reshape(-1), minlength=max(crops, default=0) + 1)
     boxes = ndimage.find_objects(mask)
     for label, crop in crops.items():
-        if counts[label]:
+        box = boxes[label - 1]
+        components, number = ndimage.label(mask[box] == label, structure=np.ones((3, 3, 3)))
+        if number == 1 and counts[label]:
             continue
-        share = _coverage(mask, label, boxes[label - 1], weights, crop)
-        for flat in np.argsort(-share, axis=None, kind="stable"):
-            place = np.unravel_index(flat, share.shape)
-            owner = int(out[crop][place])
-            if share[place] > 0 and (owner == 0 or counts[owner] > 1):
-                out[crop][place] = label
-                counts[label] += 1
-                counts[owner] -= 1
-                break
-        else:
+        for component in range(1, number + 1):
+            share = _coverage(components == component, box, weights, crop)
+            if ((out[crop] == label) & (share > 0)).any():
+                continue
+            for flat in np.argsort(-share, axis=None, kind="stable")[: np.count_nonzero(share)]:
+                place = np.unravel_index(flat, share.shape)
+                owner = int(out[crop][place])
+                if owner == 0 or counts[owner] > 1:
+                    out[crop][place] = label
+                    counts[label] += 1
+                    counts[owner] -= 1
+                    break
+        if not counts[label]:
             raise UserError(f"instance {label} has no voxel of its own at this spacing; use a finer spacing_mm")
 
 
 def _coverage(
-    mask: np.ndarray, label: int, box: tuple[slice, ...], weights: list[sparse.csr_array], crop: tuple[slice, ...]
+    part: np.ndarray, box: tuple[slice, ...], weights: list[sparse.csr_array], crop: tuple[slice, ...]
 ) -> np.ndarray:
-    """How much of each voxel of ``crop`` (of the result) the label covers, 0..1."""
-    share = (mask[box] == label).astype(np.float32)
+    """How much of each voxel of ``crop`` (of the result) is covered by ``part`` of the voxels of ``box``, 0..1."""
+    share = part.astype(np.float32)
     for axis in range(3):
         share = _along(share, weights[axis][crop[axis]][:, box[axis]], axis)
     return share
