@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> None:
     import torch
 
     check_arguments(settings)
+    quieten()
     lightning.seed_everything(settings["seed"], verbose=False)
     torch.set_float32_matmul_precision("high")
     asked = settings
@@ -61,6 +64,13 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> None:
     trainer.fit(module, datamodule=datamodule, ckpt_path=str(folder.last) if resume else None, weights_only=True)
     if trainer.is_global_zero:
         print(f"{folder.path}: {trainer.global_step} steps")
+
+
+def quieten() -> None:
+    """Silences what Lightning says at every start of a run that is as it should be."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*in eval mode at the start of training.*", ".*LeafSpec.*", ".*does not have many workers.*"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def check_arguments(settings: dict[str, Any]) -> None:

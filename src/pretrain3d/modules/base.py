@@ -107,7 +107,7 @@ class BaseModule(lightning.LightningModule):
         for key, value in losses.items():
             self.log(
                 f"{stage}/{key}",
-                value.detach(),
+                value.detach().float(),
                 on_step=stage == "train",
                 on_epoch=stage != "train",
                 sync_dist=stage != "train",
