@@ -2,8 +2,8 @@
 
     python experiments/run.py experiments/demo.yaml [scale=long] [key=value ...]
 
-A stage is a pretrain3d command line. `{key}` in it is replaced by a value of the file's `values`, of the chosen entry of
-`scales`, or of the command line, in rising order.
+A stage is a pretrain3d command line. `{key}` in it is replaced by a value of the file's `values`, of the chosen entry
+of `scales`, or of the command line, in rising order.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# Runs `fit` and really kills it (SIGKILL, no handler runs): in the second micro-batch of a step, in the second case of a
-# validation, or when half of a checkpoint is on disk.
+# Runs `fit` and really kills it (SIGKILL, no handler runs): in the second micro-batch of a step, in the second case of
+# a validation, or when half of a checkpoint is on disk.
 DRIVER = """
 import io, os, signal, sys
 import torch

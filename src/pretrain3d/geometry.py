@@ -67,9 +67,7 @@ class Frame:
     def resampled(self, cached_shape: tuple[int, ...]) -> Frame:
         """The frame after resampling the cropped volume to ``cached_shape`` (edges stay aligned)."""
         size = (int(cached_shape[0]), int(cached_shape[1]), int(cached_shape[2]))
-        return Frame(
-            self.affine, self.shape, self.permutation, self.flipped, self.crop_start, self.crop_shape, size
-        )
+        return Frame(self.affine, self.shape, self.permutation, self.flipped, self.crop_start, self.crop_shape, size)
 
     @property
     def factor(self) -> np.ndarray:
@@ -162,7 +160,7 @@ class Frame:
 
 
 def _closest_ras_axes(affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-    """For each of R, A, S: the input axis that points most along it (each used once) and whether it points backwards."""
+    """For each of R, A, S: the input axis that points most along it (each used once), and if it points backwards."""
     from nibabel.orientations import io_orientation
 
     orientation = io_orientation(affine)  # row per input axis: (world axis, sign)
@@ -195,7 +193,7 @@ def boxes_of_slots(slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     """`boxes_of_instances` for a batch, on the device and without waiting for it.
 
     Args:
-        slots: (B, X, Y, Z) integers, 0 = background, 1..num_slots = the instance in that place of the padded batch.
+        slots: (B, X, Y, Z) integers, 0 = background, 1..num_slots = the instance in that place of the batch.
         num_slots: N.
 
     Returns:

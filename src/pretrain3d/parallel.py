@@ -1,7 +1,7 @@
 """Sums over processes that keep a distributed loss equal to the loss of one process with the whole batch.
 
-DDP averages gradients over processes. A loss that each process normalises by its own counts is then not the loss of the
-global batch. Every loss here is therefore a function of sums, and each sum goes through `all_sum`: all processes compute
+DDP averages gradients over processes. A loss that each process normalises by its own counts is then not the loss of
+the global batch. Every loss is therefore a function of sums, and each sum goes through `all_sum`: all processes compute
 the same global loss, and the averaged gradient is exactly its gradient.
 """
 

@@ -14,11 +14,12 @@ TAKES_CONFIG = True
 USAGE = """\
 pretrain3d fit --config FILE [key=value ...] [+key=value ...]
 
-Trains one run and writes it to <out>/<name>: config.yaml, metrics.csv, checkpoints/last.ckpt and best.ckpt, pictures/.
-Calling it again with the same config resumes an unfinished run and leaves a finished one alone; trainer.max_steps may grow.
+Trains one run and writes it to <out>/<name>: config.yaml, metrics.csv, checkpoints/ with last.ckpt and best.ckpt,
+pictures/. Calling it again with the same config resumes an unfinished run and leaves a finished one alone;
+trainer.max_steps may grow.
 
   pretrain3d fit --config configs/detect/phantom.yaml trainer.max_steps=100 backbone=resenc_s
-  pretrain3d fit --config configs/detect/phantom.yaml trainer.devices=2 trainer.strategy=ddp trainer.precision=bf16-mixed
+  pretrain3d fit --config configs/detect/phantom.yaml trainer.devices=2 trainer.strategy=ddp
   pretrain3d fit --config configs/detect/phantom.yaml +trainer.fast_dev_run=true
 
 A key that the file or its base mentions is overridden with key=value, another argument of a component is added with

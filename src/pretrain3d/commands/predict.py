@@ -11,8 +11,8 @@ from pretrain3d.config import REQUIRED, UserError, read_options
 USAGE = """\
 pretrain3d predict CHECKPOINT IMAGE_OR_FOLDER out=FOLDER [min_score=0.05]
 
-Finds objects in NIfTI files (.nii, .nii.gz; a folder is searched with its subfolders) with a detector that `fit` trained.
-The checkpoint holds all that is needed: classes, spacing, normalisation, tiles.
+Finds objects in NIfTI files (.nii, .nii.gz; a folder is searched with its subfolders) with a detector that `fit`
+trained. The checkpoint holds all that is needed: classes, spacing, normalisation, tiles.
 
   out=FOLDER             predictions.json (a score file, with millimetres beside the voxels) and predictions.csv
   min_score=0.05         boxes below it are left out

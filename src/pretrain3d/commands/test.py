@@ -15,7 +15,7 @@ from pretrain3d.reporting.run_folder import RunFolder
 
 USAGE = """\
 pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [pictures=4]
-pretrain3d test baseline=mean_box|threshold store=STORE out=FOLDER [fold=0] [split=test] [samples=1000]
+pretrain3d test baseline=mean_box|threshold store=STORE out=FOLDER [fold=0 split=test samples=1000]
 
 Predicts whole volumes and scores them in the voxels of the input files: predictions.json, targets.json (score files) and
 result.json with 95 % bootstrap intervals over cases.
@@ -24,8 +24,8 @@ result.json with 95 % bootstrap intervals over cases.
   split=test|val         held-out cases, or the validation fold
   samples=N              bootstrap samples
   pictures=N             cases drawn into pictures/, 0 for none
-  baseline=...           a method that learns nothing: the mean box of each class, placed relative to the volume, or an
-                         intensity threshold with connected components; both are fitted to the training fold"""
+  baseline=...           a method without a network: the mean box of each class, placed relative to the volume, or
+                         an intensity threshold with connected components; both are fitted to the training fold"""
 
 Prediction = tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes (N, 6) in cached voxels, scores (N,), labels (N,)
 
@@ -159,7 +159,7 @@ def score_cases(
     about: dict[str, Any],
     samples: int,
 ) -> None:
-    """Predicts and scores cases in the voxels of their input files; writes score files and result.json, prints the table."""
+    """Predicts and scores cases in the voxels of their input files; writes score files and result.json."""
     from tqdm import tqdm
 
     from pretrain3d.evaluation.scorefile import write

@@ -11,8 +11,8 @@ from torch import nn
 class Average(nn.Module):
     """A running average of several networks, held in copies under the same names.
 
-    The decay ramps up as ``min(decay, (1 + n) / (10 + n))`` over the updates ``n``, so that a short run is not an average
-    with its random start. Buffers are copied, not averaged.
+    The decay ramps up as ``min(decay, (1 + n) / (10 + n))`` over the updates ``n``, so that a short run is not an
+    average with its random start. Buffers are copied, not averaged.
 
     Args:
         networks: name -> network to follow; ``self.<name>`` is its averaged copy, in eval mode and without gradients.

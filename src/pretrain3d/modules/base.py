@@ -1,4 +1,4 @@
-"""What every LightningModule of the framework shares: optimiser, schedule, averaging, logging, and the checkpoint's note."""
+"""What every LightningModule shares: optimiser, schedule, averaging, logging, and the checkpoint's note."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class BaseModule(lightning.LightningModule):
         torch.manual_seed((int(self.note["seed"]) * 1_000_003 + batch["sample_index"][0]) % 2**63)
 
     def finish_losses(self, losses: dict[str, Tensor], batch: dict[str, Any], stage: str) -> Tensor:
-        """Logs every part of the loss and stops on a non-finite one, one step late so that no step waits for the device.
+        """Logs every part of the loss; stops on a non-finite one, one step late so that no step waits for the device.
 
         Raises:
             UserError: the loss of the previous step was NaN or infinite; names its cases.
