@@ -81,9 +81,7 @@ def normalisation_for(
     return lambda case: of_body(case.histograms["body"])
 
 
-def normalisation_of(
-    resolved: dict[str, Any], channels: int
-) -> Callable[[tuple[Histogram, ...]], Normalisation]:
+def normalisation_of(resolved: dict[str, Any], channels: int) -> Callable[[tuple[Histogram, ...]], Normalisation]:
     """`normalisation_for` without a store, from what `resolve_intensity` gave (a checkpoint holds that).
 
     Returns:

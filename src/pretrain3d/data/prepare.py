@@ -157,8 +157,7 @@ def prepare_volume(volume: RawVolume, where: Path, modality: list[str], spacing_
     if image.dtype == np.int16:
         cached = np.rint(cached).astype(np.int16)
     cached_maps = {
-        name: resample_labels(np.ascontiguousarray(labels[region]), frame, keep_all=name == "instances")
-        for name, labels in maps.items()
+        name: resample_labels(labels[region], frame, keep_all=name == "instances") for name, labels in maps.items()
     }
     return Cached(frame, cached, cached_maps, body_on_grid(body, step, start, frame.factor, frame.cached_shape))
 
@@ -188,7 +187,7 @@ def _usable(volume: RawVolume, where: Path, modality: list[str]) -> np.ndarray:
     image = volume.image
     if len(image) != len(modality):
         raise UserError(f"{where}: {len(image)} channels; {len(modality)} are needed: {', '.join(modality)}")
-    if not np.isfinite(image).all():
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
         raise UserError(f"{where}: {int((~np.isfinite(image)).sum())} voxels are NaN or infinite")
     for channel in image:
         if channel.min() == channel.max():
@@ -199,8 +198,8 @@ def _usable(volume: RawVolume, where: Path, modality: list[str]) -> np.ndarray:
     is_ct = set(modality) == {"CT"}
     whole = image.dtype.kind in "iu" or np.array_equal(np.rint(image), image)
     if is_ct and whole and np.iinfo(np.int16).min <= low and high <= np.iinfo(np.int16).max:
-        return image.astype(np.int16)
-    return image.astype(np.float32)
+        return image.astype(np.int16, copy=False)
+    return image.astype(np.float32, copy=False)
 
 
 def _cached_shape(shape: tuple[int, ...], input_spacing: np.ndarray, spacing_mm: tuple[float, ...]) -> tuple[int, ...]:
@@ -212,24 +211,28 @@ def _cached_shape(shape: tuple[int, ...], input_spacing: np.ndarray, spacing_mm:
 
 def _objects(volume: RawVolume, frame: Frame) -> dict[str, np.ndarray]:
     """Boxes, labels, ids and volumes, all from the input file's mask."""
-    mask = np.zeros((1, 1, 1), dtype=np.int32) if volume.instances is None else volume.instances
+    mask = np.zeros((1, 1, 1), dtype=np.uint8) if volume.instances is None else volume.instances
     instances, boxes = boxes_of_instances(mask)
     assert set(instances.tolist()) == volume.labels.keys(), (instances, volume.labels)
     mapped = frame.from_original(boxes)
     shape = np.asarray(frame.cached_shape)
     assert (mapped[:, :3] > -1e-6).all() and (mapped[:, 3:] < shape + 1e-6).all(), "the crop cuts an object"
-    counts = np.bincount(mask.reshape(-1), minlength=1)
+    counts = [
+        np.count_nonzero(mask[tuple(slice(int(a), int(b)) for a, b in zip(box[:3], box[3:], strict=True))] == instance)
+        for instance, box in zip(instances, boxes, strict=True)
+    ]
     return {
         "boxes": mapped.astype(np.float32),
         "labels": np.array([volume.labels[int(i)] for i in instances], dtype=np.int64),
         "instances": instances,
-        "volumes_mm3": counts[instances] * abs(np.linalg.det(volume.affine[:3, :3])),
+        "volumes_mm3": np.array(counts, dtype=np.float64) * abs(np.linalg.det(volume.affine[:3, :3])),
     }
 
 
 def image_histograms(
     image: np.ndarray, foreground: dict[str, np.ndarray], modality: list[str]
 ) -> dict[str, tuple[Histogram, ...]]:
+    """Per foreground (X, Y, Z) bool: one histogram for each channel of a cached (C, X, Y, Z) image."""
     clips = [CT_RANGE if name == "CT" else None for name in modality]
     return {
         name: tuple(Histogram.of(channel[mask], clip) for channel, clip in zip(image, clips, strict=True))

@@ -41,12 +41,14 @@ def resample_labels(mask: np.ndarray, frame: Frame, keep_all: bool) -> np.ndarra
     shape = frame.cached_shape
     if shape == mask.shape:
         return mask.astype(dtype)
+    mask = np.ascontiguousarray(mask.astype(dtype, copy=False))
+    boxes = ndimage.find_objects(mask)
     weights = [_weights(a, b, _linear, 1.0) for a, b in zip(mask.shape, shape, strict=True)]
     out = np.zeros(shape, dtype=dtype)
     best = np.zeros(shape, dtype=np.float32)  # share of the voxel covered by the label in `out`
     total = np.zeros(shape, dtype=np.float32)  # and by any label
     crops: dict[int, tuple[slice, ...]] = {}
-    for index, box in enumerate(ndimage.find_objects(mask)):
+    for index, box in enumerate(boxes):
         if box is not None:
             label = index + 1
             crops[label] = tuple(_reach(w, part) for w, part in zip(weights, box, strict=True))
@@ -57,19 +59,22 @@ def resample_labels(mask: np.ndarray, frame: Frame, keep_all: bool) -> np.ndarra
             out[crops[label]][better] = label
     out[best < 1 - total] = 0  # where the background covers more; ties go to the object
     if keep_all:
-        _restore_lost(out, mask, crops, weights)
+        _restore_lost(out, mask, boxes, crops, weights)
     return out
 
 
 def _restore_lost(
-    out: np.ndarray, mask: np.ndarray, crops: dict[int, tuple[slice, ...]], weights: list[sparse.csr_array]
+    out: np.ndarray,
+    mask: np.ndarray,
+    boxes: list[tuple[slice, ...]],
+    crops: dict[int, tuple[slice, ...]],
+    weights: list[sparse.csr_array],
 ) -> None:
     """Gives each component of a label without a voxel the one it covers most, unless that is another label's last one.
 
     Of each component, not of each label: a box reaches to the specks of its mask, and the mask shall have the same box.
     """
     counts = np.bincount(out.reshape(-1), minlength=max(crops, default=0) + 1)
-    boxes = ndimage.find_objects(mask)
     for label, crop in crops.items():
         box = boxes[label - 1]
         components, number = ndimage.label(mask[box] == label, structure=np.ones((3, 3, 3)))

@@ -55,7 +55,7 @@ def read_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_mask(path: Path, image_path: Path) -> np.ndarray:
-    """(X, Y, Z) int32 labels on the same grid as the image.
+    """(X, Y, Z) uint8 or uint16 labels on the same grid as the image.
 
     Raises:
         UserError: unreadable, another shape or position than the image, or values that are not whole numbers from 0.
@@ -65,7 +65,7 @@ def read_mask(path: Path, image_path: Path) -> np.ndarray:
     low, high = float(voxels.min()), float(voxels.max())
     if not (np.isfinite([low, high]).all() and low >= 0 and high < 2**16):
         raise UserError(f"{path}: labels must be 0..65535, found {low:g}..{high:g}")
-    labels = voxels.astype(np.int32)
+    labels = voxels.astype(np.uint8 if high < 2**8 else np.uint16, copy=False)
     if voxels.dtype.kind == "f" and not np.array_equal(labels, voxels):
         raise UserError(f"{path}: labels must be whole numbers, found {voxels[labels != voxels].flat[0]:g}")
     return labels

@@ -21,6 +21,7 @@ import numpy as np
 from pretrain3d.config import UserError
 from pretrain3d.data.readers import nifti
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
+from pretrain3d.geometry import boxes_of_instances
 
 FOLDERS = {"train": "Tr", "test": "Ts", "pretrain": "Un"}
 
@@ -99,7 +100,7 @@ class NnDetection(Reader):
             labels = {int(key): int(value) for key, value in instances.items()}
         except (AttributeError, TypeError, ValueError):
             raise UserError(f'{path}: expected {{"instances": {{"1": 0, ...}}}}, got {instances!r}') from None
-        found = set(np.flatnonzero(np.bincount(mask.reshape(-1))).tolist()) - {0}
+        found = set(boxes_of_instances(mask)[0].tolist())
         if found != labels.keys():
             only_mask, only_json = sorted(found - labels.keys()), sorted(labels.keys() - found)
             raise UserError(f"{path}: its ids are not those of {mask_path}: only in the mask {only_mask}, "
