@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import numpy as np
 import torch
@@ -64,7 +64,11 @@ def main() -> int:
         return image[:, x, y, z].clone()
 
     crop = RandCropBoxByPosNegLabeld("image", "box", "label", spatial_size=PATCH, pos=1.0, neg=0.0, num_samples=1)
-    sample = {"image": image, "box": torch.from_numpy(cases[0].boxes), "label": torch.from_numpy(cases[0].labels)}
+    sample: dict[Hashable, torch.Tensor] = {
+        "image": image,
+        "box": torch.from_numpy(cases[0].boxes),
+        "label": torch.from_numpy(cases[0].labels),
+    }
     results = interleave({
         "draw": milliseconds(sampler.draw, 1000),
         "draw + crop": milliseconds(draw_and_cut, 200),

@@ -1,14 +1,14 @@
-"""Raw batch -> batch, on whatever device the raw batch is: normalise, resample or flip, boxes, intensities."""
+"""Raw batch -> batch, on whatever device the raw batch is: resample or flip, normalise, boxes, intensities."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pretrain3d.data import intensity, spatial
-from pretrain3d.data.batch import normalise
 from pretrain3d.geometry import boxes_of_instances, boxes_of_slots
 
 
@@ -24,70 +24,81 @@ class Augmentation:
 
     @torch.no_grad()
     def __call__(self, raw: dict[str, Any]) -> dict[str, Any]:
-        images, slots, inside = [], [], []
-        for row in range(len(raw["image"])):
-            image, slot, inner = _patch(raw, row)
+        sources, patch = raw["image"], raw["patch_size"]
+        device = sources[0].device
+        image = torch.empty(len(sources), len(sources[0]), *patch, device=device)
+        inside = torch.zeros(len(sources), 1, *patch, dtype=torch.bool, device=device)
+        slots = []
+        for row in range(len(sources)):
+            finish = _resample if raw["geometry"][row]["resample"] else _flip
+            slots.append(finish(raw, row, image[row], inside[row, 0]))
             drawn = raw["intensity"][row]
-            images.append(intensity.apply(image, drawn["drawn"], drawn["seed"], raw["sample_index"][row]))
-            slots.append(slot)
-            inside.append(inner)
-        batch = {
-            "image": torch.stack(images),
-            "inside": torch.stack(inside)[:, None],
-            "labels": raw["labels"],
-            "annotated": raw["annotated"],
+            intensity.apply(image[row], drawn["drawn"], drawn["seed"], raw["sample_index"][row])
+        return {
+            "image": image,
+            "inside": inside,
+            **_objects(raw, slots, device),
+            "annotated": _to_device(raw["annotated"], device),
             "sample_index": raw["sample_index"],
             "case_ids": raw["case_ids"],
         }
-        return batch | _objects(raw, slots)
 
 
-def _patch(raw: dict[str, Any], row: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """One sample's image (C, X, Y, Z) float32, slots (X, Y, Z) int16 or None, inside (X, Y, Z) bool."""
-    source, slots = raw["image"][row], raw["slots"][row]
-    geometry, values = raw["geometry"][row], raw["normalisation"][row]
-    patch, device = raw["patch_size"], source.device
-    image = normalise(source, values["low"], values["high"], values["mean"], values["std"])
-    if geometry["resample"]:
-        points = spatial.coordinates(geometry["matrix"], patch, device)  # (3, X, Y, Z)
-        inside = spatial.points_inside(points, geometry["low"], geometry["high"])
-        image = spatial.sample_linear(image, points)
-        for channel, pad in enumerate(values["pad"]):
-            image[channel].masked_fill_(~inside, pad)
-        if slots is not None:
-            slots = spatial.sample_nearest(slots.to(torch.int16), points, inside)
-        return image, slots, inside
-    placed = torch.empty(len(image), *patch, device=device)
-    for channel, pad in enumerate(values["pad"]):
-        placed[channel].fill_(pad)
+def _flip(raw: dict[str, Any], row: int, image: Tensor, inside: Tensor) -> Tensor | None:
+    """Fills ``image`` (C, X, Y, Z) and ``inside`` (X, Y, Z) without resampling; slots (X, Y, Z) int16 or None."""
+    source, slots, geometry, values = (raw[key][row] for key in ("image", "slots", "geometry", "normalisation"))
     offset, flips = geometry["offset"], geometry["flips"]
-    spatial.place(image, offset, flips, placed)
-    inside = torch.zeros(patch, dtype=torch.bool, device=device)
-    spatial.place(torch.ones(source.shape[1:], dtype=torch.bool, device=device), offset, flips, inside)
-    if slots is not None:
-        flipped = torch.zeros(patch, dtype=torch.int16, device=device)
-        spatial.place(slots.to(torch.int16), offset, flips, flipped)
-        slots = flipped
-    return placed, slots, inside
+    if source.shape != image.shape:
+        for channel, pad in enumerate(values["pad"]):
+            image[channel].fill_(pad)  # raw, normalised below with the rest
+    spatial.place(source, offset, flips, image)
+    _normalise(image, values)
+    spatial.place(torch.ones((), dtype=torch.bool, device=image.device).expand(source.shape[1:]), offset, flips, inside)
+    if slots is None:
+        return None
+    flipped = torch.zeros(image.shape[1:], dtype=torch.int16, device=image.device)
+    spatial.place(slots, offset, flips, flipped)
+    return flipped
 
 
-def _objects(raw: dict[str, Any], slots: list[Tensor | None]) -> dict[str, Tensor]:
-    """``boxes`` (B, N, 6), ``valid`` (B, N) and, where there are instance masks, ``mask`` (B, X, Y, Z)."""
-    labels: Tensor = raw["labels"]
-    batch_size, num_objects = labels.shape
-    device = labels.device
+def _resample(raw: dict[str, Any], row: int, image: Tensor, inside: Tensor) -> Tensor | None:
+    """`_flip` with rotation and scaling: image linear, slots nearest."""
+    source, slots, geometry, values = (raw[key][row] for key in ("image", "slots", "geometry", "normalisation"))
+    points = spatial.coordinates(geometry["matrix"], raw["patch_size"], image.device)  # (3, X, Y, Z)
+    inside.copy_(spatial.points_inside(points, geometry["low"], geometry["high"]))
+    normalised = _normalise(source.to(torch.float32, copy=True), values)  # clipping comes before interpolation
+    image.copy_(spatial.sample_linear(normalised, points))
+    pads = _normalise(torch.tensor(values["pad"]).view(-1, 1, 1, 1), values).flatten().tolist()
+    for channel, pad in enumerate(pads):
+        image[channel].masked_fill_(~inside, pad)
+    return None if slots is None else spatial.sample_nearest(slots.to(torch.int16), points, inside)
+
+
+def _normalise(image: Tensor, values: dict[str, tuple[float, ...]]) -> Tensor:
+    """``(clip(x, low, high) - mean) / std`` per channel of (C, x, y, z) float32, in place, with host numbers only."""
+    for channel, plane in enumerate(image):
+        plane.clamp_(values["low"][channel], values["high"][channel])
+        plane.sub_(values["mean"][channel]).div_(values["std"][channel])
+    return image
+
+
+def _objects(raw: dict[str, Any], slots: list[Tensor | None], device: torch.device) -> dict[str, Tensor]:
+    """``boxes`` (B, N, 6), ``labels`` and ``valid`` (B, N); ``mask`` (B, X, Y, Z) where there are instance masks."""
+    batch_size, num_objects = raw["labels"].shape
     boxes = torch.zeros(batch_size, num_objects, 6, device=device)
     valid = torch.zeros(batch_size, num_objects, dtype=torch.bool, device=device)
     mask = torch.zeros(batch_size, *raw["patch_size"], dtype=torch.uint8, device=device)
+    labels = _to_device(raw["labels"], device)
+    lookup = torch.nn.functional.pad(labels + 1, (1, 0)).to(torch.uint8)  # (B, N + 1): slot -> 0 or 1 + class
     for row, slot in enumerate(slots):
+        given = raw["boxes"][row]
         if slot is not None:  # samples without an object cost nothing
             boxes[row], valid[row] = _boxes(slot, num_objects)
-            mask[row] = raw["lookup"][row].index_select(0, slot.flatten().int()).view(slot.shape)
-        elif raw["boxes"][row] is not None:
-            count = len(raw["boxes"][row])
-            boxes[row, :count] = raw["boxes"][row]
-            valid[row, :count] = True
-    return {"boxes": boxes, "valid": valid} | ({"mask": mask} if raw["with_mask"] else {})
+            mask[row] = lookup[row].index_select(0, slot.flatten().int()).view(slot.shape)
+        elif given is not None:
+            boxes[row, : len(given)] = _to_device(given, device)
+            valid[row, : len(given)] = True
+    return {"boxes": boxes, "labels": labels, "valid": valid} | ({"mask": mask} if raw["with_mask"] else {})
 
 
 def _boxes(slots: Tensor, num_objects: int) -> tuple[Tensor, Tensor]:
@@ -99,3 +110,7 @@ def _boxes(slots: Tensor, num_objects: int) -> tuple[Tensor, Tensor]:
     boxes, present = torch.zeros(num_objects, 6), torch.zeros(num_objects, dtype=torch.bool)
     boxes[ids - 1], present[ids - 1] = torch.from_numpy(found).float(), True
     return boxes, present
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)

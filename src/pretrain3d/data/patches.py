@@ -164,20 +164,9 @@ class PatchDataset(Dataset[dict[str, Any]]):
         self._normalisations: dict[str, dict[str, tuple[float, ...]]] = {}
         for case in cases:
             given = normalisation(case)
-            pad = tuple(
-                (min(max(value, low), high) - mean) / std
-                for value, low, high, mean, std in zip(
-                    given.pad_value, given.low, given.high, given.mean, given.std, strict=True
-                )
-            )
-            self._normalisations[case.id] = {
-                "low": given.low,
-                "high": given.high,
-                "mean": given.mean,
-                "std": given.std,
-                "pad": pad,
-            }
-        self._annotated = {case.id: torch.zeros(len(store.classes), dtype=torch.bool) for case in cases}
+            values = {key: getattr(given, key) for key in ("low", "high", "mean", "std")}
+            self._normalisations[case.id] = {**values, "pad": given.pad_value}
+        self._annotated = {case.id: np.zeros(len(store.classes), dtype=bool) for case in cases}
         for case in cases:
             self._annotated[case.id][list(case.annotated)] = True
 
@@ -204,7 +193,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
             "image": torch.from_numpy(np.ascontiguousarray(image)),
             "slots": slots,
             "boxes": boxes,
-            "labels": torch.as_tensor(labels, dtype=torch.int64),
+            "labels": labels,
             "annotated": annotated,
             "geometry": _geometry(drawn, start, case.shape, patch),
             "normalisation": self._normalisations[case.id],
@@ -231,7 +220,7 @@ def _touching(case: Case, start: tuple[int, ...], stop: tuple[int, ...]) -> np.n
     return np.flatnonzero(((boxes[:, :3] - 2 < stop) & (boxes[:, 3:] + 2 > start)).all(axis=1))
 
 
-def _visible_boxes(boxes: np.ndarray, drawn: Draw, patch: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+def _visible_boxes(boxes: np.ndarray, drawn: Draw, patch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For cases with boxes only: which boxes cover a voxel centre of the patch; those, in patch voxels, cut to it."""
     inverse = np.linalg.inv(drawn.linear.matrix)
     matrix = np.concatenate([inverse, (patch / 2 - inverse @ drawn.center)[:, None]], axis=1)
@@ -239,7 +228,7 @@ def _visible_boxes(boxes: np.ndarray, drawn: Draw, patch: np.ndarray) -> tuple[n
     moved[:, :3] = np.maximum(moved[:, :3], 0)
     moved[:, 3:] = np.minimum(moved[:, 3:], patch)
     visible = np.all(np.ceil(moved[:, :3] - 0.5) < np.ceil(moved[:, 3:] - 0.5), axis=1)
-    return visible, torch.from_numpy(moved[visible].astype(np.float32))
+    return visible, moved[visible].astype(np.float32)
 
 
 def _geometry(drawn: Draw, start: tuple[int, ...], shape: tuple[int, ...], patch: np.ndarray) -> dict[str, Any]:
