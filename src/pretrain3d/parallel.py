@@ -43,4 +43,4 @@ def all_sum(value: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return value
-    return _AllSum.apply(value)  # type: ignore[no-any-return]
+    return _AllSum.apply(value)

@@ -17,8 +17,8 @@ USAGE = """\
 pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [pictures=4]
 pretrain3d test baseline=mean_box|threshold store=STORE out=FOLDER [fold=0 split=test samples=1000]
 
-Predicts whole volumes and scores them in the voxels of the input files: predictions.json, targets.json (score files) and
-result.json with 95 % bootstrap intervals over cases.
+Predicts whole volumes and scores them in the voxels of the input files: predictions.json, targets.json (score files)
+and result.json with 95 % bootstrap intervals over cases.
 
   checkpoint=last|best   which weights of the run
   split=test|val         held-out cases, or the validation fold

@@ -39,8 +39,8 @@ class Average(nn.Module):
             average = self.get_submodule(name)
             for old, new in zip(average.parameters(), networks[name].parameters(), strict=True):
                 old.lerp_(new.detach().to(old.dtype), weight.to(old.dtype))
-            for old, new in zip(average.buffers(), networks[name].buffers(), strict=True):
-                old.copy_(new)
+            for buffer, value in zip(average.buffers(), networks[name].buffers(), strict=True):
+                buffer.copy_(value)
 
     def train(self, mode: bool = True) -> Average:
         """Stays in eval mode: the copies are for prediction only."""

@@ -59,12 +59,12 @@ class BaseModule(lightning.LightningModule):
         """The networks that learn, by attribute name."""
         return {"backbone": self.backbone, self.head_name: self.get_submodule(self.head_name)}
 
-    def best_networks(self) -> tuple[nn.Module, nn.Module]:
+    def best_networks(self) -> tuple[Any, Any]:
         """Backbone and head to predict with: the averaged ones where there is an average."""
         source = self.averaged if self.averaged is not None else self
         return source.get_submodule("backbone"), source.get_submodule(self.head_name)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         node = {key: value for key, value in self.optimizer_node.items() if key != "weight_decay"}
         groups = parameter_groups(self.networks.values(), float(self.optimizer_node.get("weight_decay", 0.0)))
         optimizer = build(OPTIMIZERS, node, "module.optimizer", groups=groups)
@@ -118,7 +118,8 @@ class BaseModule(lightning.LightningModule):
 
     def _mean_over_processes(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a single process with the whole batch would log; one exchange, and only where a row is written."""
-        if world_size() == 1 or (self.global_step + 1) % self.trainer.log_every_n_steps:
+        trainer: Any = self.trainer
+        if world_size() == 1 or (self.global_step + 1) % trainer.log_every_n_steps:
             return losses
         values = torch.stack([value.detach().float() for value in losses.values()])
         return dict(zip(losses, all_sum(values) / world_size(), strict=True))

@@ -30,6 +30,8 @@ class DetectionModule(BaseModule):
         mirror_axes: axes of the mirrored views that are predicted too and merged, () for none.
     """
 
+    detector: Any  # from the registry; what it promises is in docs/design.md
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -96,7 +98,8 @@ class DetectionModule(BaseModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """One whole case of the validation fold, against its boxes in cached voxels."""
-        datamodule = self.trainer.datamodule
+        trainer: Any = self.trainer
+        datamodule = trainer.datamodule
         case_id = batch["case_id"]
         image, case = datamodule.volume(case_id)
         found = self.predict_image(image.to(self.device), datamodule.pad_value(case_id))

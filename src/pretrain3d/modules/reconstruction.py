@@ -24,6 +24,8 @@ class ReconstructionModule(BaseModule):
         note, optimizer, schedule, warmup_steps, ema: see `BaseModule`.
     """
 
+    method: Any  # from the registry; see `objectives.contract.Method`
+
     def __init__(
         self,
         backbone: nn.Module,
