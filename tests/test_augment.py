@@ -13,11 +13,12 @@ from tiny_store import blocks, image_of, make_case, tiny_store, write_store
 
 from pretrain3d.config import UserError
 from pretrain3d.data import intensity, spatial
-from pretrain3d.data.augment import Augmentation
+from pretrain3d.data.augment import Augmentation, _boxes
 from pretrain3d.data.batch import collate, is_raw
 from pretrain3d.data.normalise import Normalisation
 from pretrain3d.data.patches import PatchDataset
 from pretrain3d.data.store import Store
+from pretrain3d.geometry import boxes_of_slots
 
 FLIPS = spatial.SpatialSettings(rotation_p=0.0, scale_p=0.0)
 ALL = spatial.SpatialSettings(rotation_p=1.0, scale_p=1.0)
@@ -97,6 +98,15 @@ def test_batch_has_the_promised_keys_shapes_and_types(store: Store):
         "mask": (torch.uint8, (3, *PATCH)),
     }
     assert batch["sample_index"] == [0, 1, 2] and all(isinstance(name, str) for name in batch["case_ids"])
+
+
+def test_boxes_are_found_alike_on_every_device():
+    slots = torch.from_numpy(blocks((14, 12, 10), [(0, 0, 0, 1, 1, 1), (3, 2, 1, 9, 12, 10), (2, 2, 2, 3, 3, 3)]))
+    slots[slots == 3] = 5  # 3 and 4 have no voxel
+    boxes, present = boxes_of_slots(slots[None], 6)
+    on_cpu = _boxes(slots, 6)
+    assert torch.equal(on_cpu[0], boxes[0]) and torch.equal(on_cpu[1], present[0])
+    assert on_cpu[1].tolist() == [True, True, False, False, True, False]
 
 
 def test_volume_smaller_than_the_patch_is_padded(store: Store):

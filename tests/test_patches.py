@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from pathlib import Path
 
@@ -151,6 +152,12 @@ def test_sample_reads_its_region_and_maps_the_objects_to_slots(tmp_path: Path):
             assert len(slot) == 1
             assert raw["labels"][slot.pop() - 1] == case.labels[list(case.instances).index(instance)]
         assert (raw["slots"][mask == 0] == 0).all()
+
+
+def test_dataset_can_be_sent_to_a_spawned_worker(tmp_path: Path):
+    data = dataset(tiny_store(tmp_path, num_train=1), ["train_0"], foreground=1.0)
+    first, second = data[0], pickle.loads(pickle.dumps(data))[0]
+    assert np.array_equal(first["image"], second["image"]) and np.array_equal(first["slots"], second["slots"])
 
 
 def test_sample_without_objects_reads_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -76,12 +76,14 @@ def draw(rng: np.random.Generator, settings: dict[str, dict[str, Any]], channels
     for name, values in settings.items():
         if rng.random() >= values["p"]:
             continue
-        low, high = values["range"]
-        one = (lambda: around_one(rng, low, high)) if name in FACTORS else (lambda: float(rng.uniform(low, high)))  # noqa: B023
         takes_part = rng.random(channels) < values.get("channel_p", 1.0)
         if takes_part.any():
-            drawn[name] = tuple(one() if part else None for part in takes_part)
+            drawn[name] = tuple(_number(rng, name, *values["range"]) if part else None for part in takes_part)
     return drawn
+
+
+def _number(rng: np.random.Generator, name: str, low: float, high: float) -> float:
+    return around_one(rng, low, high) if name in FACTORS else float(rng.uniform(low, high))
 
 
 def apply(image: Tensor, drawn: dict[str, tuple[Any, ...]], seed: int, index: int) -> Tensor:
