@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from pretrain3d.backbones.convolution import Conv3d
+
 if TYPE_CHECKING:
     from pretrain3d.backbones.contract import Level
 
@@ -44,14 +46,14 @@ class FPN(nn.Module):
         self.output = nn.ModuleDict()
         for index in range(self.finest, len(levels)):
             width = self.channels[index]
-            self.lateral[str(index)] = nn.Conv3d(levels[index].channels, width, kernel_size=1)
+            self.lateral[str(index)] = Conv3d(levels[index].channels, width, kernel_size=1)
             if index > self.finest:
                 step = _relative_stride(levels[index - 1].stride, levels[index].stride)
                 self.up[str(index)] = nn.ConvTranspose3d(width, self.channels[index - 1], step, stride=step)
         for index in self.outputs:
             width = self.channels[index]
             convolve = index not in plain
-            self.output[str(index)] = nn.Conv3d(width, width, kernel_size=3, padding=1) if convolve else nn.Identity()
+            self.output[str(index)] = Conv3d(width, width, kernel_size=3, padding=1) if convolve else nn.Identity()
 
     def forward(self, features: list[Tensor], finest: int | None = None) -> dict[int, Tensor]:
         """One (B, c, X, Y, Z) map per backbone level, finest first -> the output levels by index.

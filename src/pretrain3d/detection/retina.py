@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain3d import boxes as box_ops
+from pretrain3d.backbones.convolution import Conv3d
 from pretrain3d.config import UserError
 from pretrain3d.detection.anchors import AnchorGrid, Anchors
 from pretrain3d.detection.assign import Assignment, atss
@@ -114,7 +115,7 @@ class RetinaUNet(nn.Module):
         self.scales = nn.Parameter(torch.ones(len(self.detection_levels)))
         if segmentation != "none":
             channels = 2 if segmentation == "foreground" else num_classes + 1
-            self.segmenter = nn.Conv3d(self.fpn.channels[0], channels, kernel_size=1)
+            self.segmenter = Conv3d(self.fpn.channels[0], channels, kernel_size=1)
         self.normaliser = PositiveNormaliser(float(preset["beta"]))
 
     def forward(self, features: list[Tensor], image_shape: Sequence[int]) -> dict[str, Tensor]:
@@ -248,12 +249,12 @@ class Head(nn.Module):
         layers: list[nn.Module] = []
         for index in range(num_convs):
             layers += [
-                nn.Conv3d(channels if index else in_channels, channels, kernel_size=3, padding=1, bias=False),
+                Conv3d(channels if index else in_channels, channels, kernel_size=3, padding=1, bias=False),
                 nn.GroupNorm(_num_groups(channels), channels),
                 nn.ReLU(inplace=True),
             ]
         self.hidden = nn.Sequential(*layers)
-        self.output = nn.Conv3d(channels if num_convs else in_channels, out_channels, kernel_size=3, padding=1)
+        self.output = Conv3d(channels if num_convs else in_channels, out_channels, kernel_size=3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.normal_(module.weight, std=0.01)
