@@ -14,7 +14,7 @@ from torch import Tensor
 
 MAX_LOG_SCALE = math.log(1000.0 / 16.0)  # a decoded box is at most 62.5 times its anchor
 _TINY = torch.finfo(torch.float32).tiny
-_CHUNK = 512  # boxes whose mutual suppression is resolved at once
+_CHUNK = 320  # boxes whose mutual suppression is resolved at once
 _ROWS = 64  # kept boxes compared at once: rows x columns stays inside the cache
 
 
@@ -37,11 +37,9 @@ def area(boxes: Tensor) -> Tensor:
 
 def intersection(a: Tensor, b: Tensor) -> Tensor:
     """Shared volume of broadcastable (..., 6) boxes, axis by axis so that no (..., 3) intermediate is made."""
-    a, b = a.float(), b.float()
-    edges = [
-        (torch.minimum(a[..., i + 3], b[..., i + 3]) - torch.maximum(a[..., i], b[..., i])).clamp(min=0)
-        for i in range(3)
-    ]
+    # one contiguous tensor per coordinate: (N, 1) against (1, M) then runs vectorised, with a stride of 6 it would not
+    a, b = (boxes.float().movedim(-1, 0).contiguous() for boxes in (a, b))
+    edges = [(torch.minimum(a[i + 3], b[i + 3]) - torch.maximum(a[i], b[i])).clamp(min=0) for i in range(3)]
     return edges[0] * edges[1] * edges[2]
 
 
@@ -118,28 +116,58 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | Non
     """
     assert boxes.shape == (scores.shape[0], 6), f"{tuple(boxes.shape)} boxes, {tuple(scores.shape)} scores"
     wanted = len(scores) if max_keep is None else max_keep
-    alive = torch.sort(scores, descending=True, stable=True).indices
-    boxes = boxes.detach().float()
+    order = torch.sort(scores, descending=True, stable=True).indices
+    boxes = boxes.detach().float()[order]
+    rows = torch.cat(
+        [boxes.T, area(boxes)[None]]
+    )  # (7, N), best first: one contiguous row per coordinate and the volume
+    axis = _widest_axis(boxes)
+    waiting = torch.arange(len(boxes), device=boxes.device)
+    by_start = rows[axis].argsort()
+    alive = torch.ones_like(waiting, dtype=torch.bool)
     kept: list[Tensor] = []
     count = 0
-    while len(alive) and count < wanted:
-        chunk, alive = alive[:_CHUNK], alive[_CHUNK:]
-        chunk = chunk[_greedy_keep(boxes[chunk], iou_threshold)]
+    while len(waiting) and count < wanted:
+        chunk, waiting = waiting[:_CHUNK], waiting[_CHUNK:]
+        alive[chunk] = False
+        chunk = chunk[_greedy_keep(rows[:, chunk], iou_threshold)]
         kept.append(chunk)
         count += len(chunk)
-        if len(alive) and count < wanted:
-            alive = alive[~_overlapped(boxes[chunk], boxes[alive], iou_threshold)]
-    return torch.cat(kept)[:wanted] if kept else alive
+        by_start = by_start[alive[by_start]]
+        if len(waiting) and count < wanted:
+            hit = _overlapped(rows[:, chunk], rows[:, by_start], axis, iou_threshold)
+            alive[by_start[hit]] = False
+            waiting = waiting[alive[waiting]]
+    return order[torch.cat(kept)[:wanted]] if kept else order
 
 
-def _greedy_keep(boxes: Tensor, threshold: float) -> Tensor:
-    """(n,) bool of the greedy survivors among boxes sorted best first.
+def _widest_axis(boxes: Tensor) -> int:
+    """The axis along which the fewest boxes can meet: the spread of the corners is largest against the mean size."""
+    if not len(boxes):
+        return 0
+    spread = boxes[:, :3].std(dim=0, correction=0) / sizes(boxes).mean(dim=0).clamp(min=_TINY)
+    return int(spread.argmax())
+
+
+def _above(a: Tensor, b: Tensor, threshold: float) -> Tensor:
+    """(7, n) and (7, m) coordinates with volumes -> (n, m) bool: ``iou > threshold``, the same arithmetic as `iou`."""
+    x, y, z = (
+        torch.minimum(a[i + 3, :, None], b[i + 3]).sub_(torch.maximum(a[i, :, None], b[i])).clamp_(min=0)
+        for i in range(3)
+    )
+    shared = x.mul_(y).mul_(z)
+    union = (a[6, :, None] + b[6]).sub_(shared).clamp_(min=_TINY)
+    return shared.div_(union) > threshold
+
+
+def _greedy_keep(rows: Tensor, threshold: float) -> Tensor:
+    """(n,) bool of the greedy survivors among (7, n) boxes sorted best first.
 
     ``keep = not suppressed by a kept better box`` is iterated from "all kept". After n rounds the n best boxes are
     right for good, so it ends, and its only fixed point is the greedy solution.
     """
-    suppresses = (iou(boxes, boxes) > threshold).triu(diagonal=1).T.float()  # [i, j] = 1: better box j would drop i
-    keep = torch.ones(len(boxes), device=boxes.device)
+    suppresses = _above(rows, rows, threshold).tril_(diagonal=-1).float()  # [i, j] = 1: better box j would drop i
+    keep = torch.ones(rows.shape[1], device=rows.device)
     while True:
         updated = (suppresses @ keep == 0).float()
         if torch.equal(updated, keep):
@@ -147,41 +175,24 @@ def _greedy_keep(boxes: Tensor, threshold: float) -> Tensor:
         keep = updated
 
 
-def _overlapped(kept: Tensor, others: Tensor, threshold: float) -> Tensor:
-    """(M,) bool: which of the (M, 6) others some kept box overlaps with IoU above the threshold.
+def _overlapped(kept: Tensor, others: Tensor, axis: int, threshold: float) -> Tensor:
+    """(M,) bool: which of the (7, M) others, sorted by their start along the axis, has IoU > threshold with a kept box.
 
-    IoU is at most the overlap ratio along any single axis, so along the axis on which the boxes are spread most, a kept
-    box [a, b) only needs the others that start in ``(a - (1 - t) * longest other, a + (1 - t) * (b - a))``.
+    IoU is at most the overlap ratio along any single axis, so a kept box [a, b) only needs the others that start in
+    (a - (1 - t) * longest other, a + (1 - t) * (b - a)).
     """
-    spread = others[:, :3].std(dim=0, correction=0) / sizes(others).mean(dim=0).clamp(min=_TINY)
-    axis = int(spread.argmax())
-    order = others[:, axis].argsort()
-    others = others[order]
-    kept = kept[kept[:, axis].argsort()]
-    start, length = kept[:, axis], (kept[:, axis + 3] - kept[:, axis]).clamp(min=0)
-    longest = sizes(others)[:, axis].max().clamp(min=0)
+    kept = kept[:, kept[axis].argsort()]
+    start, length = kept[axis], (kept[axis + 3] - kept[axis]).clamp(min=0)
+    longest = (others[axis + 3] - others[axis]).max().clamp(min=0)
     slack = 1.0 - threshold + 1e-3  # the margin covers float32 rounding
-    other_start = others[:, axis].contiguous()
-    first = torch.searchsorted(other_start, start - slack * longest - 1e-3).tolist()
-    last = torch.searchsorted(other_start, start + slack * length + 1e-3, right=True).tolist()
-    hit = torch.zeros(len(others), dtype=torch.bool, device=others.device)
-    columns = others.T.contiguous()  # (6, M): one contiguous row per coordinate
-    volumes = area(others)
-    for row in range(0, len(kept), _ROWS):
+    first = torch.searchsorted(others[axis], start - slack * longest - 1e-3).tolist()
+    last = torch.searchsorted(others[axis], start + slack * length + 1e-3, right=True).tolist()
+    hit = torch.zeros(others.shape[1], dtype=torch.bool, device=others.device)
+    for row in range(0, kept.shape[1], _ROWS):
         begin, end = first[row], max(last[row : row + _ROWS])  # `first` rises with the sorted starts
         if begin < end:
-            block = columns[:, begin:end].T
-            hit[begin:end] |= _any_above(kept[row : row + _ROWS], block, volumes[begin:end], threshold)
-    result = torch.empty_like(hit)
-    result[order] = hit
-    return result
-
-
-def _any_above(rows: Tensor, columns: Tensor, volumes: Tensor, threshold: float) -> Tensor:
-    """(m,) bool: whether any of the (n, 6) rows has an IoU above the threshold with each of the (m, 6) columns."""
-    shared = intersection(rows[:, None], columns[None])  # (n, m)
-    union = (area(rows)[:, None] + volumes[None]).sub_(shared).clamp_(min=_TINY)
-    return (shared.div_(union) > threshold).any(dim=0)
+            hit[begin:end] |= _above(kept[:, row : row + _ROWS], others[:, begin:end], threshold).any(dim=0)
+    return hit
 
 
 def batched_nms(
