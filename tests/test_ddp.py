@@ -12,7 +12,7 @@ import pytest
 COMMON = [
     "data.patch_size=[32,32,32]", "data.num_workers=0", "trainer.max_steps=20", "module.warmup_steps=2",
     "trainer.val_every_n_steps=20", "trainer.checkpoint_every_n_steps=20", "trainer.log_every_n_steps=1",
-    "trainer.accelerator=cpu", "seed=3",
+    "trainer.accelerator=cpu", "trainer.precision=32-true", "seed=3",
 ]  # fmt: skip
 
 
@@ -26,10 +26,16 @@ def fit(config: str, store: Path, out: Path, name: str, *more: str) -> list[dict
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["configs/detect/phantom.yaml", "configs/pretrain/phantom_mae.yaml"])
-def test_two_processes_equal_one(config: str, phantom_store: Path, tmp_path: Path) -> None:
-    one = fit(config, phantom_store, tmp_path, "one", "data.batch_size=4")
-    two = fit(config, phantom_store, tmp_path, "two", "data.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp")
+@pytest.mark.parametrize(
+    ("config", "lr"), [("configs/detect/phantom.yaml", "2.0e-5"), ("configs/pretrain/phantom_mae.yaml", "1.0e-3")]
+)
+def test_two_processes_equal_one(config: str, lr: str, phantom_store: Path, tmp_path: Path) -> None:
+    # Two processes round differently, and training amplifies that: Adam divides near-zero gradients by their own size,
+    # and large steps on the steep regression loss are chaotic. Small SGD steps show that the algebra is the same.
+    sgd = ["module.optimizer=sgd", f"+module.optimizer.lr={lr}", "module.schedule=constant"]
+    one = fit(config, phantom_store, tmp_path, "one", "data.batch_size=4", *sgd)
+    ddp = ["trainer.devices=2", "trainer.strategy=ddp"]
+    two = fit(config, phantom_store, tmp_path, "two", "data.batch_size=2", *ddp, *sgd)
     losses_one = [float(row["train/loss"]) for row in one if row["train/loss"]]
     losses_two = [float(row["train/loss"]) for row in two if row["train/loss"]]
     assert len(losses_one) == 20

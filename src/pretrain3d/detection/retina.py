@@ -150,7 +150,7 @@ class RetinaUNet(nn.Module):
 
         Returns:
             ``loss`` = the sum of ``classification``, ``regression`` and, when the outputs hold a segmentation,
-            ``segmentation_dice`` and ``segmentation_ce``; ``positives``: number of positive anchors, for the log.
+            ``segmentation_dice`` and ``segmentation_ce``; ``positives``: positive anchors per image, for the log.
         """
         with torch.autocast(outputs["logits"].device.type, enabled=False):
             logits, deltas = outputs["logits"].float(), outputs["deltas"].float()
@@ -169,7 +169,7 @@ class RetinaUNet(nn.Module):
                 parts["segmentation_dice"] = SEGMENTATION_WEIGHT * dice
                 parts["segmentation_ce"] = SEGMENTATION_WEIGHT * cross_entropy
             total = torch.stack(list(parts.values())).sum()
-        return {"loss": total, **parts, "positives": assigned.positive.sum()}
+        return {"loss": total, **parts, "positives": assigned.positive.sum() / len(logits)}
 
     def _classification(
         self, logits: Tensor, assigned: Assignment, labels: Tensor, annotated: Tensor, divisor: Tensor
