@@ -4,10 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_store import make_case, write_store
+from tiny_store import make_case, tiny_store, write_store
 
 from pretrain3d.config import UserError
 from pretrain3d.data.fingerprint import CT_RANGE, Histogram, merge, target_spacing
+from pretrain3d.data.module import DataModule
 from pretrain3d.data.normalise import Normalisation, normalisation_for, normalisation_of, resolve_intensity
 
 SHAPE = (6, 5, 4)
@@ -173,3 +174,25 @@ def test_senseless_settings_are_refused(tmp_path, intensity, text):
     store, _ = store_of(tmp_path, [0] * 5)
     with pytest.raises(UserError, match=text):
         normalisation_for(store, intensity, 0)
+
+
+def test_windows_become_channels(tmp_path):
+    """One CT channel is looked at through several windows; outside the volume each is at its lower end."""
+    store = tiny_store(tmp_path / "store", num_pretrain=0)
+    node = {"scheme": "windows", "low": [-1000, 0], "high": [200, 100]}
+    resolved = resolve_intensity(store, node, fold=0)
+    assert resolve_intensity(store, resolved, fold=0) == resolved  # as a checkpoint holds it
+    normalisation = normalisation_for(store, resolved, fold=0)(store.cases["train_0"])
+    image = np.array([-2000, -400, 50, 3000], np.int16).reshape(1, 4, 1, 1)
+    expected = [[-1.0, 0.0, 0.75, 1.0], [-1.0, -1.0, 0.0, 1.0]]
+    assert normalisation(image)[..., 0, 0] == pytest.approx(np.array(expected), abs=1e-6)
+    assert normalisation(torch.from_numpy(image))[..., 0, 0].numpy() == pytest.approx(np.array(expected), abs=1e-6)
+
+    data = DataModule(str(store.path), patch_size=(16, 16, 16), num_workers=0, intensity=node)
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    assert data.in_channels == batch["image"].shape[1] == 2
+    volume, _ = data.volume("train_0")
+    assert volume.shape[0] == 2 and data.pad_value("train_0") == pytest.approx((-1.0, -1.0))
+
+    with pytest.raises(UserError, match="needs lists low and high of one length"):
+        resolve_intensity(store, {"scheme": "windows", "low": [0], "high": 100}, fold=0)

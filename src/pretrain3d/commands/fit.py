@@ -111,7 +111,7 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
     from pretrain3d.reporting.results import commit
 
     store = datamodule.store
-    backbone_node = {**settings["backbone"], "in_channels": len(store.modality)}
+    backbone_node = {**settings["backbone"], "in_channels": datamodule.in_channels}
     backbone = build(BACKBONES, backbone_node, "backbone")
     transfer = settings.get("transfer") or {}
     module_node = dict(settings["module"])

@@ -26,7 +26,8 @@ class Augmentation:
     def __call__(self, raw: dict[str, Any]) -> dict[str, Any]:
         sources, patch = raw["image"], raw["patch_size"]
         device = sources[0].device
-        image = torch.empty(len(sources), len(sources[0]), *patch, device=device)
+        channels = len(raw["normalisation"][0]["low"])  # more than the source has where windows become channels
+        image = torch.empty(len(sources), channels, *patch, device=device)
         inside = torch.zeros(len(sources), 1, *patch, dtype=torch.bool, device=device)
         slots = []
         for row in range(len(sources)):
@@ -48,6 +49,7 @@ def _flip(raw: dict[str, Any], row: int, image: Tensor, inside: Tensor) -> Tenso
     """Fills ``image`` (C, X, Y, Z) and ``inside`` (X, Y, Z) without resampling; slots (X, Y, Z) int16 or None."""
     source, slots, geometry, values = (raw[key][row] for key in ("image", "slots", "geometry", "normalisation"))
     offset, flips = geometry["offset"], geometry["flips"]
+    source = source.expand(len(image), *source.shape[1:])
     if source.shape != image.shape:
         for channel, pad in enumerate(values["pad"]):
             image[channel].fill_(pad)  # raw, normalised below with the rest
@@ -66,7 +68,8 @@ def _resample(raw: dict[str, Any], row: int, image: Tensor, inside: Tensor) -> T
     source, slots, geometry, values = (raw[key][row] for key in ("image", "slots", "geometry", "normalisation"))
     points = spatial.coordinates(geometry["matrix"], raw["patch_size"], image.device)  # (3, X, Y, Z)
     inside.copy_(spatial.points_inside(points, geometry["low"], geometry["high"]))
-    normalised = _normalise(source.to(torch.float32, copy=True), values)  # clipping comes before interpolation
+    source = source.float().expand(len(image), *source.shape[1:]).clone(memory_format=torch.contiguous_format)
+    normalised = _normalise(source, values)  # clipping comes before interpolation
     image.copy_(spatial.sample_linear(normalised, points))
     pads = _normalise(torch.tensor(values["pad"]).view(-1, 1, 1, 1), values).flatten().tolist()
     for channel, pad in enumerate(pads):

@@ -126,6 +126,7 @@ class DataModule(lightning.LightningDataModule):
                 f"data.intensity={scheme}: expected null (the plan's) or {{scheme: ct | zscore | window, ...}}"
             )
         self.normalisation = normalisation_for(self.store, scheme, fold, num_folds)
+        self._channels = len(self.normalisation(next(iter(self.store.cases.values()))).low)
         self.augmentation = Augmentation()
 
     @property
@@ -135,8 +136,8 @@ class DataModule(lightning.LightningDataModule):
 
     @property
     def in_channels(self) -> int:
-        """Channels of an image."""
-        return len(self.store.modality)
+        """Channels of the network's input: the image's, or one per window (`data.normalise`)."""
+        return self._channels
 
     def volume(self, case_id: str) -> tuple[Tensor, Case]:
         """A whole case: (C, X, Y, Z) float32, normalised, on the CPU; and what the store knows about it."""

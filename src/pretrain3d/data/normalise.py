@@ -16,7 +16,7 @@ from pretrain3d.data.fingerprint import Histogram, merge
 from pretrain3d.data.splits import fold_cases
 from pretrain3d.data.store import Case, Store
 
-SCHEMES = ("ct", "zscore", "window")
+SCHEMES = ("ct", "zscore", "window", "windows")
 FOREGROUNDS = ("objects", "body")
 PERCENTILES = (0.5, 99.5)
 MIN_STD = 1e-6
@@ -26,7 +26,7 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 
 @dataclass(frozen=True)
 class Normalisation:
-    """``(clip(x, low, high) - mean) / std`` per channel.
+    """``(clip(x, low, high) - mean) / std`` per channel; an image of one channel becomes one channel per window.
 
     Attributes:
         low: (C) lower clip, may be ``-inf``.
@@ -47,7 +47,7 @@ class Normalisation:
 
     def __call__(self, image: Array) -> Array:
         """(C, X, Y, Z) raw intensities -> float32, an array for an array and a tensor for a tensor."""
-        assert len(image) == len(self.mean), (image.shape, len(self.mean))
+        assert len(image) in (1, len(self.mean)), (image.shape, len(self.mean))
         if isinstance(image, Tensor):
             low, high, mean, std = (
                 torch.tensor(v, dtype=torch.float32, device=image.device).view(-1, 1, 1, 1) for v in self._parts
@@ -94,6 +94,7 @@ def normalisation_of(resolved: dict[str, Any], channels: int) -> Callable[[tuple
             return Normalisation(low, high, tuple(h.mean for h in body), tuple(max(h.std, MIN_STD) for h in body))
 
         return per_case
+    channels = len(resolved["low"]) if resolved["scheme"] == "windows" else channels
     fixed = Normalisation(*(_per_channel(resolved[key], channels, key) for key in ("low", "high", "mean", "std")))
     if any(a >= b for a, b in zip(fixed.low, fixed.high, strict=True)) or min(fixed.std) <= 0:
         raise UserError(f"intensity: low must be below high and std above 0, got {resolved}")
@@ -108,7 +109,9 @@ def resolve_intensity(
     "ct": percentiles 0.5 and 99.5, then mean and standard deviation of the values clipped to them, of the foreground of
     the fold's training cases (nnDetection and nnU-Net take mean and standard deviation before clipping; the difference
     is small and this one gives exactly mean 0 and std 1). "zscore": per case, mean and std of the body. "window":
-    ``low`` and ``high`` become -1 and 1. A number that is given (one for all channels or one per channel) stays.
+    ``low`` and ``high`` become -1 and 1. "windows": an image of one channel becomes one channel per entry of the lists
+    ``low`` and ``high``, each from -1 to 1, as one looks at lung, soft tissue and bone in turn. A number that is given
+    (one for all channels or one per channel) stays.
 
     Raises:
         UserError: unknown scheme or foreground, missing or senseless values.
@@ -122,7 +125,9 @@ def resolve_intensity(
         if given["mean"] is not None or given["std"] is not None:
             raise UserError("intensity.scheme zscore takes mean and std from each case; leave them null or use window")
         return {"scheme": scheme, **given}
-    if scheme == "window":
+    if scheme == "windows":
+        channels = _num_windows(given, channels)
+    if scheme in ("window", "windows"):
         if given["low"] is None or given["high"] is None:
             raise UserError("intensity.scheme window needs low and high")
         low, high = (_per_channel(given[key], channels, key) for key in ("low", "high"))
@@ -134,6 +139,15 @@ def resolve_intensity(
         if any(value is None for value in given.values()):
             defaults = _foreground_statistics(store, intensity, fold, num_folds, seed)
     return {"scheme": scheme, **{k: defaults[k] if value is None else value for k, value in given.items()}}
+
+
+def _num_windows(given: dict[str, Any], channels: int) -> int:
+    low, high = given["low"], given["high"]
+    if channels != 1:
+        raise UserError(f"intensity.scheme windows is for images of one channel; these have {channels}")
+    if not isinstance(low, list | tuple) or not isinstance(high, list | tuple) or len(low) != len(high) or not low:
+        raise UserError(f"intensity.scheme windows needs lists low and high of one length, got {low!r} and {high!r}")
+    return len(low)
 
 
 def _foreground_statistics(

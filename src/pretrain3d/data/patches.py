@@ -166,6 +166,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
             given = normalisation(case)
             values = {key: getattr(given, key) for key in ("low", "high", "mean", "std")}
             self._normalisations[case.id] = {**values, "pad": given.pad_value}
+        self.channels = max((len(values["low"]) for values in self._normalisations.values()), default=0)
         self._annotated = {case.id: np.zeros(len(store.classes), dtype=bool) for case in cases}
         for case in cases:
             self._annotated[case.id][list(case.annotated)] = True
@@ -197,7 +198,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
             "annotated": annotated,
             "geometry": _geometry(drawn, start, case.shape, patch),
             "normalisation": self._normalisations[case.id],
-            "intensity": {"drawn": intensity.draw(rng, self.intensities, len(image)), "seed": self.seed},
+            "intensity": {"drawn": intensity.draw(rng, self.intensities, self.channels), "seed": self.seed},
             "patch_size": self.patch_size,
             "with_mask": self.with_mask,
             "sample_index": index,
