@@ -1,0 +1,56 @@
+"""Averaging, schedules, decay groups and the check of the loss, without a trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pretrain3d.config import UserError
+from pretrain3d.modules.averaging import Average
+from pretrain3d.modules.optim import parameter_groups, warmup_then
+
+
+def test_average_follows_its_definition() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    average = Average({"net": network}, decay=0.5)
+    expected = network[0].weight.detach().clone()
+    for step in range(1, 6):
+        with torch.no_grad():
+            network[0].weight += 1.0
+            network[1].running_mean += 1.0
+        average.update({"net": network})
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * network[0].weight.detach()
+    torch.testing.assert_close(average.net[0].weight, expected)
+    torch.testing.assert_close(average.net[1].running_mean, network[1].running_mean)
+    assert not any(parameter.requires_grad for parameter in average.parameters())
+    assert not average.train().net.training
+    restored = Average({"net": network}, decay=0.5)
+    restored.load_state_dict(average.state_dict())
+    assert int(restored.updates) == 5
+
+
+def test_schedule_ramps_over_the_warm_up_and_ends_at_zero() -> None:
+    factor = warmup_then("poly", warmup_steps=4, max_steps=10)
+    assert [factor(step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factor(7) == pytest.approx(0.5**0.9)
+    assert factor(10) == 0.0
+    assert warmup_then("cosine", 0, 8)(4) == pytest.approx(0.5)
+    assert warmup_then("constant", 0, 8)(7) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "message"),
+    [("linear", 0, "module.schedule is 'linear'; it is one of cosine"), ("poly", 10, "must be shorter than")],
+)
+def test_schedule_mistakes(name: str, warmup: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        warmup_then(name, warmup, 10)
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    network = nn.Sequential(nn.Conv3d(1, 2, 3), nn.InstanceNorm3d(2, affine=True))
+    decayed, plain = parameter_groups([network], 0.1)
+    assert decayed["weight_decay"] == 0.1 and decayed["params"] == [network[0].weight]
+    assert plain["weight_decay"] == 0.0 and len(plain["params"]) == 3  # type: ignore[arg-type]
