@@ -19,7 +19,7 @@ ROOT = Path(pretrain3d.__file__).parent
 LAYERS = (
     ("__init__",),
     ("signatures",),
-    ("config",),
+    ("config", "files"),
     ("parallel",),
     ("boxes",),
     ("geometry",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from pretrain3d.data.normalise import SCHEMES, resolve_intensity
 from pretrain3d.data.splits import fold_cases
 from pretrain3d.data.store import Case, Store
 from pretrain3d.detection.anchors import base_sizes, best_iou, mean_best_iou
+from pretrain3d.files import write_text
 
 MULTIPLE = 16  # of patch sizes: what the coarsest level of the small backbones needs
 PATCH_BUDGET = (128, 128, 128)
@@ -112,9 +112,7 @@ def write_plan(path: Path, plan: dict[str, Any], store: Store) -> None:
         "coverage:" if plan["coverage"] else "coverage: null",
         *(f"  {key}: {_flow(value)}" for key, value in (plan["coverage"] or {}).items()),
     ]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def read_plan(path: Path) -> dict[str, Any]:

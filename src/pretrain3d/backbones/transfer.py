@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from pretrain3d.backbones import BACKBONES
 from pretrain3d.config import UserError, build, suggestion
+from pretrain3d.files import replacing
 
 FORMAT = "pretrain3d-backbone"
 VERSION = 1
@@ -102,16 +102,8 @@ def export_weights(
         "fingerprint": fingerprint(weights),
     }
     _check_plain({key: value for key, value in content.items() if key != "weights"}, "export")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
     return content
 
 

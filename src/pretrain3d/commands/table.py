@@ -24,8 +24,8 @@ DEFAULTS = {"out": "", "report": "", "title": "Results", "pictures": True}
 def run(paths: list[str], options: dict[str, object]) -> int:
     """Tabulates runs; returns the exit status."""
     given = read_options(options, DEFAULTS)
+    from pretrain3d.files import write_text
     from pretrain3d.reporting.report import is_pretraining
-    from pretrain3d.reporting.results import write_text
     from pretrain3d.reporting.tables import make_tables, read_results
 
     tested = [path for path in paths if not is_pretraining(path)]

@@ -22,6 +22,7 @@ import yaml
 from pretrain3d.config import UserError
 from pretrain3d.data.fingerprint import Histogram
 from pretrain3d.data.identity import data_hash
+from pretrain3d.files import replacing, write_text
 from pretrain3d.geometry import Frame
 
 FORMAT = 1
@@ -262,10 +263,7 @@ def read_case(path: Path, case_id: str) -> Case:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes JSON atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(values))
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -282,8 +280,6 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.b2nd")
     lead = (1,) * (array.ndim - 3)
     chunks = lead + tuple(min(CHUNK, size) for size in array.shape[-3:])
     blocks = lead + tuple(min(BLOCK, size) for size in array.shape[-3:])
@@ -295,8 +291,8 @@ def _write_array(path: Path, array: np.ndarray) -> None:
         "nthreads": 1,
         "typesize": array.dtype.itemsize,
     }
-    blosc2.asarray(
-        np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=compression,
-        urlpath=str(temporary), mode="w", contiguous=True,
-    )  # fmt: skip
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        blosc2.asarray(
+            np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=compression,
+            urlpath=str(temporary), mode="w", contiguous=True,
+        )  # fmt: skip

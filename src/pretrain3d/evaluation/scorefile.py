@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pretrain3d.config import UserError
+from pretrain3d.files import write_text
 
 Kind = Literal["predictions", "targets"]
 SHOWN = 5  # problems named in one error; the rest are counted
@@ -75,14 +75,7 @@ def write(path: str | Path, classes: Sequence[str], cases: Mapping[str, Mapping[
     """Writes a score file atomically, from arrays, tensors or lists; keys other than the format's are left out."""
     keys = ("boxes", "scores", "labels", "annotated")
     plain = {i: {key: _plain(entry[key]) for key in keys if key in entry} for i, entry in cases.items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(json.dumps({"classes": list(classes), "cases": plain}, allow_nan=False) + "\n")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_text(path, json.dumps({"classes": list(classes), "cases": plain}, allow_nan=False) + "\n")
 
 
 def _plain(values: Any) -> list[Any]:

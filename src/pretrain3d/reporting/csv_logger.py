@@ -13,7 +13,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from pretrain3d.reporting.results import read_rows, write_text
+from pretrain3d.files import write_text
+from pretrain3d.reporting.results import read_rows
 
 FLUSH_SECONDS = 10.0
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from pretrain3d.files import write_text
 from pretrain3d.geometry import Frame
-from pretrain3d.reporting.results import write_json, write_text
+from pretrain3d.reporting.results import write_json
 
 CSV_HEADER = ("case", "class", "score", "x1", "y1", "z1", "x2", "y2", "z2",
               "center_x_mm", "center_y_mm", "center_z_mm", "size_x_mm", "size_y_mm", "size_z_mm")  # fmt: skip

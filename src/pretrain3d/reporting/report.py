@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain3d.config import UserError, read_yaml, to_yaml
+from pretrain3d.files import write_text
 from pretrain3d.reporting import figures
-from pretrain3d.reporting.results import read_result, read_rows, write_text
+from pretrain3d.reporting.results import read_result, read_rows
 from pretrain3d.reporting.tables import CLASS_KEY, by_cases, describe_cases, make_tables
 
 CASES = 4  # with pictures

@@ -14,23 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pretrain3d.config import UserError
+from pretrain3d.files import write_text
 
 REQUIRED = ("run", "metrics", "per_class", "cases", "config", "seed")
 PACKAGES = ("torch", "lightning", "monai", "numpy")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file atomically: a reader, and a restart after a kill, see the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # one writer per file: a killed one leaves one name
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:

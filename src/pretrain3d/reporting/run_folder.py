@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain3d.config import UserError, read_yaml, to_yaml
-from pretrain3d.reporting.results import write_json, write_text
+from pretrain3d.files import write_text
+from pretrain3d.reporting.results import write_json
 
 
 class RunFolder:

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from pretrain3d.config import UserError, suggestion
-from pretrain3d.reporting.results import write_text
+from pretrain3d.files import write_text
 
 MODES = ("offline", "online", "disabled")
 KEYS = ("mode", "project", "entity", "group", "tags")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from pretrain3d.config import UserError
 from pretrain3d.data.phantom.anatomy import ORGANS
 from pretrain3d.data.phantom.case import SPLITS, PhantomCase, make_case
 from pretrain3d.data.phantom.lesions import CLASSES
+from pretrain3d.files import replacing
 
 VERSION = 1  # of what is drawn: goes up whenever the same seed gives another volume
 RECIPE = "phantom.json"
@@ -168,12 +168,8 @@ def _write_missing(path: Path, content: Callable[[], bytes]) -> int:
     """Writes a file whole or not at all, unless it is there: the number of files written."""
     if path.exists():
         return 0
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return 1
 
 
