@@ -216,7 +216,7 @@ def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(write.os, "replace", stop)
+    monkeypatch.setattr("pretrain3d.files.os.replace", stop)
     with pytest.raises(KeyboardInterrupt):
         write._write_missing(tmp_path / "a.nii.gz", lambda: b"half")
     assert not list(tmp_path.iterdir())

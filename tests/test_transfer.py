@@ -155,8 +155,8 @@ def test_values_that_could_not_be_read_back_are_not_written(backbone, tmp_path):
 def test_a_killed_export_leaves_the_old_file(backbone, file, monkeypatch):
     before = file.read_bytes()
 
-    def killed(content, stream):
-        stream.write(b"half")
+    def killed(content, temporary):
+        temporary.write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(transfer.torch, "save", killed)
