@@ -43,7 +43,7 @@ else
 endif
 	@touch $@
 
-demo: setup  ## the whole way on embedded data, 12 minutes on two cores: table and report in runs/demo
+demo: setup  ## the whole way on embedded data: table and report in runs/demo
 	$(PY) experiments/run.py experiments/demo.yaml $(if $(SCALE),scale=$(SCALE))
 
 openkbp: data-named setup  ## the same on real CTs: make openkbp DATA=<folder>

@@ -119,4 +119,4 @@ def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert shown.startswith(f"{name}: {COMMANDS[name]}\n\npretrain3d {name}")
     command = importlib.import_module(f"pretrain3d.commands.{name}")
     assert callable(command.run)
-    assert getattr(command, "HELP", COMMANDS[name]) == COMMANDS[name]  # the overview and the module say the same
+    assert not hasattr(command, "HELP")  # the help line stands in one place, the table of commands

@@ -7,7 +7,6 @@ from pathlib import Path
 from pretrain3d.config import REQUIRED, UserError, read_options
 from pretrain3d.reporting.run_folder import RunFolder
 
-HELP = "write the pretrained backbone of a run to one file"
 USAGE = """\
 pretrain3d export RUN out=FILE [checkpoint=last]
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from pretrain3d.config import REQUIRED, UserError, read_options
 
-HELP = "write the embedded data set of synthetic CT volumes"
 USAGE = """\
 pretrain3d phantom out=DIR [train=40 test=24 unlabelled=40 seed=0 workers=2] [picture=FILE.png]
 

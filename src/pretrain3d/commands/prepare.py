@@ -9,7 +9,6 @@ from typing import Any
 
 from pretrain3d.config import REQUIRED, UserError, read_options, resolve
 
-HELP = "turn a folder of raw cases into a training store"
 USAGE = """\
 pretrain3d prepare RAW_FOLDER out=STORE reader=nndetection|openkbp|images [spacing_mm=null patch_size=null workers=2]
 

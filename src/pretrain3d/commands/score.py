@@ -9,7 +9,6 @@ from pretrain3d.config import REQUIRED, UserError, read_options
 from pretrain3d.evaluation.protocol import summarise
 from pretrain3d.evaluation.scorefile import read_pair
 
-HELP = "compare predicted boxes with true ones, from any detector"
 USAGE = """
 pretrain3d score predictions=FILE targets=FILE [out=FILE] [samples=1000]
 
