@@ -4,68 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from pretrain3d.backbones.decoders import UNetDecoder
-from pretrain3d.config import build
 from pretrain3d.data.batch import torch_generator
-from pretrain3d.modules.base import BaseModule
-from pretrain3d.objectives import PRETRAINING
+from pretrain3d.modules.pretraining import PretrainingModule
+
+PURPOSES = {"train": "mask", "val": "validation mask"}
 
 
-class ReconstructionModule(BaseModule):
-    """Lightning's side of a reconstruction method.
+class ReconstructionModule(PretrainingModule):
+    """Lightning's side of a reconstruction method; arguments as `PretrainingModule`."""
 
-    Args:
-        backbone: see `BaseModule`.
-        method: ``{"name": a name in PRETRAINING, ...}``.
-        patch_size: (3,) voxels of a training patch.
-        note, optimizer, schedule, warmup_steps, ema: see `BaseModule`.
-    """
-
-    method: Any  # from the registry; see `objectives.contract.Method`
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        method: dict[str, Any],
-        patch_size: tuple[int, int, int],
-        note: dict[str, Any],
-        optimizer: dict[str, Any],
-        schedule: str = "cosine",
-        warmup_steps: int = 0,
-        ema: float | None = None,
-    ) -> None:
-        head = build(
-            PRETRAINING,
-            method,
-            "module.method",
-            levels=backbone.levels,
-            in_channels=backbone.in_channels,
-            patch_size=tuple(patch_size),
-            decoder=UNetDecoder,
-        )
-        super().__init__(backbone, head, "method", note, optimizer, schedule, warmup_steps, ema)
-
-    def _losses(
-        self, backbone: nn.Module, method: Any, batch: dict[str, Any], seed: int, purpose: str
-    ) -> tuple[dict[str, Tensor], Any, dict[str, Any]]:
+    def prepare(self, method: Any, batch: dict[str, Any], stage: str) -> dict[str, Any]:
+        """Masks are drawn on the batch's device, from one generator per sample."""
+        seed = self.note["seed"] if stage == "train" else 0
         device = batch["image"].device
-        generators = [torch_generator(seed, index, purpose, device) for index in batch["sample_index"]]
-        prepared = method.prepare(batch, generators)
-        outputs = method(backbone, prepared)
-        with torch.autocast(device.type, enabled=False):
-            losses = method.loss(outputs, prepared)
-        return losses, outputs, prepared
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        losses, _, _ = self._losses(self.backbone, self.method, batch, self.note["seed"], "mask")
-        return self.finish_losses(losses, batch, "train")
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """The same masks at every validation, so that the curve compares like with like."""
-        backbone, method = self.best_networks()
-        losses, outputs, prepared = self._losses(backbone, method, batch, 0, "validation mask")
-        self.finish_losses(losses, batch, "val")
-        return {"pictures": method.pictures(outputs, prepared)} if batch_idx == 0 else {}
+        generators = [torch_generator(seed, index, PURPOSES[stage], device) for index in batch["sample_index"]]
+        return method.prepare(batch, generators)
