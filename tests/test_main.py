@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +89,22 @@ def test_a_users_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pretrain3d.commands.score", raising(KeyboardInterrupt()))  # type: ignore[arg-type]
     assert main(["score"]) == 130
+
+
+def test_a_reader_that_has_gone_is_141(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ``pretrain3d show runs/x | head -1``: no traceback, and what is left of the output goes nowhere."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["--help"]) == 141
+        print("more", file=closed)
+
+
+def test_a_pipe_that_breaks_elsewhere_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pretrain3d.commands.score", raising(BrokenPipeError("a worker")))  # type: ignore[arg-type]
+    with pytest.raises(BrokenPipeError, match="a worker"):
+        main(["score"])
 
 
 def test_any_other_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ mistakes are answered at once.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -45,16 +46,36 @@ def main(argv: Sequence[str]) -> int:
     has ``run(config_path: str | None, paths: list[str], overrides: list[str]) -> int``.
 
     Returns:
-        The exit status: the command's own (0 done, 1 done in part), 2 for a user's mistake, 130 when interrupted.
+        The exit status: the command's own (0 done, 1 done in part), 2 for a user's mistake, 130 when interrupted, 141
+        when the reader of the output has gone (``pretrain3d ... | head``).
     """
     try:
-        return _run(list(argv))
+        status = _run(list(argv))
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"pretrain3d: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pretrain3d: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        return 141
+
+
+def _output_is_closed() -> bool:
+    """Whether nobody reads standard output; if so, what is left of it goes nowhere, the interpreter's own flush too.
+
+    A pipe may also break between processes of a run: so one more line is tried.
+    """
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def entry() -> None:
