@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pretrain3d.config import UserError
 from pretrain3d.objectives.contract import Backbone, Decoder, PyramidLevel
-from pretrain3d.objectives.masking import block_mask, block_size, hidden_cells
-from pretrain3d.parallel import all_sum
+from pretrain3d.objectives.hidden import checked_block, hidden_losses, hidden_pictures
+from pretrain3d.objectives.masking import block_mask
 
 
 class MAE(nn.Module):
@@ -47,15 +47,7 @@ class MAE(nn.Module):
         if tuple(levels[0].stride) != (1, 1, 1):
             raise UserError(f"mae: the backbone's finest stride is {levels[0].stride}; features at stride 1 are needed")
         self.ratio = ratio
-        if block is None:
-            block = block_size(patch_size)
-        self.block = (block,) * 3 if isinstance(block, int) else tuple(block)
-        num_cells = int(np.prod([-(-size // side) for size, side in zip(patch_size, self.block, strict=True)]))
-        if not 0 < hidden_cells(num_cells, ratio) < num_cells:
-            raise UserError(
-                f"mae: ratio {ratio} of the {num_cells} blocks of {self.block} in a patch of {tuple(patch_size)} "
-                "leaves nothing to predict or nothing to see; ratio is between 0 and 1, 0.75 is usual"
-            )
+        self.block = checked_block("mae", patch_size, ratio, block)
         self.decoder = decoder(levels, in_channels)
 
     def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
@@ -75,48 +67,9 @@ class MAE(nn.Module):
         return {"reconstruction": self.decoder(features)[0]}
 
     def loss(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Mean squared error over the hidden voxels inside the volume: one mean for the whole batch of all processes.
-
-        Returns:
-            ``loss``; and ``mean_predictor``, the same error when the mean of the visible voxels of each sample is
-            predicted, which a network that learned anything is below.
-        """
-        targets = prepared["targets"].float()  # (B, C, X, Y, Z)
-        scored = ~prepared["keep"] & prepared["inside"]  # (B, 1, X, Y, Z)
-        error = outputs["reconstruction"].float() - targets
-        trivial = visible_mean(targets, prepared["keep"] & prepared["inside"]) - targets
-        sums = torch.stack(
-            [
-                error.square().mul(scored).sum(),
-                trivial.square().mul(scored).sum(),
-                scored.sum().float() * targets.shape[1],
-            ]
-        )
-        if self.training:  # validation batches are not paired between processes
-            sums = all_sum(sums)
-        loss, mean_predictor = sums[:2] / sums[2].clamp(min=1.0)
-        return {"loss": loss, "mean_predictor": mean_predictor.detach()}
+        """Mean squared error over the hidden voxels inside the volume; see `hidden.hidden_losses`."""
+        return hidden_losses(outputs["reconstruction"], prepared, self.training)
 
     def pictures(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """Central slices along z of the first sample's first channel, in normalised intensities.
-
-        Returns:
-            ``original``; ``masked`` (what the backbone sees, hidden voxels 0); ``reconstructed`` (the prediction where
-            hidden, the original elsewhere): (X, Y) float32 each.
-        """
-        middle = prepared["targets"].shape[-1] // 2
-        original = prepared["targets"][0, 0, :, :, middle].float()
-        keep = prepared["keep"][0, 0, :, :, middle]
-        predicted = outputs["reconstruction"][0, 0, :, :, middle].float()
-        slices = {
-            "original": original,
-            "masked": original.masked_fill(~keep, 0.0),
-            "reconstructed": torch.where(keep, original, predicted),
-        }
-        return {name: array.detach().cpu().numpy() for name, array in slices.items()}
-
-
-def visible_mean(targets: Tensor, visible: Tensor) -> Tensor:
-    """Mean of the visible voxels per sample and channel: (B, C, X, Y, Z), (B, 1, X, Y, Z) bool -> (B, C, 1, 1, 1)."""
-    count = visible.sum((2, 3, 4), keepdim=True).clamp(min=1)
-    return (targets * visible).sum((2, 3, 4), keepdim=True) / count
+        """``original``, ``masked``, ``reconstructed``; see `hidden.hidden_pictures`."""
+        return hidden_pictures(outputs["reconstruction"], prepared)

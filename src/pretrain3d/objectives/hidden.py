@@ -1,0 +1,100 @@
+"""What methods share that hide blocks of voxels and predict them: the check of the mask, the error, the pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain3d.config import UserError
+from pretrain3d.objectives import inpainting
+from pretrain3d.objectives.masking import block_size, hidden_cells
+from pretrain3d.parallel import all_sum
+
+
+def checked_block(
+    method: str,
+    patch_size: Sequence[int],
+    ratio: float,
+    block: int | Sequence[int] | None,
+) -> tuple[int, int, int]:
+    """The side of a mask block in voxels, one per axis.
+
+    Args:
+        method: name, for the error.
+        patch_size: (3,) voxels.
+        ratio: share of blocks to hide.
+        block: one number, (3,), or ``None`` = `masking.block_size` of the patch.
+
+    Raises:
+        UserError: a mask that hides nothing or everything.
+    """
+    if block is None:
+        block = block_size(patch_size)
+    x, y, z = (block,) * 3 if isinstance(block, int) else block
+    num_cells = math.prod(-(-size // side) for size, side in zip(patch_size, (x, y, z), strict=True))
+    if not 0 < hidden_cells(num_cells, ratio) < num_cells:
+        raise UserError(
+            f"{method}: ratio {ratio} of the {num_cells} blocks of {(x, y, z)} in a patch of {tuple(patch_size)} "
+            "leaves nothing to predict or nothing to see; ratio is between 0 and 1, 0.75 is usual"
+        )
+    return x, y, z
+
+
+def hidden_losses(
+    prediction: Tensor,
+    prepared: dict[str, Tensor],
+    training: bool,
+    error: Callable[[Tensor], Tensor] = torch.square,
+) -> dict[str, Tensor]:
+    """Mean error over the hidden voxels inside the volume: one mean for the whole batch of all processes.
+
+    Args:
+        prediction: (B, C, X, Y, Z).
+        prepared: ``targets`` (B, C, X, Y, Z); ``keep`` and ``inside`` (B, 1, X, Y, Z) bool.
+        training: False also gives ``inpainting_linear``, and leaves other processes alone (validation batches are not
+            paired between them).
+        error: of a difference, voxel by voxel.
+
+    Returns:
+        ``loss``; ``mean_predictor``, the same error when the mean of the visible voxels of each sample is predicted,
+        which a network that learned anything is below; in validation ``inpainting_linear``, the same error of
+        `inpainting.linear`, which a network that learned more than smoothness is below.
+    """
+    targets = prepared["targets"].float()  # (B, C, X, Y, Z)
+    visible = prepared["keep"] & prepared["inside"]  # (B, 1, X, Y, Z)
+    guesses = {"loss": prediction.float(), "mean_predictor": inpainting.visible_mean(targets, visible)}
+    if not training:
+        guesses["inpainting_linear"] = inpainting.linear(targets, visible)
+    scored = ~prepared["keep"] & prepared["inside"]  # (B, 1, X, Y, Z)
+    sums = [error(guess - targets).mul(scored).sum() for guess in guesses.values()]
+    totals = torch.stack([*sums, scored.sum().float() * targets.shape[1]])
+    if training:
+        totals = all_sum(totals)
+    means = totals[:-1] / totals[-1].clamp(min=1.0)
+    return {name: mean if name == "loss" else mean.detach() for name, mean in zip(guesses, means, strict=True)}
+
+
+def hidden_pictures(prediction: Tensor, prepared: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Central slices along z of the first sample's first channel, in normalised intensities.
+
+    Args:
+        prediction, prepared: see `hidden_losses`.
+
+    Returns:
+        ``original``; ``masked`` (hidden voxels 0); ``reconstructed`` (the prediction where hidden, the original
+        elsewhere): (X, Y) float32 each.
+    """
+    middle = prepared["targets"].shape[-1] // 2
+    original = prepared["targets"][0, 0, :, :, middle].float()
+    keep = prepared["keep"][0, 0, :, :, middle]
+    predicted = prediction[0, 0, :, :, middle].float()
+    slices = {
+        "original": original,
+        "masked": original.masked_fill(~keep, 0.0),
+        "reconstructed": torch.where(keep, original, predicted),
+    }
+    return {name: array.detach().cpu().numpy() for name, array in slices.items()}
