@@ -51,6 +51,6 @@ def test_schedule_mistakes(name: str, warmup: int, message: str) -> None:
 
 def test_norms_and_biases_do_not_decay() -> None:
     network = nn.Sequential(nn.Conv3d(1, 2, 3), nn.InstanceNorm3d(2, affine=True))
-    decayed, plain = parameter_groups([network], 0.1)
+    decayed, plain = parameter_groups({"net": network}, 0.1)
     assert decayed["weight_decay"] == 0.1 and decayed["params"] == [network[0].weight]
     assert plain["weight_decay"] == 0.0 and len(plain["params"]) == 3  # type: ignore[arg-type]

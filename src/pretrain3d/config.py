@@ -25,6 +25,7 @@ NODES = {
     "module": "pretrain3d.modules:MODULES",
     "module.method": "pretrain3d.objectives:PRETRAINING",
     "module.detector": "pretrain3d.detection:DETECTORS",
+    "module.finetune": "pretrain3d.modules:FINETUNE",
 }
 
 REQUIRED = object()  # default of an option that must be given

@@ -42,7 +42,7 @@ def export(folder: RunFolder, out: Path, which: str) -> None:
 
     checkpoint = read_checkpoint(source)
     note = checkpoint[NOTE]
-    prefix = "averaged.backbone." if note["weights"] == "ema" else "backbone."
+    prefix = "backbone." if note["weights"] == "online" else "averaged.backbone."
     state = checkpoint["state_dict"]
     weights = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
     about = {

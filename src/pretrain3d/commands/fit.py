@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import UserError, build, check, check_names, load
+from pretrain3d.config import UserError, build, check, check_names, checked_arguments, load
 from pretrain3d.reporting.run_folder import RunFolder
 
 TAKES_CONFIG = True
@@ -82,7 +82,8 @@ def check_arguments(settings: dict[str, Any]) -> None:
     """
     from pretrain3d.backbones import BACKBONES
     from pretrain3d.detection import DETECTORS
-    from pretrain3d.modules import MODULES
+    from pretrain3d.modules import FINETUNE, MODULES
+    from pretrain3d.modules.averaging import StochasticAveraging
     from pretrain3d.modules.optim import OPTIMIZERS
     from pretrain3d.objectives import PRETRAINING
 
@@ -99,6 +100,10 @@ def check_arguments(settings: dict[str, Any]) -> None:
     check(MODULES, module, "module", given=tuple(given))
     optimizer = {key: value for key, value in module["optimizer"].items() if key != "weight_decay"}
     check(OPTIMIZERS, optimizer, "module.optimizer", given=("groups",))
+    if module.get("finetune"):
+        check(FINETUNE, module["finetune"], "module.finetune", given=("schedule", "warmup_steps", "max_steps"))
+    if module.get("swa"):
+        checked_arguments(StochasticAveraging, module["swa"], "module.swa")
     known = {key: value for key, value in settings["trainer"].items() if key not in OWN_TRAINER_KEYS}
     check(TRAINER, {"name": "trainer", **known}, "trainer")
 

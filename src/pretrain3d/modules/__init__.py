@@ -4,3 +4,10 @@ MODULES = {
     "reconstruction": "pretrain3d.modules.reconstruction:ReconstructionModule",
     "detection": "pretrain3d.modules.detection:DetectionModule",
 }
+
+FINETUNE = {
+    "whole": "pretrain3d.modules.finetune:whole",
+    "two_phase": "pretrain3d.modules.finetune:two_phase",
+    "sawtooth": "pretrain3d.modules.finetune:sawtooth",
+    "frozen": "pretrain3d.modules.finetune:frozen",
+}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
-from pretrain3d.config import UserError, build
-from pretrain3d.modules.averaging import Average
+from pretrain3d.config import UserError, build, checked_arguments
+from pretrain3d.modules import FINETUNE
+from pretrain3d.modules.averaging import Average, StochasticAveraging
+from pretrain3d.modules.finetune import Timetable
 from pretrain3d.modules.optim import OPTIMIZERS, parameter_groups, schedule
 from pretrain3d.parallel import all_sum, world_size
 
@@ -28,6 +32,9 @@ class BaseModule(lightning.LightningModule):
         schedule: name in `optim.SCHEDULES`.
         warmup_steps: length of the linear ramp, in optimiser steps, over the whole net.
         ema: decay of the averaged weights, ``None`` for none. They are what validates, predicts and is exported.
+        finetune: ``{"name": a name in FINETUNE, ...}``, see `modules.finetune`; ``None``: the whole net from the start.
+        swa: arguments of `StochasticAveraging`, ``None`` for none; once there is an average it stands where that of
+            ``ema`` would.
     """
 
     def __init__(
@@ -40,10 +47,14 @@ class BaseModule(lightning.LightningModule):
         schedule: str = "cosine",
         warmup_steps: int = 0,
         ema: float | None = None,
+        finetune: dict[str, Any] | None = None,
+        swa: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if ema is not None and not 0.0 < ema < 1.0:
             raise UserError(f"module.ema is {ema}; it is null or between 0 and 1")
+        if ema is not None and swa is not None:
+            raise UserError(f"module.ema={ema} and module.swa exclude each other; set one of them to null")
         self.backbone = backbone
         self.head_name = head_name
         self.add_module(head_name, head)
@@ -51,7 +62,13 @@ class BaseModule(lightning.LightningModule):
         self.optimizer_node = optimizer
         self.schedule_name = schedule
         self.warmup_steps = warmup_steps
-        self.averaged = Average(self.networks, ema) if ema is not None else None
+        self.finetune_node = finetune or {"name": "whole"}
+        arguments = None if swa is None else checked_arguments(StochasticAveraging, swa, "module.swa")
+        self.swa = None if arguments is None else StochasticAveraging(**arguments)
+        self.averaged = Average(self.networks, ema) if ema is not None or self.swa is not None else None
+        self._timetable: Timetable | None = None
+        self._phase: int | None = None
+        self._frozen: list[nn.Parameter] = []  # of the backbone, in a phase that freezes it
         self._pending: tuple[int, Tensor, list[str]] | None = None
 
     @property
@@ -59,18 +76,88 @@ class BaseModule(lightning.LightningModule):
         """The networks that learn, by attribute name."""
         return {"backbone": self.backbone, self.head_name: self.get_submodule(self.head_name)}
 
+    def has_average(self) -> bool:
+        """Whether averaged weights are there to predict with; those of SWA come late in a run."""
+        return self.averaged is not None and (self.swa is None or bool(self.averaged.updates > 0))
+
     def best_networks(self) -> tuple[Any, Any]:
         """Backbone and head to predict with: the averaged ones where there is an average."""
-        source = self.averaged if self.averaged is not None else self
+        source = self.averaged if self.averaged is not None and self.has_average() else self
         return source.get_submodule("backbone"), source.get_submodule(self.head_name)
 
     def configure_optimizers(self) -> Any:
+        self._freeze(False)  # the optimiser knows all that ever learns; it passes over what has no gradient
+        self._phase = None
+        self._timetable = table = self._make_timetable()
         node = {key: value for key, value in self.optimizer_node.items() if key != "weight_decay"}
-        groups = parameter_groups(self.networks.values(), float(self.optimizer_node.get("weight_decay", 0.0)))
+        decay = float(self.optimizer_node.get("weight_decay", 0.0))
+        groups = parameter_groups(self.networks, decay, table.backbone_lr, table.layer_decay)
         optimizer = build(OPTIMIZERS, node, "module.optimizer", groups=groups)
-        steps = int(self.trainer.max_steps)
-        scheduler = schedule(optimizer, self.schedule_name, self.warmup_steps, steps)
+        scheduler = schedule(optimizer, table.factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _make_timetable(self) -> Timetable:
+        trainer: Any = self.trainer
+        steps = 10**6 if trainer.fast_dev_run else int(trainer.max_steps)  # the former sees the begin of a long run
+        cycle = None
+        if self.swa is not None:
+            self.swa.check_length(steps)
+            cycle = self.swa.cycle()
+        end = self.swa.start_step if self.swa is not None and cycle is not None else steps
+        given = {"schedule": self.schedule_name, "warmup_steps": self.warmup_steps, "max_steps": end}
+        table: Timetable = build(FINETUNE, self.finetune_node, "module.finetune", **given)
+        return table if cycle is None else table.then(end, cycle)
+
+    def _enter_phase(self, step: int) -> None:
+        """Freezes or frees the backbone as the phase of ``step`` wants it, before anything of that step is computed."""
+        assert self._timetable is not None
+        index = self._timetable.at(step)
+        if index == self._phase:
+            return
+        self._phase, phase = index, self._timetable.phases[index]
+        if step == phase.start and phase.restarts:
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            optimizer.state.clear()
+        if phase.frozen != bool(self._frozen):
+            self._freeze(phase.frozen)
+            self._rebuild_ddp()
+
+    def _freeze(self, frozen: bool) -> None:
+        """Takes the backbone out of learning, or puts back what was taken out."""
+        chosen = [p for p in self.backbone.parameters() if p.requires_grad] if frozen else self._frozen
+        for parameter in chosen:
+            parameter.requires_grad_(not frozen)
+        self._frozen = chosen if frozen else []
+        self.train(self.training)
+
+    def _rebuild_ddp(self) -> None:
+        """Wraps the module in a new `DistributedDataParallel`.
+
+        A wrapper reduces exactly the parameters that required a gradient when it was made: one that is frozen later
+        keeps it waiting for ever (or costs a search of the graph in every step with ``find_unused_parameters``), and
+        one that is freed later is never reduced, so that the processes drift apart unnoticed. All processes come here
+        at the same step, whether they trained up to it or resumed there.
+
+        Raises:
+            UserError: the strategy shards the parameters.
+        """
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy):
+            strategy.model = self
+            gc.collect()  # the old wrapper's buckets are as large as all gradients
+            strategy.configure_ddp()
+        elif not isinstance(strategy, SingleDeviceStrategy):
+            raise UserError(
+                f"module.finetune {self.finetune_node['name']} freezes the backbone, which works on one device and with "
+                f"trainer.strategy=ddp, not with {type(strategy).__name__}"
+            )
+
+    def train(self, mode: bool = True) -> BaseModule:
+        """A frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self._frozen:
+            self.backbone.eval()
+        return self
 
     def configure_gradient_clipping(
         self,
@@ -86,11 +173,13 @@ class BaseModule(lightning.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The average follows every optimiser step, before any checkpoint of that step is written."""
         super().optimizer_step(*args, **kwargs)
-        if self.averaged is not None:
+        due = self.swa is None or self.swa.due(self.global_step + 1)  # Lightning counts this step when this returns
+        if self.averaged is not None and due:
             self.averaged.update(self.networks)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Anything that draws from torch's global generator (stochastic depth, say) becomes a function of the step."""
+        self._enter_phase(self.global_step)
         torch.manual_seed((int(self.note["seed"]) * 1_000_003 + batch["sample_index"][0]) % 2**63)
 
     def finish_losses(self, losses: dict[str, Tensor], batch: dict[str, Any], stage: str) -> Tensor:
@@ -104,6 +193,7 @@ class BaseModule(lightning.LightningModule):
         if stage == "train":
             self._pending = (self.global_step, total.detach(), list(batch["case_ids"]))
             losses = self._mean_over_processes(losses)
+            self._log_rates()
         for key, value in losses.items():
             self.log(
                 f"{stage}/{key}",
@@ -115,6 +205,15 @@ class BaseModule(lightning.LightningModule):
                 prog_bar=key == "loss",
             )
         return total
+
+    def _log_rates(self) -> None:
+        """The learning rate of each part of the network, where a row is written."""
+        trainer: Any = self.trainer
+        if (self.global_step + 1) % trainer.log_every_n_steps:
+            return
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        for name, rate in {group["name"]: float(group["lr"]) for group in optimizer.param_groups}.items():
+            self.log(f"lr/{name}", rate, on_step=True, on_epoch=False, batch_size=1)
 
     def _mean_over_processes(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a single process with the whole batch would log; one exchange, and only where a row is written."""
@@ -141,7 +240,7 @@ class BaseModule(lightning.LightningModule):
         self.check_pending()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        weights = "ema" if self.averaged is not None else "online"
+        weights = ("ema" if self.swa is None else "swa") if self.has_average() else "online"
         source = {**self.note["source"], "step": int(self.trainer.global_step)}
         processes = int(self.trainer.world_size)
         checkpoint[NOTE] = {**self.note, "source": source, "weights": weights, "processes": processes}

@@ -24,7 +24,7 @@ class DetectionModule(BaseModule):
         classes: names of the classes, in the order of the labels.
         mirror_classes: left/right pairs, by name, for mirrored views.
         patch_size: (3,) voxels of a training patch; also the tile of the inference.
-        note, optimizer, schedule, warmup_steps, ema: see `BaseModule`.
+        note, optimizer, schedule, warmup_steps, ema, finetune, swa: see `BaseModule`.
         overlap: share of a tile that its neighbour repeats, in [0, 1).
         tile_batch: tiles predicted at once; bounds the memory of the inference.
         mirror_axes: axes of the mirrored views that are predicted too and merged, () for none.
@@ -47,9 +47,11 @@ class DetectionModule(BaseModule):
         overlap: float = 0.5,
         tile_batch: int = 4,
         mirror_axes: tuple[int, ...] = (),
+        finetune: dict[str, Any] | None = None,
+        swa: dict[str, Any] | None = None,
     ) -> None:
         head = build(DETECTORS, detector, "module.detector", levels=backbone.levels, num_classes=len(classes))
-        super().__init__(backbone, head, "detector", note, optimizer, schedule, warmup_steps, ema)
+        super().__init__(backbone, head, "detector", note, optimizer, schedule, warmup_steps, ema, finetune, swa)
         self.classes = list(classes)
         self.mirror_classes = dict(mirror_classes)
         self.patch_size = tuple(patch_size)

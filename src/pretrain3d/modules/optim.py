@@ -1,9 +1,10 @@
-"""Optimisers with decay groups, and learning-rate schedules as functions of the step."""
+"""Optimisers with decay and layer groups, and learning-rate schedules as functions of the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,16 +13,76 @@ from torch.optim.lr_scheduler import LambdaLR
 from pretrain3d.config import UserError
 
 
-def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices and kernels decay; norms, biases and tokens (at most one dimension) do not."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim > 1]
-    plain = [p for p in parameters if p.ndim <= 1]
-    groups: list[dict[str, object]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def parameter_groups(
+    networks: Mapping[str, nn.Module], weight_decay: float, backbone_lr: float = 1.0, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameter groups by network, by layer where layers learn at different speeds, and by decay.
+
+    Matrices and kernels decay; norms, biases, tokens, positions and embeddings do not. With ``layer_decay`` d the rate
+    of layer i of n (the stem is layer 0) is ``d ** (n + 1 - i)`` of the head's.
+
+    Args:
+        networks: by name; ``"backbone"`` is what ``backbone_lr`` and ``layer_decay`` are about.
+        weight_decay: of what decays.
+        backbone_lr: factor of the backbone's learning rate.
+        layer_decay: in (0, 1]; 1: the whole backbone is one layer.
+
+    Returns:
+        groups ``{"params", "weight_decay", "name", "lr_scale"}``; two of them share a name where only one decays.
+        Parameters that require no gradient are left out.
+
+    Raises:
+        UserError: ``layer_decay`` on a backbone that is no row of stages or blocks.
+
+    Source: Clark et al. 2020, "ELECTRA"; Bao et al. 2022, "BEiT".
+    """
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for network_name, network in networks.items():
+        depths, last = _depths(network) if network_name == "backbone" and layer_decay != 1.0 else ({}, 0)
+        for name, parameter in network.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            group_name = f"{network_name}.{depths[name]}" if depths else network_name
+            scale = backbone_lr if network_name == "backbone" else 1.0
+            if depths:
+                scale *= layer_decay ** (last + 1 - depths[name])
+            decays = _decays(network, name, parameter)
+            group = {"params": [], "weight_decay": weight_decay if decays else 0.0}
+            group |= {"name": group_name, "lr_scale": scale}
+            groups.setdefault((group_name, decays), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def _decays(network: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether this is the matrix or kernel of a layer: the rest is named otherwise, flat, or an embedding."""
+    owner, _, last = name.rpartition(".")
+    return parameter.ndim > 1 and last.endswith("weight") and not isinstance(network.get_submodule(owner), nn.Embedding)
+
+
+def _depths(backbone: nn.Module) -> tuple[dict[str, int], int]:
+    """Layer of each parameter by name, and the last layer.
+
+    The layers are the entries of the backbone's largest list of modules (stages of a CNN, blocks of a Transformer).
+    What is registered before that list, parameters of the backbone itself included, is layer 0; what follows it belongs
+    to the last layer.
+    """
+
+    def size(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    lists = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 1}
+    if not lists:
+        raise UserError(
+            f"module.finetune.layer_decay needs a backbone of stages or blocks; {type(backbone).__name__} has no list "
+            "of them"
+        )
+    chosen = max(lists, key=lambda name: size(lists[name]))  # of equal ones the outer, which comes first
+    last, depth, depths = len(lists[chosen]), 0, {}
+    for name, _ in backbone.named_parameters():
+        if name.startswith(f"{chosen}."):
+            depth = 1 + int(name.removeprefix(f"{chosen}.").partition(".")[0])
+        depths[name] = depth
+    return depths, last
 
 
 def adamw(
@@ -38,7 +99,7 @@ def adamw(
 def sgd(
     groups: list[dict[str, object]], lr: float, momentum: float = 0.9, nesterov: bool = True
 ) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, the default of nnU-Net and nnDetection."""
+    """SGD with Nesterov momentum: 0.9 in nnDetection, 0.99 in nnU-Net."""
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
 
 
@@ -64,7 +125,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "poly": poly
 
 
 def warmup_then(name: str, warmup_steps: int, max_steps: int) -> Callable[[int], float]:
-    """The factor of the learning rate at each optimiser step: a linear ramp over the whole net, then `SCHEDULES[name]`.
+    """The factor of the learning rate at each optimiser step: a linear ramp, then `SCHEDULES[name]` down to 0.
 
     Raises:
         UserError: an unknown schedule, or a warm-up that is not shorter than the run.
@@ -83,6 +144,15 @@ def warmup_then(name: str, warmup_steps: int, max_steps: int) -> Callable[[int],
     return factor
 
 
-def schedule(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, max_steps: int) -> LambdaLR:
-    """`warmup_then` as a scheduler to be stepped once per optimiser step."""
-    return LambdaLR(optimizer, warmup_then(name, warmup_steps, max_steps))
+def schedule(optimizer: torch.optim.Optimizer, factor: Callable[[str, int], float]) -> LambdaLR:
+    """A scheduler to be stepped once per optimiser step.
+
+    Args:
+        optimizer: over the groups of `parameter_groups`.
+        factor: name of a group and step -> factor of the learning rate, before the group's own ``lr_scale``.
+    """
+
+    def of_group(group: dict[str, Any]) -> Callable[[int], float]:
+        return lambda step: group["lr_scale"] * factor(group["name"], step)
+
+    return LambdaLR(optimizer, [of_group(group) for group in optimizer.param_groups])

@@ -210,7 +210,7 @@ def _checkpoint(path: Path) -> list[str]:
 
     checkpoint = read_checkpoint(path)
     note, state = checkpoint[NOTE], checkpoint["state_dict"]
-    prefix = "averaged.backbone." if note["weights"] == "ema" else "backbone."
+    prefix = "backbone." if note["weights"] == "online" else "averaged.backbone."
     weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     rows: Rows = [
         ("module", " ".join(_names(note["module"]))),
