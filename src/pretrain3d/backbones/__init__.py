@@ -5,4 +5,11 @@ BACKBONES = {
     "resenc_xs": "pretrain3d.backbones.resenc:resenc_xs",
     "resenc_s": "pretrain3d.backbones.resenc:resenc_s",
     "resenc_l": "pretrain3d.backbones.resenc:resenc_l",
+    "primus": "pretrain3d.backbones.primus:Primus",
+    "primus_s": "pretrain3d.backbones.primus:primus_s",
+    "primus_b": "pretrain3d.backbones.primus:primus_b",
+    "primus_m": "pretrain3d.backbones.primus:primus_m",
+    "primus_l": "pretrain3d.backbones.primus:primus_l",
+    "vit": "pretrain3d.backbones.vit:ViT",
+    "vit_b": "pretrain3d.backbones.vit:vit_b",
 }

@@ -18,14 +18,21 @@ class Level:
     Attributes:
         channels: of the features.
         stride: image voxels per feature voxel along x, y, z.
+        tokens: the places are tokens of a Transformer: those that are wholly hidden are dropped and 0 in the output.
     """
 
     channels: int
     stride: tuple[int, int, int]
+    tokens: bool = False
 
 
 class Backbone(Protocol):
     """An image to a list of features, finest first.
+
+    A backbone that begins with an embedding of patches also has ``embed(image) -> (B, C, x, y, z)``, with the channels
+    and stride of the finest level, and ``encode(embedded) -> features``; ``encode(embed(image))`` is what a call does.
+    A level of tokens is then the only one, ``forward`` takes ``num_visible`` (`tokens.TokenBackbone.forward`), and
+    ``make_stack(depth)`` builds more blocks of the same kind.
 
     Attributes:
         levels: channels and stride of each output, finest first.

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain3d.backbones.contract import Level
+from pretrain3d.backbones.contract import Backbone, Level
 from pretrain3d.backbones.convolution import Conv3d
 from pretrain3d.backbones.resenc import ConvBlock, triple
+from pretrain3d.backbones.tokens import TokenBackbone, TokenStack
+
+NORM_EPS = 1e-6
 
 
 class UNetDecoder(nn.Module):
@@ -66,3 +70,99 @@ class UNetDecoder(nn.Module):
             if index < len(self.heads):
                 outputs.insert(0, self.heads[index](x))
         return outputs
+
+
+class PatchDecoder(nn.Module):
+    """Transposed convolutions from one level to the image, with a norm over the channels and GELU between them.
+
+    The stride is undone by its prime factors, 8 as 2, 2, 2. The channels fall geometrically towards twice those of the
+    output, in multiples of 8.
+
+    Args:
+        channels, stride: of the level.
+        out_channels: of the output.
+
+    Source: Wald et al., "Primus" (2025): 864 channels at stride 8 -> 112 -> 16 -> 1.
+    """
+
+    def __init__(self, channels: int, stride: Sequence[int], out_channels: int) -> None:
+        super().__init__()
+        factors = [prime_factors(s) for s in stride]
+        count = max(1, *map(len, factors))
+        steps = list(zip(*[[1] * (count - len(f)) + f for f in factors], strict=True))  # count x (x, y, z)
+        fall = (channels / (2 * out_channels)) ** (1 / count)
+        inner = [max(8, round(channels / fall**step / 8) * 8) for step in range(1, count)]
+        widths = [channels, *inner, out_channels]
+        self.ups = nn.ModuleList(
+            nn.ConvTranspose3d(*pair, step, step) for pair, step in zip(pairwise(widths), steps, strict=True)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=NORM_EPS) for width in inner)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """From the features of the finest level to one output at the resolution of the image.
+
+        Args:
+            features: the finest first: (B, channels, X / stride x, Y / stride y, Z / stride z).
+
+        Returns:
+            (B, out_channels, X, Y, Z).
+        """
+        x = self.ups[0](features[0])
+        for norm, up in zip(self.norms, self.ups[1:], strict=True):
+            x = up(F.gelu(norm(x.movedim(1, -1))).movedim(-1, 1))
+        return [x]
+
+
+class TokenDecoder(nn.Module):
+    """Transformer blocks over all tokens, then `PatchDecoder`.
+
+    Args:
+        stack: the blocks, with positions of their own.
+        level: of the tokens.
+        out_channels: of the output.
+    """
+
+    def __init__(self, stack: TokenStack, level: Level, out_channels: int) -> None:
+        super().__init__()
+        self.stack = stack
+        self.patches = PatchDecoder(level.channels, level.stride, out_channels)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """[(B, C, x, y, z)], every place filled -> [(B, out_channels, X, Y, Z)]."""
+        tokens = self.stack(features[0])  # (B, N, C)
+        return self.patches([tokens.transpose(1, 2).unflatten(2, features[0].shape[2:])])
+
+
+def image_decoder(backbone: Backbone, levels: Sequence[Level], out_channels: int, blocks: int = 0) -> nn.Module:
+    """A decoder whose first output has the resolution of the image, for any backbone.
+
+    One level: `PatchDecoder`, after ``blocks`` Transformer blocks of the backbone's kind. More: `UNetDecoder`, followed
+    by `PatchDecoder` where the finest level is not at the resolution of the image.
+
+    Args:
+        backbone: whose kind of blocks to use.
+        levels: of its features, finest first.
+        out_channels: of the output.
+        blocks: number of Transformer blocks; only for a backbone of tokens.
+    """
+    finest = levels[0]
+    if blocks:
+        assert isinstance(backbone, TokenBackbone), type(backbone)
+        return TokenDecoder(backbone.make_stack(blocks), finest, out_channels)
+    if len(levels) == 1:
+        return PatchDecoder(finest.channels, finest.stride, out_channels)
+    if set(finest.stride) == {1}:
+        return UNetDecoder(levels, out_channels)
+    coarse = UNetDecoder(levels, finest.channels)
+    return nn.Sequential(coarse, PatchDecoder(finest.channels, finest.stride, out_channels))
+
+
+def prime_factors(number: int) -> list[int]:
+    """In falling order: 12 -> [3, 2, 2], 1 -> []."""
+    factors, divisor = [], 2
+    while number > 1:
+        while number % divisor == 0:
+            factors.append(divisor)
+            number //= divisor
+        divisor += 1
+    return factors[::-1]

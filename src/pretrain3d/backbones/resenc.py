@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain3d.backbones.contract import Level, by_text, check_image
 from pretrain3d.backbones.convolution import Conv3d
 from pretrain3d.config import UserError
+from pretrain3d.sparse import active_voxels, masked_instance_norm
 
 NORM_EPS = 1e-5
 SLOPE = 0.01  # of LeakyReLU
@@ -27,26 +28,6 @@ def triple(value: int | Sequence[int]) -> Triple:
     """One number for all axes, or one per axis."""
     x, y, z = (value,) * 3 if isinstance(value, int) else value
     return int(x), int(y), int(z)
-
-
-def masked_instance_norm(features: Tensor, active: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Instance norm whose mean and variance come from the active voxels; 0 elsewhere.
-
-    Args:
-        features: (B, C, X, Y, Z), 0 where not active.
-        active: (B, 1, X, Y, Z) bool.
-        weight, bias: (C,).
-
-    Source: Tian et al., "Designing BERT for convolutional networks" (2023), section 3.1.
-    """
-    on = active.float()
-    count = on.sum((2, 3, 4), keepdim=True).clamp(min=1.0)
-    x = features.float()
-    mean = (x * on).sum((2, 3, 4), keepdim=True) / count
-    centred = (x - mean) * on
-    variance = centred.square().sum((2, 3, 4), keepdim=True) / count
-    scale = torch.rsqrt(variance + NORM_EPS) * weight.view(1, -1, 1, 1, 1)
-    return ((centred * scale + bias.view(1, -1, 1, 1, 1)) * on).to(features.dtype)
 
 
 class ConvBlock(nn.Module):
@@ -81,7 +62,7 @@ class ConvBlock(nn.Module):
         if active is None:
             x = self.norm(x)
         else:
-            x = masked_instance_norm(x * active, active, self.norm.weight, self.norm.bias)
+            x = masked_instance_norm(x * active, active, self.norm.weight, self.norm.bias, NORM_EPS)
         return F.leaky_relu(x, SLOPE, inplace=True) if self.activate else x
 
 
@@ -125,27 +106,6 @@ class Stage(nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x, active, use_reentrant=False) if checkpointing else block(x, active)
         return x
-
-
-def active_voxels(keep: Tensor, stride: Sequence[int]) -> Tensor:
-    """Which voxels of a level are active under a mask of the image.
-
-    A level whose voxels mix visible and hidden image voxels is coarser than the mask (or not aligned with it): it is
-    fully active in that sample.
-
-    Args:
-        keep: (B, 1, X, Y, Z) bool, False = hidden.
-        stride: (3,) of the level.
-
-    Returns:
-        (B, 1, X / stride x, Y / stride y, Z / stride z) bool.
-    """
-    kernel = tuple(stride)
-    seen = keep.float()
-    some = F.max_pool3d(seen, kernel, kernel) > 0
-    every = -F.max_pool3d(-seen, kernel, kernel) > 0
-    mixed = (some != every).flatten(1).any(1).view(-1, 1, 1, 1, 1)
-    return some | mixed
 
 
 class ResEnc(nn.Module):

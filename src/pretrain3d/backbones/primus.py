@@ -1,0 +1,200 @@
+"""Primus: a Transformer over patches of 8^3 voxels with rotary positions; `primus_m` is the released Primus-M."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain3d.backbones.contract import by_text
+from pretrain3d.backbones.tokens import (
+    DropPath,
+    Rotation,
+    TokenBackbone,
+    TokenStack,
+    attend,
+    check_heads,
+    initialise,
+    triple,
+)
+from pretrain3d.config import UserError
+
+NORM_EPS = 1e-6
+LAYER_SCALE = 0.1
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions, no bias of the keys, and a norm before the output projection."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None) -> Tensor:
+        """(B, N, C) -> (B, N, C); see `tokens.attend`."""
+        x = attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, rotation, mask)
+        return self.proj(self.norm(x))
+
+
+class SwiGLU(nn.Module):
+    """Gated linear unit of 8/3 the width, with a norm before the output projection. Source: Shazeer (2020)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden = dim * 8 // 3
+        self.fc1_g = nn.Linear(dim, hidden)
+        self.fc1_x = nn.Linear(dim, hidden)
+        self.norm = nn.LayerNorm(hidden, eps=NORM_EPS)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        return self.fc2(self.norm(F.silu(self.fc1_g(x)) * self.fc1_x(x)))
+
+
+class Block(nn.Module):
+    """Attention and gated unit, each behind a norm and scaled per channel before it is added."""
+
+    def __init__(self, dim: int, heads: int, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(dim, heads)
+        self.gamma_1 = nn.Parameter(torch.full((dim,), LAYER_SCALE))
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = SwiGLU(dim)
+        self.gamma_2 = nn.Parameter(torch.full((dim,), LAYER_SCALE))
+        self.drop_path = DropPath(drop_path)
+
+    def outputs(self) -> tuple[nn.Linear, nn.Linear]:
+        """The last matrix of each branch."""
+        return self.attn.proj, self.mlp.fc2
+
+    def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None) -> Tensor:
+        """(B, N, C) -> (B, N, C); see `tokens.attend`."""
+        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), rotation, mask))
+        return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
+
+
+class Primus(TokenBackbone):
+    """The encoder; fulfils `contract.Backbone`, see `tokens.TokenBackbone` for what ``keep`` does.
+
+    Args:
+        embed_dim: C, a multiple of 6 times ``heads``.
+        depth: number of blocks.
+        heads: of the attention.
+        patch: voxels of a token, one number or one per axis.
+        image_size: voxels that the learned positions are made for, one number or one per axis; images of another size
+            interpolate them. Best the patch size of the pretraining.
+        in_channels: of the image.
+        drop_path: rate of stochastic depth at the last block, rising linearly from 0 at the first.
+        checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+
+    Raises:
+        UserError: a width that the heads do not divide, or an image size that is no multiple of the patch.
+
+    Source: Wald et al., "Primus: Enforcing attention usage for 3D medical image segmentation" (2025); the blocks are
+    those of Fang et al., "EVA-02" (2023). The order of tokens is x, y, z; released files have another, see `released`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        depth: int,
+        heads: int,
+        patch: int | tuple[int, int, int] = 8,
+        image_size: int | tuple[int, int, int] = 160,
+        in_channels: int = 1,
+        drop_path: float = 0.0,
+        checkpointing: bool = False,
+    ) -> None:
+        check_heads("primus", embed_dim, heads, 6)
+        super().__init__(
+            {
+                "embed_dim": embed_dim,
+                "depth": depth,
+                "heads": heads,
+                "patch": list(triple(patch)),
+                "image_size": list(triple(image_size)),
+                "in_channels": in_channels,
+                "drop_path": drop_path,
+                "checkpointing": checkpointing,
+            }
+        )
+
+    def make_stack(self, depth: int, drop_path: float = 0.0) -> TokenStack:
+        """See `tokens.TokenBackbone.make_stack`."""
+        dim, heads = self.arguments["embed_dim"], self.arguments["heads"]
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+        blocks = [Block(dim, heads, rate) for rate in rates]
+        return initialise(TokenStack(blocks, dim, self.grid, dim // heads, self.arguments["checkpointing"]))
+
+
+Size = int | tuple[int, int, int]
+
+
+def primus_s(image_size: Size = 160, in_channels: int = 1, drop_path: float = 0.0, checkpointing: bool = False) -> Primus:
+    """12 blocks of width 396, 6 heads; 26,268,285 parameters with its decoder at 160^3."""
+    return Primus(396, 12, 6, 8, image_size, in_channels, drop_path, checkpointing)
+
+
+def primus_b(image_size: Size = 160, in_channels: int = 1, drop_path: float = 0.0, checkpointing: bool = False) -> Primus:
+    """12 blocks of width 792, 12 heads; 97,958,065 parameters with its decoder at 160^3."""
+    return Primus(792, 12, 12, 8, image_size, in_channels, drop_path, checkpointing)
+
+
+def primus_m(image_size: Size = 160, in_channels: int = 1, drop_path: float = 0.0, checkpointing: bool = False) -> Primus:
+    """16 blocks of width 864, 12 heads; 151,786,529 parameters with its decoder at 160^3."""
+    return Primus(864, 16, 12, 8, image_size, in_channels, drop_path, checkpointing)
+
+
+def primus_l(image_size: Size = 160, in_channels: int = 1, drop_path: float = 0.0, checkpointing: bool = False) -> Primus:
+    """24 blocks of width 1056, 16 heads; 331,823,761 parameters with its decoder at 160^3."""
+    return Primus(1056, 24, 16, 8, image_size, in_channels, drop_path, checkpointing)
+
+
+def released(
+    weights: Mapping[str, Tensor], grid: Sequence[int], heads: int, encoder: str = "eva", stem: str = "down_projection"
+) -> dict[str, Tensor]:
+    """The state dict of `Primus` from the weights of a released file.
+
+    Released networks flatten the tokens with the second image axis first but number their rotary positions with the
+    first one first. Exchanging the first two axes of the learned positions, and with them the first two thirds of the
+    channels of each head's query and key (which leaves every product of the two as it was), gives the same network in
+    the order x, y, z. The exchange is its own inverse.
+
+    Args:
+        weights: name -> tensor; others than the encoder's and the stem's are left out.
+        grid: (3,) tokens along x, y, z of the learned positions.
+        heads: of the attention.
+        encoder, stem: prefixes, ``key_to_encoder`` and ``key_to_stem`` of the file's plan.
+
+    Raises:
+        UserError: the grid is not square in x and y: the two orders then name different places.
+    """
+    x, y, z = grid
+    if x != y:
+        raise UserError(f"released Primus weights need as many tokens along x as along y; the grid is {by_text(grid)}")
+    state = {}
+    for name, tensor in weights.items():
+        part, _, rest = name.removeprefix(f"{encoder}.").partition(".") if name.startswith(f"{encoder}.") else ("",) * 3
+        if name.startswith(f"{stem}.proj."):
+            state[f"embedding.{name.removeprefix(f'{stem}.proj.')}"] = tensor
+        elif part == "pos_embed":
+            state["encoder.positions"] = tensor[0].view(y, x, z, -1).permute(3, 1, 0, 2).contiguous()
+        elif part:
+            turned = rest.split(".")[-2:-1] in (["q_proj"], ["k_proj"])
+            state[f"encoder.{name.removeprefix(f'{encoder}.')}"] = _exchanged(tensor, heads) if turned else tensor
+    return state
+
+
+def _exchanged(tensor: Tensor, heads: int) -> Tensor:
+    """The first and second third of each head's rows exchanged: (C, ...) -> (C, ...)."""
+    first, second, third = tensor.unflatten(0, (heads, 3, -1)).unbind(1)
+    return torch.stack([second, first, third], 1).flatten(0, 2)

@@ -1,0 +1,307 @@
+"""Transformers over the tokens of a volume: what Primus and the plain ViT share.
+
+One token is one patch of voxels. Tokens are always ordered as a flattened (x, y, z) grid, z fastest.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain3d.backbones.contract import Level, by_text, check_image
+from pretrain3d.config import UserError
+
+Triple = tuple[int, int, int]
+Rotation = tuple[Tensor, Tensor]  # cosine and sine, (B or 1, 1, N, head_dim)
+TEMPERATURE = 10_000.0  # of the rotary frequencies
+
+
+def rotation_table(grid: Sequence[int], head_dim: int, device: torch.device | None = None) -> Rotation:
+    """Axial rotary positions: a third of the channel pairs of a head turns with x, a third with y, a third with z.
+
+    The pair (2i, 2i + 1) within the third of an axis turns by ``index / 10000 ** (i / (head_dim / 6))``.
+
+    Args:
+        grid: (3,) tokens along x, y, z.
+        head_dim: a multiple of 6.
+        device: of the result.
+
+    Returns:
+        cosine and sine, (1, 1, N, head_dim) float32 each.
+
+    Source: Su et al., "RoFormer" (2021), eq. 34; per axis as in Fang et al., "EVA-02" (2023).
+    """
+    bands = head_dim // 6
+    frequencies = TEMPERATURE ** (-torch.arange(bands, device=device, dtype=torch.float32) / bands)
+    axes = [torch.arange(size, device=device, dtype=torch.float32) for size in grid]
+    index = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(-1, 3, 1)  # (N, 3, 1)
+    angles = (index * frequencies).flatten(1).repeat_interleave(2, -1)[None, None]  # (1, 1, N, head_dim)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turns the pairs of neighbouring channels of (B, heads, N, head_dim) by their positions; float32."""
+    cosine, sine = rotation
+    even, odd = x[..., ::2], x[..., 1::2]
+    return x * cosine + torch.stack([-odd, even], -1).flatten(-2) * sine
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, rotation: Rotation | None, mask: Tensor | None
+) -> Tensor:
+    """Multi-head attention.
+
+    Args:
+        query, key, value: (B, N, C).
+        heads: C is a multiple of it.
+        rotation: of query and key, `rotation_table`; ``None`` = no rotary positions.
+        mask: (B, 1, 1, N) bool, False = not attended to; ``None`` = everything is.
+
+    Returns:
+        (B, N, C).
+    """
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))  # (B, heads, N, head_dim)
+    if rotation is not None:
+        q, k = rotate(q, rotation).to(v.dtype), rotate(k, rotation).to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: the branch of a residual block is left out for some samples, in training.
+
+    Args:
+        rate: share of samples without the branch, in [0, 1).
+
+    Source: Huang et al., "Deep networks with stochastic depth" (2016).
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C); the mean over draws is ``x``."""
+        if not self.training or self.rate == 0.0:
+            return x
+        stays = torch.rand(len(x), 1, 1, device=x.device) >= self.rate  # a product: every parameter has a gradient
+        return x * (stays / (1.0 - self.rate)).to(x.dtype)
+
+
+class PatchEmbedding(nn.Module):
+    """Each patch of voxels to one vector; the weight is that of a convolution whose kernel is its stride.
+
+    Computed as one matrix product, which is fast everywhere; the backward pass of such convolutions is not.
+    """
+
+    def __init__(self, in_channels: int, dim: int, patch: Triple) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, in_channels, *patch))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        nn.init.trunc_normal_(self.weight, std=self.weight[0].numel() ** -0.5)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, in_channels, X, Y, Z) -> (B, dim, X / patch x, Y / patch y, Z / patch z)."""
+        px, py, pz = self.weight.shape[2:]
+        cells = image.unflatten(4, (-1, pz)).unflatten(3, (-1, py)).unflatten(2, (-1, px))  # (B, C, x, px, y, py, z, pz)
+        cells = cells.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)  # (B, x, y, z, C px py pz)
+        return F.linear(cells, self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
+class TokenStack(nn.Module):
+    """Learned positions, Transformer blocks and a final norm.
+
+    Args:
+        blocks: each is called as ``block(tokens (B, N, C), rotation, mask)``, see `attend`.
+        dim: C.
+        grid: (3,) tokens along x, y, z that the learned positions are made for; other grids interpolate them.
+        head_dim: of the rotary positions; ``None`` = only the learned ones.
+        checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+    """
+
+    def __init__(
+        self, blocks: Iterable[nn.Module], dim: int, grid: Triple, head_dim: int | None, checkpointing: bool
+    ) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(dim, *grid), std=0.02))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head_dim = head_dim
+        self.checkpointing = checkpointing
+
+    def forward(self, grid: Tensor, index: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+        """Positions are added to all tokens; those of ``index`` alone go through the blocks.
+
+        Args:
+            grid: (B, C, x, y, z), the tokens at their places.
+            index: (B, K), which tokens; ``None`` = all.
+            valid: (B, K) bool, False = a filler that no token attends to; ``None`` = there is none.
+
+        Returns:
+            (B, K, C).
+        """
+        shape = grid.shape[2:]
+        tokens = (grid + self._positions(shape)).flatten(2).transpose(1, 2)  # (B, N, C)
+        rotation = None
+        if self.head_dim is not None:
+            rotation = rotation_table(shape, self.head_dim, grid.device)
+        if index is not None:
+            tokens = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))  # (B, K, C)
+            if rotation is not None:
+                rotation = rotation[0][0, 0][index][:, None], rotation[1][0, 0][index][:, None]
+        mask = None if valid is None else valid[:, None, None]
+        recompute = self.checkpointing and self.training and torch.is_grad_enabled()
+        for block in self.blocks:
+            if recompute:
+                tokens = checkpoint(block, tokens, rotation, mask, use_reentrant=False)
+            else:
+                tokens = block(tokens, rotation, mask)
+        return self.norm(tokens)
+
+    def _positions(self, shape: torch.Size) -> Tensor:
+        if self.positions.shape[1:] == shape:
+            return self.positions
+        return F.interpolate(self.positions[None], size=shape, mode="trilinear", align_corners=False)[0]
+
+
+def visible_tokens(keep: Tensor, patch: Sequence[int]) -> Tensor:
+    """Which tokens have a visible voxel: (B, 1, X, Y, Z) bool -> (B, 1, x, y, z) bool."""
+    px, py, pz = patch
+    return keep.unflatten(4, (-1, pz)).unflatten(3, (-1, py)).unflatten(2, (-1, px)).any(7).any(5).any(3)
+
+
+def visible_first(visible: Tensor, num_visible: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """The places of the visible tokens.
+
+    Args:
+        visible: (B, N) bool.
+        num_visible: how many are visible in every sample, where the caller knows: nothing waits for the device.
+
+    Returns:
+        index (B, K) in rising order, K = the most visible tokens of a sample, at least 1; and valid (B, K) bool, False
+        where a sample with fewer is filled up with hidden ones, ``None`` when none is.
+    """
+    order = (~visible).byte().argsort(dim=1, stable=True)
+    if num_visible is not None:
+        assert visible.device.type != "cpu" or visible.sum(1).eq(num_visible).all(), (num_visible, visible.sum(1))
+        return order[:, :num_visible], None
+    counts = visible.sum(1)
+    numbers = counts.tolist()
+    most = max(1, *numbers)
+    filled = torch.arange(most, device=visible.device) < counts[:, None]
+    return order[:, :most], None if min(numbers) == most else filled
+
+
+class TokenBackbone(nn.Module, ABC):
+    """An embedding of patches and a `TokenStack`; fulfils `contract.Backbone` with one level, the final tokens.
+
+    Hidden voxels are 0, and a token without a visible voxel is dropped: it costs nothing, and its place in the output
+    is 0.
+
+    Args:
+        arguments: everything that builds the network again; has embed_dim, patch, image_size, in_channels.
+
+    Raises:
+        UserError: the image size is no multiple of the patch.
+    """
+
+    runtime_arguments = frozenset({"drop_path", "checkpointing"})
+    input_weights = ("embedding.weight",)
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.in_channels: int = arguments["in_channels"]
+        self.patch = triple(arguments["patch"])
+        size = triple(arguments["image_size"])
+        if any(s % p for s, p in zip(size, self.patch, strict=True)):
+            raise UserError(f"image_size is {by_text(size)}; it must be a multiple of the patch, {by_text(self.patch)}")
+        self.grid: Triple = (size[0] // self.patch[0], size[1] // self.patch[1], size[2] // self.patch[2])
+        self.size_multiple = self.patch
+        self.levels = (Level(arguments["embed_dim"], self.patch, tokens=True),)
+        self.embedding = PatchEmbedding(self.in_channels, arguments["embed_dim"], self.patch)
+        self.encoder = self.make_stack(arguments["depth"], arguments["drop_path"])
+
+    @abstractmethod
+    def make_stack(self, depth: int, drop_path: float = 0.0) -> TokenStack:
+        """A new stack of this backbone's kind of blocks, width and grid, with positions of its own: also a decoder's."""
+
+    def embed(self, image: Tensor) -> Tensor:
+        """The patches as vectors, without positions: (B, in_channels, X, Y, Z) -> (B, C, x, y, z).
+
+        Raises:
+            UserError: channels or size do not fit.
+        """
+        check_image(image, self.in_channels, self.size_multiple)
+        return self.embedding(image)
+
+    def encode(self, embedded: Tensor) -> list[Tensor]:
+        """From what `embed` returns, changed or not, to the features: (B, C, x, y, z) -> [(B, C, x, y, z)]."""
+        return [self._as_grid(self.encoder(embedded), embedded)]
+
+    def forward(self, image: Tensor, keep: Tensor | None = None, num_visible: int | None = None) -> list[Tensor]:
+        """See `contract.Backbone`.
+
+        Args:
+            image: (B, C, X, Y, Z).
+            keep: (B, 1, X, Y, Z) bool, False = hidden.
+            num_visible: tokens with a visible voxel, the same number in every sample, where the caller knows it.
+
+        Raises:
+            UserError: channels or size do not fit.
+        """
+        if keep is None:
+            return self.encode(self.embed(image))
+        embedded = self.embed(image.masked_fill(~keep, 0.0))  # not a product: a hidden NaN stays hidden
+        visible = visible_tokens(keep, self.patch).flatten(1)  # (B, N)
+        index, valid = visible_first(visible, num_visible)
+        attended = valid
+        if valid is not None:  # a sample of which nothing is visible: attention over nothing is NaN
+            attended = valid | (torch.arange(valid.shape[1], device=valid.device) == 0)
+        tokens = self.encoder(embedded, index, attended)  # (B, K, C)
+        shown = visible.gather(1, index)[..., None]
+        places = tokens.new_zeros(len(tokens), visible.shape[1], tokens.shape[2])
+        places = places.scatter(1, index[..., None].expand_as(tokens), tokens.masked_fill(~shown, 0.0))
+        return [self._as_grid(places, embedded)]
+
+    @staticmethod
+    def _as_grid(tokens: Tensor, like: Tensor) -> Tensor:
+        """(B, N, C) -> (B, C, x, y, z), contiguous for the convolutions that follow."""
+        return tokens.transpose(1, 2).contiguous().view(len(tokens), -1, *like.shape[2:])
+
+
+def triple(value: int | Sequence[int]) -> Triple:
+    """One number for all axes, or one per axis."""
+    x, y, z = (value,) * 3 if isinstance(value, int) else value
+    return int(x), int(y), int(z)
+
+
+def check_heads(name: str, dim: int, heads: int, multiple: int) -> None:
+    """Refuses a width that does not split into heads.
+
+    Raises:
+        UserError: ``dim`` is no multiple of ``heads * multiple``; names ``name``.
+    """
+    if heads < 1 or dim % (heads * multiple):
+        raise UserError(f"{name}: embed_dim is {dim}; with {heads} heads it must be a multiple of {heads * multiple}")
+
+
+def initialise(stack: TokenStack) -> TokenStack:
+    """Truncated normals of 0.02 and zero biases; the output matrices of block i are divided by sqrt(2 i), i from 1.
+
+    Source: Fang et al., "EVA-02" (2023); Bao et al., "BEiT" (2022), section 2.5.
+    """
+    for module in stack.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for number, block in enumerate(stack.blocks, start=1):
+        for output in block.outputs():
+            output.weight.data.div_((2.0 * number) ** 0.5)
+    return stack
