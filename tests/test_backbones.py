@@ -15,13 +15,12 @@ from pretrain3d.backbones.decoders import UNetDecoder
 from pretrain3d.backbones.resenc import (
     ConvBlock,
     ResEnc,
-    active_voxels,
-    masked_instance_norm,
     resenc_l,
     resenc_s,
     resenc_xs,
 )
 from pretrain3d.config import UserError, build
+from pretrain3d.sparse import active_voxels, masked_instance_norm
 
 STAGES = {"channels": [4, 6, 8], "blocks": [1, 2, 1], "strides": [1, [1, 2, 2], 2], "kernels": [[1, 3, 3], 3, 3]}
 SMALL = {"resenc": STAGES, "resenc_xs": {}}  # built and run; the large ones on the meta device

@@ -20,7 +20,7 @@ LAYERS = (
     ("__init__",),
     ("signatures",),
     ("config", "files"),
-    ("parallel",),
+    ("parallel", "sparse"),
     ("boxes",),
     ("geometry",),
     ("data", "backbones", "objectives", "evaluation"),

@@ -57,6 +57,8 @@ class Backbone(Protocol):
         Args:
             image: (B, C, X, Y, Z).
             keep: (B, 1, X, Y, Z) bool, False = hidden: such voxels change no feature. ``None`` = everything visible.
+                A backbone with ``takes_slices = True`` also takes an image of size 1 along one axis, whatever its
+                ``size_multiple`` there, as in `convolution.slice_axis`.
 
         Returns:
             per level (B, channels, X / stride x, Y / stride y, Z / stride z).

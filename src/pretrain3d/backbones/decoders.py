@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain3d.backbones.contract import Backbone, Level
-from pretrain3d.backbones.convolution import Conv3d
+from pretrain3d.backbones.convolution import Conv3d, slice_axis
 from pretrain3d.backbones.resenc import ConvBlock, triple
 from pretrain3d.backbones.tokens import TokenBackbone, TokenStack
 
@@ -57,19 +57,29 @@ class UNetDecoder(nn.Module):
         """From the features of each level to the outputs, finest first: one, or with deep supervision one per level.
 
         Args:
-            features: per level (B, channels, X / stride x, Y / stride y, Z / stride z).
+            features: per level (B, channels, X / stride x, Y / stride y, Z / stride z); of single slices (see
+                `convolution.slice_axis`) too, and then so is the output.
 
         Returns:
             (B, out_channels, X / stride x, Y / stride y, Z / stride z) each, at the strides of the finest levels.
         """
-        x = features[-1]
+        x, flat = features[-1], slice_axis(features[0])
         outputs: list[Tensor] = []
         for index in reversed(range(len(self.ups))):
-            x = torch.cat([self.ups[index](x), features[index]], 1)  # (B, 2 c, ...) at the finer level
-            x = self.blocks[index](x)
+            up = self.ups[index](x) if flat is None else _up_slices(self.ups[index], x, flat)
+            x = torch.cat([up, features[index]], 1)  # (B, 2 c, ...) at the finer level
+            x = self.blocks[index](x, flat=flat)
             if index < len(self.heads):
-                outputs.insert(0, self.heads[index](x))
+                outputs.insert(0, self.heads[index](x, flat))
         return outputs
+
+
+def _up_slices(up: nn.Module, x: Tensor, flat: int) -> Tensor:
+    """Up-sampled slices: of each, the mean of those that the transposed convolution would make of it."""
+    assert isinstance(up, nn.ConvTranspose3d)
+    stride = [step for axis, step in enumerate(up.stride) if axis != flat]
+    plane = F.conv_transpose2d(x.squeeze(flat + 2), up.weight.mean(flat + 2), up.bias, stride)
+    return plane.unsqueeze(flat + 2)
 
 
 class PatchDecoder(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain3d.backbones.contract import Level, by_text, check_image
-from pretrain3d.backbones.convolution import Conv3d
+from pretrain3d.backbones.convolution import Conv3d, slice_axis, without
 from pretrain3d.config import UserError
 from pretrain3d.sparse import active_voxels, masked_instance_norm
 
@@ -56,9 +56,15 @@ class ConvBlock(nn.Module):
         self.norm = nn.InstanceNorm3d(out_channels, eps=NORM_EPS, affine=True)
         self.activate = activate
 
-    def forward(self, x: Tensor, active: Tensor | None = None) -> Tensor:
-        """Args: x (B, C, X, Y, Z); active (B, 1, X', Y', Z') bool at the resolution of the output, ``None`` = all."""
-        x = self.conv(x)
+    def forward(self, x: Tensor, active: Tensor | None = None, flat: int | None = None) -> Tensor:
+        """From (B, C, X, Y, Z) to (B, out_channels, X', Y', Z').
+
+        Args:
+            x: the image.
+            active: (B, 1, X', Y', Z') bool at the resolution of the output, ``None`` = all.
+            flat: see `convolution.slice_axis`.
+        """
+        x = self.conv(x, flat)
         if active is None:
             x = self.norm(x)
         else:
@@ -83,12 +89,13 @@ class ResidualBlock(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, active: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, active: Tensor | None = None, flat: int | None = None) -> Tensor:
         """Args: see `ConvBlock.forward`."""
-        skip = F.avg_pool3d(x, self.stride, self.stride) if self.stride != (1, 1, 1) else x
+        stride = without(self.stride, flat)
+        skip = F.avg_pool3d(x, stride, stride) if stride != (1, 1, 1) else x
         if self.skip is not None:
-            skip = self.skip(skip, active)
-        x = self.conv2(self.conv1(x, active), active)
+            skip = self.skip(skip, active, flat)
+        x = self.conv2(self.conv1(x, active, flat), active, flat)
         return F.leaky_relu(x + skip, SLOPE, inplace=True)
 
 
@@ -101,10 +108,12 @@ class Stage(nn.Module):
         rest = [ResidualBlock(out_channels, out_channels, kernel, (1, 1, 1)) for _ in range(num_blocks - 1)]
         self.blocks = nn.ModuleList([first, *rest])
 
-    def forward(self, x: Tensor, active: Tensor | None = None, checkpointing: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, active: Tensor | None = None, flat: int | None = None, checkpointing: bool = False
+    ) -> Tensor:
         """Args: see `ConvBlock.forward`; ``checkpointing`` recomputes each block in the backward pass."""
         for block in self.blocks:
-            x = checkpoint(block, x, active, use_reentrant=False) if checkpointing else block(x, active)
+            x = checkpoint(block, x, active, flat, use_reentrant=False) if checkpointing else block(x, active, flat)
         return x
 
 
@@ -127,6 +136,7 @@ class ResEnc(nn.Module):
 
     runtime_arguments = frozenset({"masking", "checkpointing"})
     input_weights = ("stem.conv.weight",)
+    takes_slices = True
 
     def __init__(
         self,
@@ -171,9 +181,11 @@ class ResEnc(nn.Module):
         Raises:
             UserError: channels or size do not fit.
         """
-        check_image(image, self.in_channels, self.size_multiple)
-        if tuple(image.shape[2:]) == self.size_multiple:
-            size = by_text(self.size_multiple)
+        flat = slice_axis(image)
+        multiple = without(self.size_multiple, flat)
+        check_image(image, self.in_channels, multiple)
+        if tuple(image.shape[2:]) == multiple:
+            size = by_text(multiple)
             raise UserError(f"an image or patch of {size} is one voxel on the coarsest level; double at least one axis")
         masks: list[Tensor | None] = [None] * len(self.levels)
         active = None
@@ -181,12 +193,12 @@ class ResEnc(nn.Module):
             image = image.masked_fill(~keep, 0.0)  # not a product: a hidden NaN stays hidden
             if self.masking == "sparse":
                 active = keep
-                masks = [active_voxels(keep, level.stride) for level in self.levels]
+                masks = [active_voxels(keep, without(level.stride, flat)) for level in self.levels]
         recompute = self.checkpointing and self.training and torch.is_grad_enabled()
-        x = self.stem(image, active)  # (B, c0, X, Y, Z)
+        x = self.stem(image, active, flat)  # (B, c0, X, Y, Z)
         features = []
         for stage, mask in zip(self.stages, masks, strict=True):
-            x = stage(x, mask, recompute)
+            x = stage(x, mask, flat, recompute)
             features.append(x)
         return features
 
