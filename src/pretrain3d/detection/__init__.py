@@ -3,4 +3,5 @@
 DETECTORS: dict[str, str] = {
     "retina_unet": "pretrain3d.detection.retina:RetinaUNet",
     "retinanet": "pretrain3d.detection.retina:retinanet",
+    "deformable_detr": "pretrain3d.detection.detr:DeformableDETR",
 }

@@ -27,7 +27,7 @@ from pretrain3d.detection.anchors import AnchorGrid, Anchors
 from pretrain3d.detection.assign import Assignment, atss
 from pretrain3d.detection.contract import Detections
 from pretrain3d.detection.losses import PositiveNormaliser, box_giou, box_l1, dice_and_cross_entropy, focal
-from pretrain3d.detection.necks import FPN
+from pretrain3d.detection.necks import FPN, SimplePyramid, chosen_levels, pyramid_levels
 from pretrain3d.detection.sample import hard_negatives
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ class RetinaUNet(nn.Module):
     """One-stage detector on any backbone of the registry.
 
     Args:
-        levels: the backbone's levels, finest first.
+        levels: the backbone's levels, finest first; from a single one a pyramid is made, see `necks.SimplePyramid`.
         num_classes: K.
         anchors: base sizes in voxels on the finest detection level: ``{"sizes": [xs, ys, zs]}`` (all combinations) or
             ``{"boxes": [[x, y, z], ...]}``; coarser levels scale them by their relative stride.
-        detection_levels: indices into ``levels`` that predict boxes, ascending; None = the last four (five when there
+        detection_levels: indices into the levels that predict boxes, ascending; None = the last four (five when there
             are seven), but never the first level, as nnDetection plans them.
         fpn_channels: channels of the pyramid's detection levels.
         head_channels: channels inside the heads; None = ``fpn_channels``.
@@ -101,10 +101,15 @@ class RetinaUNet(nn.Module):
         self.num_classes = num_classes
         self.nms_iou = nms_iou
         self.detections_per_patch = detections_per_patch
-        self.detection_levels = _detection_levels(detection_levels, len(levels))
+        single, levels = levels[0] if len(levels) == 1 else None, pyramid_levels(levels)
+        self.detection_levels = chosen_levels(detection_levels, len(levels))
         self.anchors = Anchors(anchors, [_triple(levels[index].stride) for index in self.detection_levels])
 
         outputs = sorted({*self.detection_levels, *([] if segmentation == "none" else [0])})
+        self.pyramid = None
+        if single is not None:
+            levels = levels[: self.detection_levels[-1] + 1]
+            self.pyramid = SimplePyramid(single, outputs[0], len(levels) - 1)
         plain = () if segmentation_conv or 0 in self.detection_levels else (0,)
         self.fpn = FPN(levels, outputs, fpn_channels, full_from=self.detection_levels[0], plain=plain)
         width = fpn_channels if head_channels is None else head_channels
@@ -125,7 +130,8 @@ class RetinaUNet(nn.Module):
         that only it needs are computed in training mode alone.
         """
         segment = self.segmentation != "none" and self.training
-        maps = self.fpn(features, None if segment else self.detection_levels[0])
+        finest = None if segment else self.detection_levels[0]
+        maps = self.fpn(features if self.pyramid is None else self.pyramid(features, finest), finest)
         logits, deltas = [], []
         for scale, index in zip(self.scales, self.detection_levels, strict=True):
             logits.append(_per_anchor(self.classifier(maps[index]), self.num_classes))
@@ -275,18 +281,6 @@ def _per_anchor(output: Tensor, values: int) -> Tensor:
     return (
         output.flatten(2).view(batch, -1, values, output[0, 0].numel()).permute(0, 3, 1, 2).reshape(batch, -1, values)
     )
-
-
-def _detection_levels(wanted: Sequence[int] | None, num_levels: int) -> tuple[int, ...]:
-    if wanted is None:
-        return tuple(range(min(max(1, num_levels - 4), 2, num_levels - 1), num_levels))
-    chosen = tuple(int(index) for index in wanted)
-    if not chosen or list(chosen) != sorted(set(chosen)) or chosen[0] < 0 or chosen[-1] >= num_levels:
-        raise UserError(
-            f"detector.detection_levels is {list(wanted)}; expected ascending indices between 0 and {num_levels - 1}"
-            f" (the backbone has {num_levels} levels)"
-        )
-    return chosen
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
