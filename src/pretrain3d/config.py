@@ -353,6 +353,15 @@ def check(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, given
     _bound(registry, node, kind, given)
 
 
+def takes(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, argument: str) -> bool:
+    """Whether the component of a node has an argument of that name.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    return argument in inspect.signature(_attribute(registry[check_name(registry, node, kind)])).parameters
+
+
 def checked_arguments(
     target: Callable[..., Any], arguments: Mapping[str, Any], where: str, given: Collection[str] = ()
 ) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import UserError, build, check, check_names, checked_arguments, load
+from pretrain3d.config import UserError, build, check, check_names, checked_arguments, load, takes
 from pretrain3d.reporting.run_folder import RunFolder
 
 TAKES_CONFIG = True
@@ -93,7 +93,7 @@ def check_arguments(settings: dict[str, Any]) -> None:
     given = ["backbone", "patch_size", "note"]
     if module["name"] == "detection":
         given += ["classes", "mirror_classes"]
-        detector = {**module["detector"], "anchors": module["detector"].get("anchors") or {}}
+        detector = with_anchors(module["detector"], {})
         check(DETECTORS, detector, "module.detector", given=("levels", "num_classes"))
     else:
         check(PRETRAINING, module["method"], "module.method", given=("levels", "in_channels", "patch_size", "decoder"))
@@ -123,9 +123,7 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
     given: dict[str, Any] = {"backbone": backbone, "patch_size": tuple(datamodule.patch_size)}
     method = module_node.get("method", {}).get("name", "")
     if module_node["name"] == "detection":
-        detector = dict(module_node["detector"])
-        if detector.get("anchors") is None:
-            detector["anchors"] = store.plan["anchors"]
+        detector = with_anchors(module_node["detector"], store.plan.get("anchors"))
         module_node["detector"] = detector
         given |= {"classes": store.classes, "mirror_classes": store.mirror_classes}
         method = detector["name"]
@@ -154,6 +152,15 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         note["transfer"] = report.to_dict()
         print(f"{folder.path}: {report}")
     return build(MODULES, module_node, "module", note=note, **given)
+
+
+def with_anchors(detector: dict[str, Any], planned: dict[str, Any] | None) -> dict[str, Any]:
+    """The node of a detector with the planned anchors, when it takes anchors and names none itself."""
+    from pretrain3d.detection import DETECTORS
+
+    if detector.get("anchors") is not None or not takes(DETECTORS, detector, "module.detector", "anchors"):
+        return dict(detector)
+    return {**detector, "anchors": planned}
 
 
 def preprocessing(settings: dict[str, Any], datamodule: Any) -> dict[str, Any]:

@@ -62,7 +62,8 @@ class DetectionModule(BaseModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         features = self.backbone(batch["image"])
-        outputs = self.detector(features, batch["image"].shape[2:])
+        targets = {"targets": batch} if getattr(self.detector, "needs_targets", False) else {}
+        outputs = self.detector(features, batch["image"].shape[2:], **targets)
         with torch.autocast(batch["image"].device.type, enabled=False):
             losses = self.detector.loss(outputs, batch)
         return self.finish_losses(losses, batch, "train")
