@@ -21,7 +21,7 @@ from pretrain3d.backbones.tokens import (
 )
 from pretrain3d.config import UserError
 
-NORM_EPS = 1e-6
+NORM_EPS = 1e-5  # as the released networks
 LAYER_SCALE = 0.1
 
 

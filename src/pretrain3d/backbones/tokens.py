@@ -130,7 +130,7 @@ class TokenStack(nn.Module):
         super().__init__()
         self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(dim, *grid), std=0.02))
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim)
         self.head_dim = head_dim
         self.checkpointing = checkpointing
 

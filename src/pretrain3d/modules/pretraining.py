@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pretrain3d.backbones.decoders import UNetDecoder
-from pretrain3d.config import build
+from pretrain3d.backbones.decoders import image_decoder
+from pretrain3d.config import UserError, build, resolve
 from pretrain3d.modules.base import BaseModule
 from pretrain3d.objectives import PRETRAINING
 
@@ -22,6 +23,9 @@ class PretrainingModule(BaseModule):
         method: ``{"name": a name in PRETRAINING, ...}``.
         patch_size: (3,) voxels of a training patch.
         note, optimizer, schedule, warmup_steps, ema: see `BaseModule`.
+
+    Raises:
+        UserError: the backbone lacks what the method needs.
     """
 
     method: Any  # from the registry; see `objectives.contract.Method`
@@ -37,6 +41,12 @@ class PretrainingModule(BaseModule):
         warmup_steps: int = 0,
         ema: float | None = None,
     ) -> None:
+        needs = getattr(resolve(PRETRAINING, method["name"], "module.method"), "needs", ())
+        if not all(hasattr(backbone, name) for name in needs):
+            raise UserError(
+                f"module.method {method['name']} replaces embedded patches, and a {type(backbone).__name__} embeds none; "
+                "take backbone=primus_m, vit_b or swin, or module.method.name=mae"
+            )
         head = build(
             PRETRAINING,
             method,
@@ -44,7 +54,7 @@ class PretrainingModule(BaseModule):
             levels=backbone.levels,
             in_channels=backbone.in_channels,
             patch_size=tuple(patch_size),
-            decoder=UNetDecoder,
+            decoder=partial(image_decoder, backbone),
         )
         super().__init__(backbone, head, "method", note, optimizer, schedule, warmup_steps, ema)
 

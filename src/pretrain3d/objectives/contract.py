@@ -17,18 +17,31 @@ class PyramidLevel(Protocol):
     def channels(self) -> int: ...
     @property
     def stride(self) -> tuple[int, int, int]: ...
+    @property
+    def tokens(self) -> bool: ...
 
 
-Backbone = Callable[[Tensor, Tensor | None], list[Tensor]]  # (image, keep) -> features, finest first
-# (levels, out_channels) -> module from features to outputs, finest first
-Decoder = Callable[[Sequence[PyramidLevel], int], torch.nn.Module]
+Backbone = Callable[..., list[Tensor]]  # (image, keep) -> features, finest first; on tokens (image, keep, num_visible)
+# (levels, out_channels) -> module from features to outputs, the first of them at the resolution of the image;
+# on tokens also (levels, out_channels, number of Transformer blocks over all tokens)
+Decoder = Callable[..., torch.nn.Module]
+
+
+class Embedding(Protocol):
+    """What a method uses of a backbone that begins with an embedding of patches: `backbones.contract.Backbone`."""
+
+    def embed(self, image: Tensor) -> Tensor:
+        """(B, C, X, Y, Z) -> (B, channels, x, y, z) of the finest level."""
+
+    def encode(self, embedded: Tensor) -> list[Tensor]:
+        """To the features, finest first."""
 
 
 class Method(Protocol):
     """A pretraining method; an ``nn.Module`` whose parameters are its decoder, tokens and heads.
 
     Built as ``PRETRAINING[name](levels, in_channels, patch_size, decoder, **arguments)``; ``decoder`` builds a decoder
-    for the levels, finest output first.
+    for the levels. A class attribute ``needs`` names what the backbone must have beyond a call: ``("embed", "encode")``.
     """
 
     def prepare(self, batch: dict[str, Any], generator: list[torch.Generator]) -> dict[str, Tensor]:
@@ -50,3 +63,19 @@ class Method(Protocol):
 
     def pictures(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """Slices (X, Y) float32 of the first sample, by name."""
+
+
+class ViewMethod(Method, Protocol):
+    """A method that compares crops (views) of a region.
+
+    Its ``prepare`` gets generators on the CPU and returns ``inputs`` (B, V, C, x, y, z), cut but not augmented: the
+    module augments each view on its own before the method sees them again.
+
+    Attributes:
+        view_size: (3,) voxels of a view.
+    """
+
+    view_size: tuple[int, int, int]
+
+    def after_step(self) -> None:
+        """Called after every optimiser step: a teacher follows."""

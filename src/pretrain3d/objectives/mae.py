@@ -1,7 +1,8 @@
-"""Masked autoencoder for convolutional networks: hide blocks of the image, predict their intensities."""
+"""Masked autoencoder: hide blocks of the image, predict their intensities from what is visible."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,26 +13,34 @@ from torch import Tensor, nn
 from pretrain3d.config import UserError
 from pretrain3d.objectives.contract import Backbone, Decoder, PyramidLevel
 from pretrain3d.objectives.hidden import checked_block, hidden_losses, hidden_pictures
-from pretrain3d.objectives.masking import block_mask
+from pretrain3d.objectives.masking import block_mask, cells, hidden_cells
 
 
 class MAE(nn.Module):
-    """Hidden blocks are 0 in the input of the backbone; a decoder predicts the normalised intensities there.
+    """Hidden blocks are not used by the backbone; a decoder predicts the normalised intensities there.
+
+    On a pyramid of convolutions they are 0 in the input, and a U-Net decoder follows. On a Transformer only the visible
+    tokens are encoded; a learned token takes the hidden places, and a light decoder of the backbone's kind of blocks
+    looks at all of them.
 
     Args:
-        levels: of the backbone, finest first; the finest must be at the resolution of the image.
+        levels: of the backbone, finest first.
         in_channels: of the image.
         patch_size: (3,) voxels.
-        decoder: builds the decoder from the levels and the number of output channels.
+        decoder: builds the decoder from the levels and the number of output channels; see `contract.Decoder`.
         ratio: share of blocks that are hidden, in (0, 1).
-        block: side of a block in voxels, (3,) or one number; ``None`` = `masking.block_size` of the patch.
+        block: side of a block in voxels, (3,) or one number; ``None`` = one token on a Transformer, else
+            `masking.block_size` of the patch.
+        decoder_blocks: Transformer blocks of the decoder, ``None`` = 2; only for Transformers.
 
     Raises:
-        UserError: a backbone without full-resolution features, or a mask that hides nothing or everything.
+        UserError: a mask that hides nothing or everything, or decoder blocks for a backbone that has none.
 
     Source: He et al., "Masked autoencoders are scalable vision learners" (2022); on ResEnc-L Wald et al., "Revisiting
-    MAE pre-training for 3D medical image segmentation" (2024). The target is the intensity itself, without
-    normalisation per block. Unlike the reference code, voxels outside the volume do not count.
+    MAE pre-training for 3D medical image segmentation" (2024), on Primus Wald et al., "An OpenMind for 3D medical
+    vision" (2024). The target is the intensity itself, without normalisation per block. Unlike the reference code,
+    voxels outside the volume do not count, and on a Transformer the loss is over the hidden voxels (there the mask of
+    the loss has its first two axes exchanged).
     """
 
     def __init__(
@@ -42,13 +51,24 @@ class MAE(nn.Module):
         decoder: Decoder,
         ratio: float = 0.75,
         block: int | tuple[int, int, int] | None = None,
+        decoder_blocks: int | None = None,
     ) -> None:
         super().__init__()
-        if tuple(levels[0].stride) != (1, 1, 1):
-            raise UserError(f"mae: the backbone's finest stride is {levels[0].stride}; features at stride 1 are needed")
+        self.tokens = levels[0].tokens
+        self.stride = levels[0].stride
+        if decoder_blocks is not None and not (self.tokens and decoder_blocks >= 0):
+            raise UserError(f"mae: decoder_blocks is {decoder_blocks}; it is null, or 0 or more for a Transformer")
+        if block is None and self.tokens:
+            block = self.stride
         self.ratio = ratio
         self.block = checked_block("mae", patch_size, ratio, block)
-        self.decoder = decoder(levels, in_channels)
+        self.num_visible: int | None = None
+        if self.tokens:
+            self.num_visible = visible_tokens(patch_size, self.block, self.stride, ratio)
+            self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(levels[0].channels), std=0.02))
+            self.decoder = decoder(levels, in_channels, 2 if decoder_blocks is None else decoder_blocks)
+        else:
+            self.decoder = decoder(levels, in_channels)
 
     def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """Draws the mask; see `contract.Method.prepare`.
@@ -63,8 +83,13 @@ class MAE(nn.Module):
 
     def forward(self, backbone: Backbone, prepared: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns: ``reconstruction`` (B, C, X, Y, Z), in normalised intensities."""
-        features = backbone(prepared["inputs"], prepared["keep"])
-        return {"reconstruction": self.decoder(features)[0]}
+        if not self.tokens:
+            features = backbone(prepared["inputs"], prepared["keep"])
+            return {"reconstruction": self.decoder(features)[0]}
+        seen = backbone(prepared["inputs"], prepared["keep"], self.num_visible)[0]  # (B, C, x, y, z), 0 where hidden
+        shown = cells(prepared["keep"], self.stride)  # (B, 1, x, y, z)
+        filled = torch.where(shown, seen, self.mask_token.view(1, -1, 1, 1, 1))
+        return {"reconstruction": self.decoder([filled])[0]}
 
     def loss(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, Tensor]:
         """Mean squared error over the hidden voxels inside the volume; see `hidden.hidden_losses`."""
@@ -73,3 +98,17 @@ class MAE(nn.Module):
     def pictures(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """``original``, ``masked``, ``reconstructed``; see `hidden.hidden_pictures`."""
         return hidden_pictures(outputs["reconstruction"], prepared)
+
+
+def visible_tokens(patch_size: Sequence[int], block: Sequence[int], stride: Sequence[int], ratio: float) -> int | None:
+    """Tokens with a visible voxel, where every mask leaves the same number; else ``None``.
+
+    Args:
+        patch_size, block, stride: (3,) voxels of the patch, of a mask block and of a token.
+        ratio: share of blocks that are hidden.
+    """
+    even = all(p % b == 0 and b % s == 0 for p, b, s in zip(patch_size, block, stride, strict=True))
+    if not even:
+        return None
+    num_cells = math.prod(p // b for p, b in zip(patch_size, block, strict=True))
+    return (num_cells - hidden_cells(num_cells, ratio)) * math.prod(b // s for b, s in zip(block, stride, strict=True))
