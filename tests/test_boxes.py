@@ -66,7 +66,8 @@ def test_empty_inputs_and_empty_boxes():
     assert B.iou(point, point).item() == 0
     assert len(B.nms(none, torch.zeros(0), 0.5)) == 0
     assert len(B.batched_nms(none, torch.zeros(0), torch.zeros(0, dtype=torch.long), 0.5)) == 0
-    fused = B.weighted_box_clustering(none, *[torch.zeros(0)] * 4, iou_threshold=0.5)
+    long = torch.zeros(0, dtype=torch.long)
+    fused = B.weighted_box_clustering(none, torch.zeros(0), long, torch.zeros(0), long, 3, iou_threshold=0.5)
     assert [len(part) for part in fused] == [0, 0, 0]
 
 
@@ -133,25 +134,80 @@ CLUSTER = torch.tensor([[0.0, 0, 0, 10, 10, 10], [1, 0, 0, 11, 10, 10], [0, 2, 0
 CLUSTER_SCORES = torch.tensor([0.9, 0.6, 0.5])
 
 
-@pytest.mark.parametrize("views, score", [(1, 0.6939), (3, 0.6939), (8, 0.2602)])
+@pytest.mark.parametrize("views, score", [(3, 0.6939), (8, 0.2602)])
 def test_weighted_box_clustering_known_answer(views, score):
-    labels, ones = torch.zeros(3, dtype=torch.long), torch.ones(3)
-    boxes, scores, _ = B.weighted_box_clustering(CLUSTER, CLUSTER_SCORES, labels, ones, ones * views, 0.5)
+    labels = torch.zeros(3, dtype=torch.long)
+    boxes, scores, _ = B.weighted_box_clustering(
+        CLUSTER, CLUSTER_SCORES, labels, torch.ones(3), torch.arange(3), views, 0.5
+    )
     assert scores.tolist() == pytest.approx([score], abs=1e-4)
     assert boxes[0].tolist() == pytest.approx([0.2847, 0.3866, 0, 10.2847, 10.3866, 10], abs=1e-3)
 
 
-def test_clustering_scores_do_not_depend_on_the_number_of_views():
-    for views in (1, 2, 8):
-        boxes, scores = CLUSTER[:1].repeat(views, 1), torch.full((views,), 0.7)
-        labels, expected = torch.zeros(views, dtype=torch.long), torch.full((views,), float(views))
-        fused = B.weighted_box_clustering(boxes, scores, labels, torch.ones(views), expected, 0.5)
-        assert fused[1].tolist() == pytest.approx([0.7]) and torch.allclose(fused[0], CLUSTER[:1])
+def clustering_by_definition(boxes, scores, labels, weights, origin, num_views, threshold):
+    """One cluster after the other, as the formula is written."""
+    fused = []
+    for label in sorted(set(labels.tolist())):
+        left = [i for i in scores.argsort(descending=True, stable=True).tolist() if labels[i] == label]
+        while left:
+            best = boxes[left[0]].tolist()
+            iou = {i: slow_iou(boxes[i].tolist(), best) for i in left}
+            members = [i for i in left if iou[i] > threshold]
+            votes = [iou[i] * float(weights[i]) for i in members]
+            gains = [v * float(scores[i]) for v, i in zip(votes, members, strict=True)]
+            missing = num_views - len({int(origin[i]) for i in members})
+            box = [
+                sum(g * float(boxes[i][k]) for g, i in zip(gains, members, strict=True)) / sum(gains) for k in range(6)
+            ]
+            fused.append((sum(gains) / (sum(votes) + missing * sum(votes) / len(votes)), box, label))
+            left = [i for i in left if i not in members]
+    return sorted(fused, key=lambda entry: -entry[0])
+
+
+@pytest.mark.parametrize("threshold", [1e-5, 0.3, 0.6])
+def test_weighted_box_clustering_follows_its_definition(threshold):
+    generator = torch.Generator().manual_seed(3)
+    boxes = random_boxes(40, 5).repeat(10, 1) + torch.randn(400, 3, generator=generator).repeat(1, 2).round() / 2
+    scores, weights = torch.rand(400, generator=generator), 0.5 + torch.rand(400, generator=generator) / 2
+    labels, origin = (torch.randint(0, n, (400,), generator=generator) for n in (2, 5))
+    fused = B.weighted_box_clustering(boxes, scores, labels, weights, origin, 6, threshold)
+    expected = clustering_by_definition(boxes, scores, labels, weights, origin, 6, threshold)
+    assert 2 < len(expected) == len(fused[1]) < 400
+    torch.testing.assert_close(fused[1], torch.tensor([entry[0] for entry in expected]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(fused[0], torch.tensor([entry[1] for entry in expected]), atol=1e-3, rtol=0)
+    assert fused[2].tolist() == [entry[2] for entry in expected]
+
+
+@pytest.mark.parametrize("times", [2, 5])
+def test_running_every_view_again_changes_nothing(times):
+    """What nnDetection's scores do not do with a view that has two boxes in a cluster, nor with other view counts."""
+    boxes = torch.cat([CLUSTER, CLUSTER[:1] + 50, CLUSTER + 20])
+    scores, weights = torch.tensor([0.9, 0.6, 0.5, 0.4, 0.3, 0.8, 0.7]), torch.tensor([1.0, 0.7, 1, 0.6, 1, 1, 0.8])
+    labels, origin = torch.tensor([0, 0, 0, 0, 1, 1, 1]), torch.tensor([0, 0, 2, 1, 0, 1, 2])  # of 4 views
+    once = B.weighted_box_clustering(boxes, scores, labels, weights, origin, 4, 0.5)
+    again = torch.cat([origin + 4 * copy for copy in range(times)])
+    more = B.weighted_box_clustering(
+        *(part.repeat(times, *[1] * (part.dim() - 1)) for part in (boxes, scores, labels, weights)),
+        again,
+        4 * times,
+        0.5,
+    )
+    for a, b in zip(once, more, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_two_boxes_of_one_view_do_not_stand_for_another_view():
+    labels, ones = torch.zeros(2, dtype=torch.long), torch.ones(2)
+    boxes, scores = CLUSTER[:1].repeat(2, 1), torch.tensor([0.8, 0.8])
+    both = B.weighted_box_clustering(boxes, scores, labels, ones, torch.tensor([0, 1]), 2, 0.5)
+    one = B.weighted_box_clustering(boxes, scores, labels, ones, torch.tensor([0, 0]), 2, 0.5)
+    assert both[1].tolist() == pytest.approx([0.8]) and one[1][0] < 0.6
 
 
 def test_clustering_separates_classes_and_distant_boxes():
     boxes = torch.cat([CLUSTER, CLUSTER[:1] + 50, CLUSTER[:1]])
     scores, labels = torch.tensor([0.9, 0.6, 0.5, 0.4, 0.3]), torch.tensor([0, 0, 0, 0, 1])
-    fused, score, label = B.weighted_box_clustering(boxes, scores, labels, torch.ones(5), torch.ones(5), 0.5)
+    one_view = torch.zeros(5, dtype=torch.long)
+    fused, score, label = B.weighted_box_clustering(boxes, scores, labels, torch.ones(5), one_view, 1, 0.5)
     assert label.tolist() == [0, 0, 1] and score.tolist() == pytest.approx([0.6939, 0.4, 0.3], abs=1e-4)
     torch.testing.assert_close(fused[1:], boxes[3:])

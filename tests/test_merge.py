@@ -3,8 +3,21 @@
 import pytest
 import torch
 
+from pretrain3d import boxes as box_ops
+from pretrain3d.config import UserError
 from pretrain3d.detection.contract import Detections
-from pretrain3d.detection.merge import TileDetections, center_weight, is_cut, merge_tiles, merge_views, unflip
+from pretrain3d.detection.merge import (
+    Merging,
+    TileDetections,
+    ViewDetections,
+    _best_of_tiles,
+    center_weight,
+    is_cut,
+    merge,
+    merge_tiles,
+    merge_views,
+    unflip,
+)
 
 PATCH = (32, 32, 32)
 
@@ -13,7 +26,13 @@ def tile_detections(rows: list[tuple[list[float], float, int, list[float], bool]
     """Rows of (box, score, label, tile, cut) with weight 1."""
     boxes, scores, labels, tiles, cut = zip(*rows, strict=True)
     found = Detections(torch.tensor(boxes), torch.tensor(scores), torch.tensor(labels))
-    return TileDetections(found, torch.ones(len(rows)), torch.tensor(cut), torch.tensor(tiles))
+    extents = [list(each) for each in dict.fromkeys(tuple(tile) for tile in tiles)]
+    tile = torch.tensor([extents.index(each) for each in tiles])
+    return TileDetections(found, torch.ones(len(rows)), torch.tensor(cut), tile, torch.tensor(extents))
+
+
+def merged(rows: list[tuple[list[float], float, int, list[float], bool]], tile_iou: float = 0.5) -> Detections:
+    return merge_tiles(tile_detections(rows), Merging(tile_iou=tile_iou)).found
 
 
 LEFT, RIGHT = [0.0, 0, 0, 32, 32, 32], [16.0, 0, 0, 48, 32, 32]
@@ -46,25 +65,25 @@ def test_cut_means_an_inner_border():
 def test_a_sliver_of_an_object_that_another_tile_sees_whole_goes():
     whole, sliver = [18.0, 4, 4, 44, 30, 30], [18.0, 4, 4, 21, 30, 30]  # IoU 0.12 only
     rows = [(whole, 0.8, 0, RIGHT, False), ([29.0, 4, 4, 32, 30, 30], 0.9, 0, LEFT, True)]
-    found, _ = merge_tiles(tile_detections(rows), 0.5, 100)
+    found = merged(rows)
     assert found.boxes.tolist() == [whole] and found.scores.tolist() == pytest.approx([0.8])
     other_class = [(whole, 0.8, 0, RIGHT, False), (sliver, 0.9, 1, LEFT, True)]
-    assert len(merge_tiles(tile_detections(other_class), 0.5, 100)[0]) == 2
+    assert len(merged(other_class)) == 2
     clear_sliver = [(whole, 0.1, 0, RIGHT, False), ([29.0, 4, 4, 32, 30, 30], 0.9, 0, LEFT, True)]
-    assert len(merge_tiles(tile_detections(clear_sliver), 0.5, 100)[0]) == 2  # the whole one is hardly believed
+    assert len(merged(clear_sliver)) == 2  # the whole one is hardly believed
 
 
 def test_parts_that_agree_where_both_tiles_look_become_one():
     rows = [([4.0, 8, 8, 32, 20, 20], 0.9, 0, LEFT, True), ([16.0, 8, 9, 44, 20, 20], 0.8, 0, RIGHT, True)]
-    found, _ = merge_tiles(tile_detections(rows), 0.5, 100)
+    found = merged(rows)
     assert found.boxes.tolist() == [[4, 8, 8, 44, 20, 20]] and found.scores.tolist() == pytest.approx([0.9])
 
 
 def test_parts_that_disagree_stay_and_weak_ones_move_no_border():
     apart = [([4.0, 0, 0, 32, 8, 8], 0.9, 0, LEFT, True), ([16.0, 20, 20, 44, 30, 30], 0.8, 0, RIGHT, True)]
-    assert len(merge_tiles(tile_detections(apart), 0.5, 100)[0]) == 2
+    assert len(merged(apart)) == 2
     weak = [([4.0, 8, 8, 32, 20, 20], 0.9, 0, LEFT, True), ([16.0, 8, 8, 44, 20, 20], 0.1, 0, RIGHT, True)]
-    found, _ = merge_tiles(tile_detections(weak), 0.5, 100)
+    found = merged(weak)
     assert found.boxes.tolist() == [[4, 8, 8, 32, 20, 20]]
 
 
@@ -72,18 +91,67 @@ def test_boxes_of_the_tile_with_the_better_view_win_and_keep_their_score():
     rows = [([4.0, 4, 4, 10, 10, 10], 0.8, 0, LEFT, False), ([4.0, 4, 5, 10, 10, 10], 0.9, 0, RIGHT, False)]
     view = tile_detections(rows)
     view.weights = torch.tensor([1.0, 0.6])
-    found, weights = merge_tiles(view, 0.1, 100)
-    assert (
-        found.boxes[:, 2].tolist() == [4] and found.scores.tolist() == pytest.approx([0.8]) and weights.tolist() == [1]
-    )
+    result = merge_tiles(view, Merging())
+    assert result.found.boxes[:, 2].tolist() == [4] and result.weights.tolist() == [1]
+    assert result.found.scores.tolist() == pytest.approx([0.8])
 
 
 def test_views_are_averaged_by_clustering_and_maximised_by_nms():
     box = torch.tensor([[4.0, 4, 4, 10, 10, 10]])
     label = torch.zeros(1, dtype=torch.long)
     views = [Detections(box, torch.tensor([score]), label) for score in (0.9, 0.6)] + [Detections.concatenate([])] * 2
-    weights = [torch.ones(len(view)) for view in views]
-    clustered = merge_views(views, weights, "clustering", 0.5, 100)
+    views = [ViewDetections(view, torch.ones(len(view))) for view in views]
+    clustered = merge_views(views, Merging())
     assert clustered.scores.tolist() == pytest.approx([(0.9 + 0.6) / 4]) and torch.equal(clustered.boxes, box)
-    assert merge_views(views, weights, "nms", 0.5, 100).scores.tolist() == pytest.approx([0.9])
-    assert merge_views(views[:1], weights[:1], "clustering", 0.5, 100) is views[0]
+    assert merge_views(views, Merging(method="nms")).scores.tolist() == pytest.approx([0.9])
+    for method in ("clustering", "nms"):
+        assert merge_views(views[:1], Merging(method=method)).scores.tolist() == pytest.approx([0.9])
+
+
+def test_within_a_tile_the_best_score_wins_and_between_tiles_the_better_place():
+    near, apart = [4.0, 4, 5, 10, 10, 11], [20.0, 20, 20, 26, 26, 26]
+    rows = [([4.0, 4, 4, 10, 10, 10], 0.8, 0, LEFT, False), (near, 0.9, 0, LEFT, False), (near, 0.7, 1, LEFT, False),
+            (apart, 0.3, 0, LEFT, False), (near, 0.85, 0, RIGHT, False)]  # fmt: skip
+    view = tile_detections(rows)
+    view.weights = torch.tensor([1.0, 0.6, 1, 1, 0.5])
+    found = merge_tiles(view, Merging()).found
+    assert found.scores.tolist() == pytest.approx([0.9, 0.7, 0.3]) and found.labels.tolist() == [0, 1, 0]
+
+
+def test_the_best_of_each_tile_is_class_wise_nms_of_that_tile():
+    generator = torch.Generator().manual_seed(0)
+    low = torch.rand(500, 3, generator=generator) * 20
+    found = Detections(
+        torch.cat([low, low + 4 + 6 * torch.rand(500, 3, generator=generator)], dim=1),
+        torch.randint(0, 50, (500,), generator=generator) / 50,  # many equal scores
+        torch.randint(0, 3, (500,), generator=generator),
+    )
+    tile = torch.randint(0, 70, (500,), generator=generator)
+    tile[tile == 13] = 14  # a tile without boxes
+    kept = _best_of_tiles(found, tile, 70, 0.1)
+    expected = []
+    for index in range(70):
+        members = (tile == index).nonzero()[:, 0]
+        part = found[members]
+        expected += members[box_ops.batched_nms(part.boxes, part.scores, part.labels, 0.1)].tolist()
+    assert sorted(kept.tolist()) == sorted(expected)
+
+
+def test_small_and_doubtful_boxes_are_left_out():
+    rows = [([4.0, 4, 4, 10, 10, 6], 0.8, 0, LEFT, False), ([20.0, 4, 4, 26, 10, 10], 0.2, 0, LEFT, False),
+            ([20.0, 20, 20, 26, 26, 26], 0.6, 0, LEFT, False)]  # fmt: skip
+    view = tile_detections(rows)
+    assert len(merge([view], Merging())) == 3
+    assert merge([view], Merging(min_size=3.0)).scores.tolist() == pytest.approx([0.6, 0.2])
+    assert merge([view], Merging(min_score=0.5, min_size=3.0)).scores.tolist() == pytest.approx([0.6])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"method": "mean"}, "'mean'"), ({"view_iou": 1.0}, "view_iou is 1.0"), ({"tile_iou": -0.1}, "tile_iou is -0.1"),
+     ({"max_per_class": 0}, "max_per_class 0"), ({"min_size": -1.0}, "min_size is -1.0")],
+)  # fmt: skip
+def test_settings_out_of_range_are_named(values, message):
+    with pytest.raises(UserError, match=message):
+        Merging(**values)
+    assert Merging(**Merging(view_iou=0.3).to_dict()) == Merging(view_iou=0.3)

@@ -9,6 +9,7 @@ import torch
 from pretrain3d import boxes as box_ops
 from pretrain3d.config import UserError
 from pretrain3d.detection.contract import Detections
+from pretrain3d.detection.merge import Merging
 from pretrain3d.detection.tiles import predict_volume, tile_starts
 
 
@@ -118,7 +119,7 @@ def test_a_perfect_detector_comes_back_perfect(shape, mirror_axes, merge):
         pad_value=-1.0,
         mirror_axes=mirror_axes,
         mirror_classes={0: 1},
-        merge=merge,
+        merging=Merging(method=merge),
     )
     assert_found_exactly(found, boxes, labels)
     assert max(detector.batches) <= 3
@@ -165,13 +166,20 @@ def test_at_most_so_many_per_class():
     for axes in ((), (2,)):
         detector = PerfectDetector(boxes, labels)
         found = predict_volume(
-            detector, coordinates((60, 60, 60)), (32, 32, 32), 0.5, 8, -1.0, mirror_axes=axes, max_per_class=5
+            detector,
+            coordinates((60, 60, 60)),
+            (32, 32, 32),
+            0.5,
+            8,
+            -1.0,
+            mirror_axes=axes,
+            merging=Merging(max_per_class=5),
         )
         assert found.labels.bincount().tolist() == [5, 5]
 
 
 @pytest.mark.parametrize(
-    "arguments, message", [({"merge": "mean"}, "merge is 'mean'"), ({"mirror_axes": [3]}, "mirror_axes")]
+    "arguments, message", [({"batch_size": 0}, "tile_batch is 0"), ({"mirror_axes": [3]}, "mirror_axes")]
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(UserError, match=message):

@@ -225,48 +225,66 @@ def batched_nms(
 
 
 def weighted_box_clustering(
-    boxes: Tensor, scores: Tensor, labels: Tensor, weights: Tensor, expected: Tensor, iou_threshold: float
+    boxes: Tensor, scores: Tensor, labels: Tensor, weights: Tensor, origin: Tensor, num_views: int, iou_threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fuses the boxes that several views (mirrored images, folds) predict for the same object.
 
-    Within a class the best box b* gathers the cluster C of boxes with IoU(b, b*) above the threshold; with
-    v = IoU(b, b*) * weight the fused box is the mean of C weighted by v * score, and
+    Within a class the best box b* gathers the cluster C of boxes with IoU(b, b*) above the threshold that no better
+    cluster has; with v = IoU(b, b*) * weight the fused box is the mean of C weighted by v * score, and
 
-        score = sum(v * score) / (sum(v) + max(0, expected - |C|) * mean(v))
+        score = sum(v * score) / (sum(v) + m * mean(v))
 
-    ``expected`` says how many views could have predicted b*, so a box that every view found keeps its mean score
-    however many views were run, and one that a single view of n found gets about 1/n of it.
+    with m the number of views that have no box in C. A score is so a mean over all views, in which those that found
+    nothing count as 0: running every view or fold twice changes neither scores nor boxes.
 
     Args:
-        boxes: (N, 6).
-        scores: (N,) positive.
+        boxes: (N, 6) of all views together.
+        scores: (N,) in [0, 1].
         labels: (N,) integers.
         weights: (N,) trust in each box, for instance lower near a tile's border.
-        expected: (N,) number of views that cover the box.
+        origin: (N,) int64 the view of each box, 0..num_views-1.
+        num_views: all that were run, those that found nothing too.
         iou_threshold: in [0, 1).
 
     Returns:
         Boxes (M, 6), scores (M,) and labels (M,), best first.
 
     Source: Jaeger et al. 2018, "Retina U-Net", section 3.2, in the form of nnDetection v0.1 (without the area factor),
-    where the expected count is one number for all boxes.
+    which takes m = max(0, num_views - |C|): there a view with two boxes in C hides one that found nothing.
     """
-    fused_boxes, fused_scores, fused_labels = [boxes.new_zeros((0, 6))], [scores.new_zeros(0)], [labels.new_zeros(0)]
+    parts = [(boxes.new_zeros((0, 6)), scores.new_zeros(0), labels.new_zeros(0))]
     for label in labels.unique().tolist():
-        alive = (labels == label).nonzero()[:, 0]
-        alive = alive[torch.sort(scores[alive], descending=True, stable=True).indices]
-        while len(alive):
-            overlap = iou(boxes[alive[:1]], boxes[alive])[0]
-            inside = overlap > iou_threshold
-            inside[0] = True  # the best box belongs to its own cluster even when it is empty
-            members = alive[inside]
-            votes = overlap[inside].clamp(min=_TINY) * weights[members]
-            gains = votes * scores[members]
-            missing = (expected[alive[0]] - len(members)).clamp(min=0)
-            fused_scores.append((gains.sum() / (votes.sum() + missing * votes.mean()))[None])
-            fused_boxes.append(((gains[:, None] * boxes[members]).sum(dim=0) / gains.sum())[None])
-            fused_labels.append(labels[alive[:1]])
-            alive = alive[~inside]
-    all_scores = torch.cat(fused_scores)
+        members = (labels == label).nonzero()[:, 0]
+        fused = _cluster(boxes[members], scores[members], weights[members], origin[members], num_views, iou_threshold)
+        parts.append((*fused, labels[members[: len(fused[1])]]))
+    all_boxes, all_scores, all_labels = (torch.cat(part) for part in zip(*parts, strict=True))
     order = torch.sort(all_scores, descending=True, stable=True).indices
-    return torch.cat(fused_boxes)[order], all_scores[order], torch.cat(fused_labels)[order]
+    return all_boxes[order], all_scores[order], all_labels[order]
+
+
+def _cluster(
+    boxes: Tensor, scores: Tensor, weights: Tensor, origin: Tensor, num_views: int, iou_threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Boxes and scores of one class. The best boxes b* are those that NMS keeps; the others join the first they hit."""
+    seeds = nms(boxes, scores, iou_threshold)
+    owner = torch.zeros_like(origin)
+    overlap = torch.ones_like(scores)
+    waiting = torch.ones_like(scores, dtype=torch.bool).index_fill_(0, seeds, False).nonzero()[:, 0]
+    for chunk in torch.arange(len(seeds), device=boxes.device).split(_CHUNK):
+        shared = iou(boxes[waiting], boxes[seeds[chunk]])  # (waiting, seeds)
+        hit, first = (shared > iou_threshold).max(dim=1)
+        owner[waiting[hit]] = chunk[first[hit]]
+        overlap[waiting[hit]] = shared.gather(1, first[:, None])[hit, 0]
+        waiting = waiting[~hit]
+    assert not len(waiting), "what suppression dropped lies above the threshold of a kept box"
+    owner[seeds] = torch.arange(len(seeds), device=boxes.device)  # its own, even where it is empty
+    votes = overlap.double() * weights
+    gains = votes * scores
+    sums = torch.zeros(len(seeds), 9, dtype=torch.float64, device=boxes.device)
+    each = torch.cat([torch.stack([votes, torch.ones_like(votes), gains], dim=1), gains[:, None] * boxes], dim=1)
+    total, count, gain, moments = sums.index_add_(0, owner, each).split([1, 1, 1, 6], dim=1)
+    seen = torch.zeros(len(seeds), num_views, dtype=torch.bool, device=boxes.device)
+    seen[owner, origin] = True
+    missing = (~seen).sum(dim=1, keepdim=True)
+    fused = torch.where(gain > 0, moments / gain, boxes[seeds].double())  # scores of 0 move nothing
+    return fused.to(boxes.dtype), (gain / (total + missing * total / count))[:, 0].to(scores.dtype)

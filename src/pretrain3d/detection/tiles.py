@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 from pretrain3d import boxes as box_ops
 from pretrain3d.config import UserError
 from pretrain3d.detection.contract import Detections
-from pretrain3d.detection.merge import TileDetections, center_weight, is_cut, merge_tiles, merge_views, unflip
+from pretrain3d.detection.merge import Merging, TileDetections, center_weight, is_cut, merge, unflip
 
 Triple = tuple[int, int, int]
 MIN_SIZE = 0.01  # voxels; less is left of a box only when it lay outside the volume
@@ -46,6 +47,60 @@ def tile_starts(shape: Sequence[int], patch_size: Sequence[int], overlap: float)
 
 
 @torch.no_grad()
+def predict_views(
+    predict_patches: Callable[[Tensor], list[Detections]],
+    image: Tensor,
+    patch_size: Sequence[int],
+    overlap: float = 0.5,
+    batch_size: int = 1,
+    pad_value: float | Sequence[float] = 0.0,
+    mirror_axes: Sequence[int] = (),
+    mirror_classes: Mapping[int, int] | None = None,
+    device: torch.device | str | None = None,
+) -> list[TileDetections]:
+    """Detections of a whole volume, not merged yet: one entry for every combination of mirrored axes.
+
+    A volume smaller than the patch is padded on both sides. Memory on the device is that of one batch of tiles.
+
+    Args:
+        predict_patches: (b, C, *patch_size) patches -> one `Detections` per patch, patch voxels.
+        image: (C, X, Y, Z) normalised; may stay on the CPU.
+        patch_size: of a tile, voxels.
+        overlap: see `tile_starts`.
+        batch_size: most tiles per call of ``predict_patches``.
+        pad_value: normalised value outside the volume, one for all channels or one per channel.
+        mirror_axes: spatial axes (0, 1, 2) to mirror; each doubles the number of views.
+        mirror_classes: label -> label of the other body side, swapped in views mirrored along axis 0 (right to left);
+            one direction is enough.
+        device: where tiles go before ``predict_patches``; None: where the image is.
+
+    Returns:
+        Boxes in voxels of ``image``, inside it, on the CPU.
+
+    Raises:
+        UserError: an axis, overlap or batch size that does not exist.
+    """
+    axes = tuple(sorted({int(axis) for axis in mirror_axes}))
+    if not set(axes) <= {0, 1, 2}:
+        raise UserError(f"mirror_axes is {list(mirror_axes)}; expected some of 0, 1, 2")
+    if batch_size < 1:
+        raise UserError(f"tile_batch is {batch_size}; expected at least 1")
+    patch = _triple(patch_size)
+    padded, before = _pad(image, patch, pad_value)
+    shape = _triple(padded.shape[1:])
+    starts = tile_starts(shape, patch, overlap)
+    views = [subset for n in range(len(axes) + 1) for subset in itertools.combinations(axes, n)]
+    parts: list[list[TileDetections]] = [[] for _ in views]
+    for first in range(0, len(starts), batch_size):
+        group = starts[first : first + batch_size]
+        tiles = _tiles(padded, patch, group).to(device or image.device, non_blocking=True)
+        for view, collected in zip(views, parts, strict=True):
+            flipped = tiles.flip([axis + 2 for axis in view]) if view else tiles
+            for start, found in zip(group, predict_patches(flipped), strict=True):
+                collected.append(_to_volume(found.cpu(), view, mirror_classes or {}, patch, start, shape))
+    return [_inside(_joined(collected), before, _triple(image.shape[1:])) for collected in parts]
+
+
 def predict_volume(
     predict_patches: Callable[[Tensor], list[Detections]],
     image: Tensor,
@@ -55,62 +110,24 @@ def predict_volume(
     pad_value: float | Sequence[float] = 0.0,
     mirror_axes: Sequence[int] = (),
     mirror_classes: Mapping[int, int] | None = None,
-    merge: str = "clustering",
-    tile_iou: float = 0.1,
-    view_iou: float = 0.5,
-    max_per_class: int = 100,
+    device: torch.device | str | None = None,
+    merging: Merging | None = None,
 ) -> Detections:
-    """Detections of a whole volume.
-
-    A volume smaller than the patch is padded on both sides. Every view (all combinations of mirrored axes) is merged
-    over its tiles first, then the views are merged with each other. Memory is that of one batch of tiles.
+    """Detections of a whole volume: `predict_views`, each merged over its tiles, then with each other.
 
     Args:
-        predict_patches: (b, C, *patch_size) patches on the image's device -> one `Detections` per patch, patch voxels.
-        image: (C, X, Y, Z) normalised.
-        patch_size: of a tile, voxels.
-        overlap: see `tile_starts`.
-        batch_size: most tiles per call of ``predict_patches``.
-        pad_value: normalised value outside the volume, one for all channels or one per channel.
-        mirror_axes: spatial axes (0, 1, 2) to mirror; each doubles the number of views.
-        mirror_classes: label -> label of the other body side, swapped in views mirrored along axis 0 (right to left);
-            one direction is enough.
-        merge: "clustering" (weighted box clustering of the views, scores do not rise with their number) or "nms" (the
-            best of all views).
-        tile_iou: boxes of one class that overlap more are the same object within a view.
-        view_iou: the same between views.
-        max_per_class: boxes kept per class.
+        merging: None: the defaults of `Merging`. The rest as in `predict_views`.
 
     Returns:
         Boxes in voxels of ``image``, inside it, best first, on the CPU.
 
     Raises:
-        UserError: a merge method, axis or overlap that does not exist.
+        UserError: as `predict_views`.
     """
-    axes = tuple(sorted({int(axis) for axis in mirror_axes}))
-    if merge not in ("clustering", "nms"):
-        raise UserError(f"merge is {merge!r}; expected clustering or nms")
-    if not set(axes) <= {0, 1, 2}:
-        raise UserError(f"mirror_axes is {list(mirror_axes)}; expected some of 0, 1, 2")
-    patch = _triple(patch_size)
-    padded, before = _pad(image, patch, pad_value)
-    shape = _triple(padded.shape[1:])
-    views = [subset for n in range(len(axes) + 1) for subset in itertools.combinations(axes, n)]
-    parts: list[list[TileDetections]] = [[] for _ in views]
-    for starts, tiles in _tile_batches(padded, patch, tile_starts(shape, patch, overlap), batch_size):
-        for view, collected in zip(views, parts, strict=True):
-            flipped = tiles.flip([axis + 2 for axis in view]) if view else tiles
-            for start, found in zip(starts, predict_patches(flipped), strict=True):
-                best = box_ops.batched_nms(found.boxes, found.scores, found.labels, tile_iou)
-                collected.append(_to_volume(found[best].cpu(), view, mirror_classes or {}, patch, start, shape))
-    limit = _triple(image.shape[1:])
-    merged, weights = [], []
-    for collected in parts:
-        kept = _inside(_joined(collected), before, limit)
-        found, weight = merge_tiles(kept, tile_iou, max_per_class)
-        merged.append(found)
-        weights.append(weight)
-    return merge_views(merged, weights, merge, view_iou, max_per_class)
+    views = predict_views(
+        predict_patches, image, patch_size, overlap, batch_size, pad_value, mirror_axes, mirror_classes, device
+    )
+    return merge(views, merging or Merging())
 
 
 def _pad(image: Tensor, patch: Triple, value: float | Sequence[float]) -> tuple[Tensor, Triple]:
@@ -125,14 +142,9 @@ def _pad(image: Tensor, patch: Triple, value: float | Sequence[float]) -> tuple[
     return torch.stack([F.pad(channel, widths, value=v) for channel, v in zip(image, values, strict=True)]), before
 
 
-def _tile_batches(
-    image: Tensor, patch: Triple, starts: list[Triple], batch_size: int
-) -> Iterator[tuple[list[Triple], Tensor]]:
-    """Groups of starts with their tiles (b, C, *patch)."""
-    for first in range(0, len(starts), batch_size):
-        group = starts[first : first + batch_size]
-        tiles = [image[:, x : x + patch[0], y : y + patch[1], z : z + patch[2]] for x, y, z in group]
-        yield group, torch.stack(tiles)
+def _tiles(image: Tensor, patch: Triple, starts: list[Triple]) -> Tensor:
+    """(b, C, *patch) tiles from their starts."""
+    return torch.stack([image[:, x : x + patch[0], y : y + patch[1], z : z + patch[2]] for x, y, z in starts])
 
 
 def _to_volume(
@@ -146,7 +158,8 @@ def _to_volume(
         Detections(boxes + offset, found.scores.float(), labels),
         weights=center_weight(boxes, patch),
         cut=is_cut(boxes, patch, start, shape),
-        tiles=(offset + torch.tensor([0, 0, 0, *patch])).expand(len(boxes), 6),
+        tile=torch.zeros(len(boxes), dtype=torch.long),
+        extents=(offset + torch.tensor([0, 0, 0, *patch]))[None],
     )
 
 
@@ -160,11 +173,14 @@ def _swapped(labels: Tensor, swap: Mapping[int, int]) -> Tensor:
 
 
 def _joined(parts: list[TileDetections]) -> TileDetections:
+    """All tiles of one view, numbered in their order."""
+    counts = torch.tensor([len(part.found) for part in parts])
     return TileDetections(
         Detections.concatenate([part.found for part in parts]),
-        torch.cat([part.weights for part in parts]),
-        torch.cat([part.cut for part in parts]),
-        torch.cat([part.tiles for part in parts]),
+        weights=torch.cat([part.weights for part in parts]),
+        cut=torch.cat([part.cut for part in parts]),
+        tile=torch.arange(len(parts)).repeat_interleave(counts),
+        extents=torch.cat([part.extents for part in parts]),
     )
 
 
@@ -172,9 +188,8 @@ def _inside(view: TileDetections, before: Triple, shape: Triple) -> TileDetectio
     """Boxes moved from the padded to the given volume and cut to it; what lay in the padding alone is no detection."""
     offset = torch.tensor([*before, *before], dtype=torch.float32)
     boxes = box_ops.clip(view.found.boxes - offset, shape)
-    keep = (box_ops.sizes(boxes) >= MIN_SIZE).all(dim=-1)
-    found = Detections(boxes, view.found.scores, view.found.labels)
-    return TileDetections(found[keep], view.weights[keep], view.cut[keep], view.tiles[keep] - offset)
+    moved = replace(view, found=Detections(boxes, view.found.scores, view.found.labels), extents=view.extents - offset)
+    return moved[(box_ops.sizes(boxes) >= MIN_SIZE).all(dim=-1)]
 
 
 def _triple(values: Sequence[int]) -> Triple:
