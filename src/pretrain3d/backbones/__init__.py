@@ -12,4 +12,8 @@ BACKBONES = {
     "primus_l": "pretrain3d.backbones.primus:primus_l",
     "vit": "pretrain3d.backbones.vit:ViT",
     "vit_b": "pretrain3d.backbones.vit:vit_b",
+    "swin": "pretrain3d.backbones.swin:Swin",
+    "resnet": "pretrain3d.backbones.monai_encoders:ResNet",
+    "resnet50": "pretrain3d.backbones.monai_encoders:resnet50",
+    "segresnet": "pretrain3d.backbones.monai_encoders:SegResNet",
 }
