@@ -10,6 +10,7 @@ import torch
 
 from pretrain3d.backbones import BACKBONES
 from pretrain3d.config import UserError, build
+from pretrain3d.files import replacing
 from pretrain3d.modules import MODULES
 from pretrain3d.modules.base import NOTE, BaseModule
 
@@ -29,6 +30,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or NOTE not in checkpoint:
         raise UserError(f"{path} is not a checkpoint of pretrain3d: it has no {NOTE!r} entry")
     return checkpoint
+
+
+def store_inference(path: Path, inference: dict[str, Any]) -> None:
+    """Puts what `sweep` found into the checkpoint's note as ``inference``; whole or not at all.
+
+    Raises:
+        UserError: see `read_checkpoint`.
+    """
+    checkpoint = read_checkpoint(path)
+    checkpoint[NOTE] = {**checkpoint[NOTE], "inference": inference}
+    with replacing(path) as temporary:
+        torch.save(checkpoint, temporary)
 
 
 def load_module(path: Path, kind: str, device: str | torch.device = "cpu") -> BaseModule:

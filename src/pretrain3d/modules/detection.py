@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pretrain3d.config import build
+from pretrain3d.config import UserError, build
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.contract import Detections
-from pretrain3d.detection.tiles import predict_volume
+from pretrain3d.detection.merge import Merging, TileDetections, merge
+from pretrain3d.detection.tiles import predict_views
 from pretrain3d.evaluation.metric import DetectionMetric
 from pretrain3d.modules.base import BaseModule
+
+PRECISIONS: dict[str, torch.dtype | None] = {"32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DetectionModule(BaseModule):
     """Lightning's side of a detector.
+
+    After construction ``merging`` (what `sweep` stored in the checkpoint's note, else the defaults) and ``precision``
+    (of the inference, a name of `PRECISIONS`: as in training) may be set.
 
     Args:
         backbone: see `BaseModule`.
@@ -58,6 +65,9 @@ class DetectionModule(BaseModule):
         self.overlap = overlap
         self.tile_batch = tile_batch
         self.mirror_axes = tuple(mirror_axes)
+        self.merging = Merging(**note.get("inference", {}).get("merging", {}))
+        trained = str(note.get("precision", "32"))
+        self.precision = "bf16" if "bf16" in trained else "fp16" if trained.startswith("16") else "32"
         self.metric = DetectionMetric(self.classes)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -68,27 +78,33 @@ class DetectionModule(BaseModule):
             losses = self.detector.loss(outputs, batch)
         return self.finish_losses(losses, batch, "train")
 
-    @torch.no_grad()
     def predict_image(self, image: Tensor, pad_value: tuple[float, ...] = (0.0,)) -> Detections:
-        """Boxes of a whole volume.
+        """Boxes of a whole volume, in its voxels; see `predict_views`."""
+        return merge(self.predict_views(image, pad_value), self.merging)
+
+    @torch.no_grad()
+    def predict_views(self, image: Tensor, pad_value: tuple[float, ...] = (0.0,)) -> list[TileDetections]:
+        """Boxes of a whole volume, not merged yet.
 
         Args:
-            image: (C, X, Y, Z) float32, normalised as the checkpoint's note says.
+            image: (C, X, Y, Z) float32, normalised as the checkpoint's note says; tiles of it go to the device.
             pad_value: (C,) normalised intensity outside the volume.
 
-        Returns:
-            boxes in the voxels of ``image``.
+        Raises:
+            UserError: the network gives NaN.
         """
         backbone, detector = self.best_networks()
+        broken: list[Tensor] = []  # one flag per batch of tiles, looked at once at the end
 
         def predict_patches(patches: Tensor) -> list[Detections]:
-            outputs = detector(backbone(patches), patches.shape[2:])
+            with self._autocast():
+                outputs = detector(backbone(patches), patches.shape[2:])
+            broken.extend(v.isnan().any() for v in outputs.values() if isinstance(v, Tensor) and v.is_floating_point())
             with torch.autocast(patches.device.type, enabled=False):
                 return detector.predict(outputs, patches.shape[2:])
 
         index = {name: position for position, name in enumerate(self.classes)}
-        pairs = {index[a]: index[b] for a, b in self.mirror_classes.items()}
-        return predict_volume(
+        views = predict_views(
             predict_patches,
             image,
             self.patch_size,
@@ -96,8 +112,16 @@ class DetectionModule(BaseModule):
             batch_size=self.tile_batch,
             pad_value=pad_value,
             mirror_axes=self.mirror_axes,
-            mirror_classes=pairs,
+            mirror_classes={index[a]: index[b] for a, b in self.mirror_classes.items()},
+            device=self.device,
         )
+        if torch.stack(broken).any():
+            raise UserError(f"the network's outputs are NaN in precision {self.precision}; are its weights finite?")
+        return views
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = PRECISIONS[self.precision]
+        return torch.autocast(self.device.type, dtype=dtype) if dtype is not None else nullcontext()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """One whole case of the validation fold, against its boxes in cached voxels."""
@@ -105,7 +129,10 @@ class DetectionModule(BaseModule):
         datamodule = trainer.datamodule
         case_id = batch["case_id"]
         image, case = datamodule.volume(case_id)
-        found = self.predict_image(image.to(self.device), datamodule.pad_value(case_id))
+        try:
+            found = self.predict_image(image, datamodule.pad_value(case_id))
+        except UserError as error:
+            raise UserError(f"case {case_id}: {error}") from error
         self.metric.update(
             datamodule.val_ids.index(case_id),
             found,
