@@ -56,3 +56,17 @@ def active_voxels(keep: Tensor, stride: Sequence[int]) -> Tensor:
     every = -F.max_pool3d(-seen, kernel, kernel) > 0
     mixed = (some != every).flatten(1).any(1).view(-1, 1, 1, 1, 1)
     return some | mixed
+
+
+def visible_cells(keep: Tensor, stride: Sequence[int]) -> Tensor:
+    """Which cells of a grid (tokens, say) have a visible voxel.
+
+    Args:
+        keep: (B, 1, X, Y, Z) bool, False = hidden.
+        stride: (3,) voxels of a cell.
+
+    Returns:
+        (B, 1, X / stride x, Y / stride y, Z / stride z) bool.
+    """
+    x, y, z = stride
+    return keep.unflatten(4, (-1, z)).unflatten(3, (-1, y)).unflatten(2, (-1, x)).any(7).any(5).any(3)

@@ -139,22 +139,30 @@ class Primus(TokenBackbone):
 Size = int | tuple[int, int, int]
 
 
-def primus_s(image_size: Size = 160, in_channels: int = 1, drop_path: float = 0.0, checkpointing: bool = False) -> Primus:
+def primus_s(
+    image_size: Size = 160, in_channels: int = 1, drop_path: float = 0.0, checkpointing: bool = False
+) -> Primus:
     """12 blocks of width 396, 6 heads; 26,268,285 parameters with its decoder at 160^3."""
     return Primus(396, 12, 6, 8, image_size, in_channels, drop_path, checkpointing)
 
 
-def primus_b(image_size: Size = 160, in_channels: int = 1, drop_path: float = 0.0, checkpointing: bool = False) -> Primus:
+def primus_b(
+    image_size: Size = 160, in_channels: int = 1, drop_path: float = 0.0, checkpointing: bool = False
+) -> Primus:
     """12 blocks of width 792, 12 heads; 97,958,065 parameters with its decoder at 160^3."""
     return Primus(792, 12, 12, 8, image_size, in_channels, drop_path, checkpointing)
 
 
-def primus_m(image_size: Size = 160, in_channels: int = 1, drop_path: float = 0.0, checkpointing: bool = False) -> Primus:
+def primus_m(
+    image_size: Size = 160, in_channels: int = 1, drop_path: float = 0.0, checkpointing: bool = False
+) -> Primus:
     """16 blocks of width 864, 12 heads; 151,786,529 parameters with its decoder at 160^3."""
     return Primus(864, 16, 12, 8, image_size, in_channels, drop_path, checkpointing)
 
 
-def primus_l(image_size: Size = 160, in_channels: int = 1, drop_path: float = 0.0, checkpointing: bool = False) -> Primus:
+def primus_l(
+    image_size: Size = 160, in_channels: int = 1, drop_path: float = 0.0, checkpointing: bool = False
+) -> Primus:
     """24 blocks of width 1056, 16 heads; 331,823,761 parameters with its decoder at 160^3."""
     return Primus(1056, 24, 16, 8, image_size, in_channels, drop_path, checkpointing)
 

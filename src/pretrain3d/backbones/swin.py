@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from monai.networks.nets.swin_unetr import SwinTransformer
 from torch import Tensor, nn
 
@@ -65,18 +66,20 @@ class Swin(nn.Module):
         self.checkpointing = checkpointing
         self.levels = tuple(Level(feature_size * s[0] // PATCH, s) for s in strides(2, 4, 8, 16, 32))
         self.size_multiple = self.levels[-1].stride
-        self.swinViT = SwinTransformer(
-            in_chans=in_channels,
-            embed_dim=feature_size,
-            window_size=(window,) * 3,
-            patch_size=(PATCH,) * 3,
-            depths=depths,
-            num_heads=HEADS,
-            drop_path_rate=drop_path,
-            use_checkpoint=checkpointing,
-            use_v2=v2,
-        )
-        own_convolutions(self.swinViT)
+        device = torch.get_default_device()
+        with torch.device("cpu"):  # MONAI reads numbers from tensors as it builds, which the meta device has not
+            self.swinViT = SwinTransformer(
+                in_chans=in_channels,
+                embed_dim=feature_size,
+                window_size=(window,) * 3,
+                patch_size=(PATCH,) * 3,
+                depths=depths,
+                num_heads=HEADS,
+                drop_path_rate=drop_path,
+                use_checkpoint=checkpointing,
+                use_v2=v2,
+            )
+        own_convolutions(self.swinViT).to(device)
 
     def embed(self, image: Tensor) -> Tensor:
         """The patches as vectors: (B, in_channels, X, Y, Z) -> (B, C, X / 2, Y / 2, Z / 2).

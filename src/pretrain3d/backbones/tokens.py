@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain3d.backbones.contract import Level, by_text, check_image
 from pretrain3d.config import UserError
+from pretrain3d.sparse import visible_cells
 
 Triple = tuple[int, int, int]
 Rotation = tuple[Tensor, Tensor]  # cosine and sine, (B or 1, 1, N, head_dim)
@@ -108,7 +109,9 @@ class PatchEmbedding(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(B, in_channels, X, Y, Z) -> (B, dim, X / patch x, Y / patch y, Z / patch z)."""
         px, py, pz = self.weight.shape[2:]
-        cells = image.unflatten(4, (-1, pz)).unflatten(3, (-1, py)).unflatten(2, (-1, px))  # (B, C, x, px, y, py, z, pz)
+        cells = (
+            image.unflatten(4, (-1, pz)).unflatten(3, (-1, py)).unflatten(2, (-1, px))
+        )  # (B, C, x, px, y, py, z, pz)
         cells = cells.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)  # (B, x, y, z, C px py pz)
         return F.linear(cells, self.weight.flatten(1), self.bias).movedim(-1, 1)
 
@@ -167,12 +170,6 @@ class TokenStack(nn.Module):
         if self.positions.shape[1:] == shape:
             return self.positions
         return F.interpolate(self.positions[None], size=shape, mode="trilinear", align_corners=False)[0]
-
-
-def visible_tokens(keep: Tensor, patch: Sequence[int]) -> Tensor:
-    """Which tokens have a visible voxel: (B, 1, X, Y, Z) bool -> (B, 1, x, y, z) bool."""
-    px, py, pz = patch
-    return keep.unflatten(4, (-1, pz)).unflatten(3, (-1, py)).unflatten(2, (-1, px)).any(7).any(5).any(3)
 
 
 def visible_first(visible: Tensor, num_visible: int | None = None) -> tuple[Tensor, Tensor | None]:
@@ -258,7 +255,7 @@ class TokenBackbone(nn.Module, ABC):
         if keep is None:
             return self.encode(self.embed(image))
         embedded = self.embed(image.masked_fill(~keep, 0.0))  # not a product: a hidden NaN stays hidden
-        visible = visible_tokens(keep, self.patch).flatten(1)  # (B, N)
+        visible = visible_cells(keep, self.patch).flatten(1)  # (B, N)
         index, valid = visible_first(visible, num_visible)
         attended = valid
         if valid is not None:  # a sample of which nothing is visible: attention over nothing is NaN

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pretrain3d.config import UserError
 from pretrain3d.objectives.contract import Backbone, Decoder, PyramidLevel
 from pretrain3d.objectives.hidden import checked_block, hidden_losses, hidden_pictures
-from pretrain3d.objectives.masking import block_mask, cells, hidden_cells
+from pretrain3d.objectives.masking import block_mask, hidden_cells
+from pretrain3d.sparse import visible_cells
 
 
 class MAE(nn.Module):
@@ -87,7 +88,7 @@ class MAE(nn.Module):
             features = backbone(prepared["inputs"], prepared["keep"])
             return {"reconstruction": self.decoder(features)[0]}
         seen = backbone(prepared["inputs"], prepared["keep"], self.num_visible)[0]  # (B, C, x, y, z), 0 where hidden
-        shown = cells(prepared["keep"], self.stride)  # (B, 1, x, y, z)
+        shown = visible_cells(prepared["keep"], self.stride)  # (B, 1, x, y, z)
         filled = torch.where(shown, seen, self.mask_token.view(1, -1, 1, 1, 1))
         return {"reconstruction": self.decoder([filled])[0]}
 

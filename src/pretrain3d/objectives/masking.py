@@ -65,17 +65,3 @@ def block_mask(
         keep = keep.repeat_interleave(side, dim=axis + 2)
     x, y, z = shape
     return keep[:, :, :x, :y, :z].contiguous()  # (B, 1, X, Y, Z)
-
-
-def cells(keep: Tensor, stride: Sequence[int]) -> Tensor:
-    """Which cells of a grid have a visible voxel.
-
-    Args:
-        keep: (B, 1, X, Y, Z) bool, True = visible.
-        stride: (3,) voxels of a cell.
-
-    Returns:
-        (B, 1, X / stride x, Y / stride y, Z / stride z) bool.
-    """
-    x, y, z = stride
-    return keep.unflatten(4, (-1, z)).unflatten(3, (-1, y)).unflatten(2, (-1, x)).any(7).any(5).any(3)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pretrain3d.config import UserError
 from pretrain3d.objectives.contract import Decoder, Embedding, PyramidLevel
 from pretrain3d.objectives.hidden import checked_block, hidden_losses, hidden_pictures
-from pretrain3d.objectives.masking import block_mask, cells
+from pretrain3d.objectives.masking import block_mask
+from pretrain3d.sparse import visible_cells
 
 ERRORS = {"l1": torch.abs, "l2": torch.square}
 
@@ -78,7 +79,7 @@ class SimMIM(nn.Module):
         keep = prepared["keep"]
         # masked before the embedding too: a hidden NaN would reach the gradient of its weight
         embedded = backbone.embed(prepared["inputs"].masked_fill(~keep, 0.0))  # (B, C, x, y, z)
-        shown = cells(keep, self.stride)  # (B, 1, x, y, z)
+        shown = visible_cells(keep, self.stride)  # (B, 1, x, y, z)
         embedded = torch.where(shown, embedded, self.mask_token.view(1, -1, 1, 1, 1))
         return {"reconstruction": self.decoder(backbone.encode(embedded))[0]}
 
