@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain3d.backbones.contract import Backbone, Level
+from pretrain3d.backbones.contract import Level
 from pretrain3d.backbones.convolution import Conv3d, slice_axis
 from pretrain3d.backbones.resenc import ConvBlock, triple
 from pretrain3d.backbones.tokens import TokenBackbone, TokenStack
@@ -143,7 +143,7 @@ class TokenDecoder(nn.Module):
         return self.patches([tokens.transpose(1, 2).unflatten(2, features[0].shape[2:])])
 
 
-def image_decoder(backbone: Backbone, levels: Sequence[Level], out_channels: int, blocks: int = 0) -> nn.Module:
+def image_decoder(backbone: nn.Module, levels: Sequence[Level], out_channels: int, blocks: int = 0) -> nn.Module:
     """A decoder whose first output has the resolution of the image, for any backbone.
 
     One level: `PatchDecoder`, after ``blocks`` Transformer blocks of the backbone's kind. More: `UNetDecoder`, followed

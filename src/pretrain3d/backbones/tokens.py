@@ -226,7 +226,7 @@ class TokenBackbone(nn.Module, ABC):
 
     @abstractmethod
     def make_stack(self, depth: int, drop_path: float = 0.0) -> TokenStack:
-        """A new stack of this backbone's kind of blocks, width and grid, with positions of its own: also a decoder's."""
+        """A new stack of this backbone's kind of blocks, width and grid, with positions of its own: a decoder's too."""
 
     def embed(self, image: Tensor) -> Tensor:
         """The patches as vectors, without positions: (B, in_channels, X, Y, Z) -> (B, C, x, y, z).
@@ -298,6 +298,7 @@ def initialise(stack: TokenStack) -> TokenStack:
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    block: Any
     for number, block in enumerate(stack.blocks, start=1):
         for output in block.outputs():
             output.weight.data.div_((2.0 * number) ** 0.5)

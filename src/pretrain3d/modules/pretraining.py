@@ -44,7 +44,7 @@ class PretrainingModule(BaseModule):
         needs = getattr(resolve(PRETRAINING, method["name"], "module.method"), "needs", ())
         if not all(hasattr(backbone, name) for name in needs):
             raise UserError(
-                f"module.method {method['name']} replaces embedded patches, and a {type(backbone).__name__} embeds none; "
+                f"module.method {method['name']} replaces embedded patches and a {type(backbone).__name__} has none; "
                 "take backbone=primus_m, vit_b or swin, or module.method.name=mae"
             )
         head = build(
