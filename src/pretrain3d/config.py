@@ -149,6 +149,8 @@ def find_config(path: str | Path) -> Path:
 def default_name(config: Mapping[str, Any]) -> str:
     """``<dataset>/<method or detector>-<init>-<backbone>-f<fold>-s<seed>``, then ``-l<fraction>`` of labels below 1.
 
+    A fine-tuning schedule other than ``whole`` stands after the backbone.
+
     The data set is ``data.name``, else the name of the folder ``data.store``. Init is ``scratch`` without
     ``transfer.path``, else ``transfer.name``, else the name of that file without its ending.
     """
@@ -160,6 +162,8 @@ def default_name(config: Mapping[str, Any]) -> str:
     if transfer.get("path"):
         init = transfer.get("name") or Path(str(transfer["path"])).stem
     backbone = (config.get("backbone") or {}).get("name")
+    schedule = (module.get("finetune") or {}).get("name")
+    backbone = f"{backbone}-{schedule}" if schedule not in (None, "whole") else backbone
     words = [part.get("name"), init, backbone, f"f{data.get('fold', 0)}", f"s{config.get('seed', 0)}"]
     if data.get("label_fraction", 1) != 1:
         words.append(f"l{data['label_fraction']}")

@@ -70,7 +70,11 @@ def _depths(backbone: nn.Module) -> tuple[dict[str, int], int]:
     def size(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
-    lists = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 1}
+    lists = {
+        name: module
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 1
+    }
     if not lists:
         raise UserError(
             f"module.finetune.layer_decay needs a backbone of stages or blocks; {type(backbone).__name__} has no list "

@@ -1,0 +1,78 @@
+"""Which parameters decay, and which layer learns how fast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pretrain3d.backbones.resenc import resenc_xs
+from pretrain3d.config import UserError
+from pretrain3d.modules.optim import parameter_groups, schedule, sgd
+
+
+class Tokens(nn.Module):
+    """A little Transformer: what its parameters are called decides what happens to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv3d(1, 4, 2, 2)
+        self.positions = nn.Parameter(torch.zeros(1, 8, 4))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.blocks = nn.ModuleList(nn.MultiheadAttention(4, 2) for _ in range(3))
+        self.norm = nn.LayerNorm(4)
+        self.queries = nn.Embedding(5, 4)
+        self.fixed = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+
+
+def names_of(groups: list[dict[str, object]], network: nn.Module, decayed: bool) -> set[str]:
+    by_id = {id(parameter): name for name, parameter in network.named_parameters()}
+    return {by_id[id(p)] for group in groups if bool(group["weight_decay"]) == decayed for p in group["params"]}  # type: ignore[attr-defined]
+
+
+def test_matrices_decay_and_nothing_else() -> None:
+    network = Tokens()
+    groups = parameter_groups({"net": network}, 0.1)
+    decayed = names_of(groups, network, True)
+    blocks = {f"blocks.{i}.{name}" for i in range(3) for name in ("in_proj_weight", "out_proj.weight")}
+    assert decayed == {"embed.weight"} | blocks
+    everything = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert names_of(groups, network, False) == everything - decayed and "fixed" not in everything
+
+
+def scales(network: nn.Module, **settings: float) -> dict[str, float]:
+    groups = parameter_groups({"backbone": network, "head": nn.Linear(2, 2)}, 0.1, **settings)
+    by_id = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert {group["lr_scale"] for group in groups if group["name"] == "head"} == {1.0}
+    return {name: by_id[id(p)] for name, p in network.named_parameters() if p.requires_grad}
+
+
+def test_earlier_layers_learn_slower() -> None:
+    found = scales(resenc_xs(), layer_decay=0.5)
+    for name, scale in found.items():
+        layer = int(name.split(".")[1]) + 1 if name.startswith("stages.") else 0
+        assert scale == pytest.approx(0.5 ** (6 - layer)), name  # 5 stages: the last at half the head's rate
+
+
+def test_layers_of_a_transformer() -> None:
+    found = scales(Tokens(), layer_decay=0.5, backbone_lr=0.1)
+    assert found["positions"] == found["mask_token"] == found["embed.weight"] == pytest.approx(0.1 * 0.5**4)
+    assert found["blocks.0.in_proj_weight"] == pytest.approx(0.1 * 0.5**3)
+    assert found["blocks.2.in_proj_bias"] == found["norm.weight"] == pytest.approx(0.1 * 0.5)
+
+
+def test_layer_decay_needs_layers() -> None:
+    with pytest.raises(UserError, match="needs a backbone of stages or blocks; Linear has no list"):
+        parameter_groups({"backbone": nn.Linear(2, 2)}, 0.0, layer_decay=0.5)
+    assert parameter_groups({"backbone": nn.Linear(2, 2)}, 0.0, backbone_lr=0.5)[0]["lr_scale"] == 0.5
+
+
+def test_the_scheduler_multiplies_group_and_step() -> None:
+    groups = parameter_groups({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)}, 0.1, backbone_lr=0.5)
+    optimizer = sgd(groups, lr=0.2)
+    scheduler = schedule(optimizer, lambda name, step: (10.0 if name == "head" else 1.0) * step)
+    for step in range(3):
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        assert rates == pytest.approx({"backbone": 0.2 * 0.5 * step, "head": 0.2 * 10 * step})
+        optimizer.step()
+        scheduler.step()
