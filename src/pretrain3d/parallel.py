@@ -1,4 +1,4 @@
-"""Sums over processes that keep a distributed loss equal to the loss of one process with the whole batch.
+"""Sums over processes, and gathering, that keep a distributed loss equal to the loss of one process with the batch.
 
 DDP averages gradients over processes. A loss that each process normalises by its own counts is then not the loss of
 the global batch. Every loss is therefore a function of sums, and each sum goes through `all_sum`: all processes compute
@@ -44,3 +44,34 @@ def all_sum(value: Tensor) -> Tensor:
     if world_size() == 1:
         return value
     return _AllSum.apply(value)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        pieces = [torch.empty_like(value) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(pieces, value.contiguous())
+        return torch.stack(pieces, dim=1).flatten(0, 1)  # (B, processes, ...) -> (B * processes, ...)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        # As for the sum: every process holds this gradient already, and DDP divides by the number of processes.
+        size = distributed.get_world_size()
+        return gradients[0].unflatten(0, (-1, size))[:, distributed.get_rank()] * size
+
+
+def all_gather(value: Tensor) -> Tensor:
+    """The samples of all processes, differentiable, in the order of the global batch; ``value`` itself for one process.
+
+    The caller's loss must be the same function of the result on every process, and DDP must average the gradients.
+
+    Args:
+        value: (B, ...), the same shape on every process; sample i of process r is sample i * processes + r of the
+            global batch, as `data.module.GlobalBatches` deals them out.
+
+    Returns:
+        (B * processes, ...).
+    """
+    if world_size() == 1:
+        return value
+    return _AllGather.apply(value)

@@ -27,7 +27,7 @@ A key that the file or its base mentions is overridden with key=value, another a
 
 DATA = {"data": "pretrain3d.data.module:DataModule"}
 TRAINER = {"trainer": "lightning:Trainer"}
-OWN_TRAINER_KEYS = ("val_every_n_steps", "checkpoint_every_n_steps")
+OWN_TRAINER_KEYS = ("val_every_n_steps", "checkpoint_every_n_steps", "probe_every_n_validations")
 
 
 def run(config_path: str | None, paths: list[str], overrides: list[str]) -> int:
@@ -81,6 +81,7 @@ def check_arguments(settings: dict[str, Any]) -> None:
         UserError: an argument that a component does not take, lacks, or of another type.
     """
     from pretrain3d.backbones import BACKBONES
+    from pretrain3d.data.views import ViewAugmentation
     from pretrain3d.detection import DETECTORS
     from pretrain3d.modules import FINETUNE, MODULES
     from pretrain3d.modules.averaging import StochasticAveraging
@@ -104,6 +105,8 @@ def check_arguments(settings: dict[str, Any]) -> None:
         check(FINETUNE, module["finetune"], "module.finetune", given=("schedule", "warmup_steps", "max_steps"))
     if module.get("swa"):
         checked_arguments(StochasticAveraging, module["swa"], "module.swa")
+    if module.get("views"):
+        checked_arguments(ViewAugmentation, module["views"], "module.views")
     known = {key: value for key, value in settings["trainer"].items() if key not in OWN_TRAINER_KEYS}
     check(TRAINER, {"name": "trainer", **known}, "trainer")
 
@@ -197,6 +200,7 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:
     """Lightning's Trainer with the callbacks and loggers of the framework; epochs play no part, steps count."""
     import lightning
 
+    from pretrain3d.modules.monitors import FeatureMonitor
     from pretrain3d.reporting.callbacks import Checkpoints, Pictures, Progress, Throughput
     from pretrain3d.reporting.csv_logger import MetricsCSV
     from pretrain3d.reporting.wandb_logger import make_wandb_logger
@@ -205,6 +209,7 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:
     accumulate = int(node.get("accumulate_grad_batches", 1))
     val_every = int(node.pop("val_every_n_steps"))
     checkpoint_every = int(node.pop("checkpoint_every_n_steps"))
+    probe_every = int(node.pop("probe_every_n_validations", 1))
     detection = settings["module"]["name"] == "detection"
     loggers: list[Any] = [MetricsCSV(folder.path)]
     wandb_logger = make_wandb_logger((settings.get("logger") or {}).get("wandb"), folder.path, settings)
@@ -216,6 +221,7 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:
         monitor="val/mAP" if detection else "val/loss",
         mode="max" if detection else "min",
     )
+    monitors = [] if detection else [FeatureMonitor(probe_every)]
     return lightning.Trainer(
         **{"num_sanity_val_steps": 0, "enable_model_summary": False, **node},
         default_root_dir=folder.path,
@@ -225,5 +231,5 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:
         use_distributed_sampler=False,
         enable_checkpointing=True,
         logger=loggers,
-        callbacks=[Progress(), Throughput(), Pictures(folder.path), checkpoints],
+        callbacks=[Progress(), Throughput(), Pictures(folder.path), *monitors, checkpoints],
     )

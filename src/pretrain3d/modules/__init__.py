@@ -2,6 +2,7 @@
 
 MODULES = {
     "reconstruction": "pretrain3d.modules.reconstruction:ReconstructionModule",
+    "contrastive": "pretrain3d.modules.contrastive:ContrastiveModule",
     "detection": "pretrain3d.modules.detection:DetectionModule",
 }
 

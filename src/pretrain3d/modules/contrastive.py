@@ -1,0 +1,51 @@
+"""Pretraining by comparison: any method of `PRETRAINING` that cuts views out of a region and compares them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pretrain3d.config import checked_arguments
+from pretrain3d.data.batch import torch_generator
+from pretrain3d.data.views import ViewAugmentation
+from pretrain3d.modules.pretraining import PretrainingModule
+
+PURPOSES = {"train": "views", "val": "validation views"}
+
+
+class ContrastiveModule(PretrainingModule):
+    """Lightning's side of a contrastive method.
+
+    Args:
+        views: arguments of `data.views.ViewAugmentation`, which changes every view on its own after it was cut.
+        backbone, method, patch_size, note, optimizer, schedule, warmup_steps, ema: see `PretrainingModule`;
+            ``patch_size`` is the region that views are cut from.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        method: dict[str, Any],
+        patch_size: tuple[int, int, int],
+        note: dict[str, Any],
+        optimizer: dict[str, Any],
+        views: dict[str, Any] | None = None,
+        schedule: str = "cosine",
+        warmup_steps: int = 0,
+        ema: float | None = None,
+    ) -> None:
+        super().__init__(backbone, method, patch_size, note, optimizer, schedule, warmup_steps, ema)
+        self.augment = ViewAugmentation(**checked_arguments(ViewAugmentation, views or {}, "module.views"))
+
+    def prepare(self, method: Any, batch: dict[str, Any], stage: str) -> dict[str, Any]:
+        """Views are placed by one generator per sample on the CPU, so that cutting them waits for no device."""
+        seed = self.note["seed"] if stage == "train" else 0
+        generators = [torch_generator(seed, index, PURPOSES[stage], "cpu") for index in batch["sample_index"]]
+        prepared = method.prepare(batch, generators)
+        return {**prepared, "inputs": self.augment(prepared["inputs"], seed, batch["sample_index"])}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A method's teacher follows every optimiser step, before any checkpoint of that step is written."""
+        super().optimizer_step(*args, **kwargs)
+        self.method.after_step()

@@ -1,0 +1,97 @@
+"""Watches what the backbone's features are worth while it is pretrained, whatever the method."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from pretrain3d.config import UserError
+from pretrain3d.data.probe import ProbePatches
+from pretrain3d.evaluation.probe import probe
+from pretrain3d.objectives.collapse import effective_rank, spread, warning
+from pretrain3d.objectives.projection import pooled, project
+from pretrain3d.parallel import all_gather, rank, world_size
+
+
+class FeatureMonitor(Callback):
+    """Logs, at every validation, numbers on the pooled features of the same patches of the store.
+
+    ``val/feature_std``: see `collapse.spread`; ``val/effective_rank``: see `collapse.effective_rank`; with a warning in
+    plain words when they, or those of a method's projected embeddings, say that the network has collapsed. Every few
+    validations, where the store has maps of organs, ``val/probe_auroc``: how well the nearest patches of other patients
+    tell which organs a patch holds, 0.5 is chance.
+
+    The weights are those that would be exported, and each patch is as large as what the network sees in training.
+
+    Args:
+        probe_every_n_validations: 0: never.
+        patches: how many are looked at, over all processes.
+    """
+
+    def __init__(self, probe_every_n_validations: int = 1, patches: int = 64) -> None:
+        if probe_every_n_validations < 0:
+            raise UserError(f"trainer.probe_every_n_validations={probe_every_n_validations}: 0 (never) or more")
+        self.probe_every = probe_every_n_validations
+        self.num_patches = patches
+        self.validations = 0
+        self.patches: ProbePatches | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validations = state_dict["validations"]
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self.validations += 1
+        module: Any = pl_module
+        if self.patches is None:
+            self.patches = self._choose(trainer, module)
+        features, present, groups = self._look(trainer, module, self.patches)
+        values = {"feature_std": float(spread(features)), "effective_rank": float(effective_rank(features))}
+        self._warn(trainer, "features", features, *values.values())
+        projector = getattr(module.best_networks()[1], "projector", None)
+        if projector is not None:  # what a contrastive loss collapses first
+            embeddings = project(projector, features)
+            self._warn(trainer, "embeddings", embeddings, float(spread(embeddings)), float(effective_rank(embeddings)))
+        if self.probe_every and self.validations % self.probe_every == 0 and self.patches.has_organs:
+            area = probe(features.cpu().numpy(), present, groups)
+            if area is not None:
+                values["probe_auroc"] = area
+        for name, value in values.items():
+            module.log(f"val/{name}", value, sync_dist=True, batch_size=1)
+
+    @staticmethod
+    def _warn(trainer: Any, what: str, vectors: Tensor, std: float, rank: float) -> None:
+        text = warning(what, len(vectors), std, rank)
+        if text and trainer.is_global_zero:
+            warnings.warn(f"step {trainer.global_step}: {text}", stacklevel=3)
+
+    def _choose(self, trainer: Any, module: Any) -> ProbePatches:
+        data = trainer.datamodule
+        size = getattr(module.get_submodule(module.head_name), "view_size", data.patch_size)
+        number = -(-self.num_patches // world_size()) * world_size()
+        return ProbePatches(data.store, data.normalisation, size, data.val_ids, number)
+
+    @torch.no_grad()
+    def _look(self, trainer: Any, module: Any, patches: ProbePatches) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Features (N, C), organs (N, K) bool and patients (N,) of all processes' patches."""
+        backbone, _ = module.best_networks()
+        mine = range(rank(), len(patches), world_size())
+        features, present = [], []
+        for start in range(0, len(mine), trainer.datamodule.batch_size):
+            samples = [patches[index] for index in mine[start : start + trainer.datamodule.batch_size]]
+            image = torch.stack([image for image, _ in samples]).to(module.device)
+            with trainer.strategy.precision_plugin.val_step_context():
+                features.append(pooled(backbone(image, None)))
+            present += [organs for _, organs in samples]
+        organs = torch.from_numpy(np.stack(present)).to(module.device, torch.uint8)
+        return all_gather(torch.cat(features)), all_gather(organs).cpu().numpy().astype(bool), patches.groups
