@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain3d.backbones.decoders import image_decoder
-from pretrain3d.config import UserError, build, resolve
+from pretrain3d.config import build, resolve
 from pretrain3d.modules.base import BaseModule
 from pretrain3d.objectives import PRETRAINING
 
@@ -41,12 +41,9 @@ class PretrainingModule(BaseModule):
         warmup_steps: int = 0,
         ema: float | None = None,
     ) -> None:
-        needs = getattr(resolve(PRETRAINING, method["name"], "module.method"), "needs", ())
-        if not all(hasattr(backbone, name) for name in needs):
-            raise UserError(
-                f"module.method {method['name']} replaces embedded patches and a {type(backbone).__name__} has none; "
-                "take backbone=primus_m, vit_b or swin, or module.method.name=mae"
-            )
+        check = getattr(resolve(PRETRAINING, method["name"], "module.method"), "check_backbone", None)
+        if check is not None:
+            check(backbone)
         head = build(
             PRETRAINING,
             method,

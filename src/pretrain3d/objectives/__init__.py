@@ -5,4 +5,9 @@ PRETRAINING = {
     "simmim": "pretrain3d.objectives.simmim:SimMIM",
     "simclr": "pretrain3d.objectives.simclr:SimCLR",
     "voco": "pretrain3d.objectives.voco:VoCo",
+    "s3d": "pretrain3d.objectives.s3d:S3D",
+    "models_genesis": "pretrain3d.objectives.models_genesis:ModelsGenesis",
+    "volume_fusion": "pretrain3d.objectives.volume_fusion:VolumeFusion",
+    "slice_mae": "pretrain3d.objectives.slice_mae:SliceMAE",
+    "swin_mix": "pretrain3d.objectives.swin_mix:SwinMix",
 }

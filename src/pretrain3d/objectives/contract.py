@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,7 +41,8 @@ class Method(Protocol):
     """A pretraining method; an ``nn.Module`` whose parameters are its decoder, tokens and heads.
 
     Built as ``PRETRAINING[name](levels, in_channels, patch_size, decoder, **arguments)``; ``decoder`` builds a decoder
-    for the levels. A class attribute ``needs`` names what the backbone must have beyond a call: ``("embed", "encode")``.
+    for the levels. A class that needs more of a backbone than a call has a static ``check_backbone(backbone)``, which
+    raises a UserError.
     """
 
     def prepare(self, batch: dict[str, Any], generator: list[torch.Generator]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,9 +47,10 @@ def checked_block(
 
 def hidden_losses(
     prediction: Tensor,
-    prepared: dict[str, Tensor],
+    prepared: dict[str, Any],
     training: bool,
     error: Callable[[Tensor], Tensor] = torch.square,
+    in_paint: Callable[[Tensor, Tensor], Tensor] = inpainting.linear,
 ) -> dict[str, Tensor]:
     """Mean error over the hidden voxels inside the volume: one mean for the whole batch of all processes.
 
@@ -58,6 +60,7 @@ def hidden_losses(
         training: False also gives ``inpainting_linear``, and leaves other processes alone (validation batches are not
             paired between them).
         error: of a difference, voxel by voxel.
+        in_paint: (targets, visible) -> a guess for ``inpainting_linear``, from the context that the network had.
 
     Returns:
         ``loss``; ``mean_predictor``, the same error when the mean of the visible voxels of each sample is predicted,
@@ -68,7 +71,7 @@ def hidden_losses(
     visible = prepared["keep"] & prepared["inside"]  # (B, 1, X, Y, Z)
     guesses = {"loss": prediction.float(), "mean_predictor": inpainting.visible_mean(targets, visible)}
     if not training:
-        guesses["inpainting_linear"] = inpainting.linear(targets, visible)
+        guesses["inpainting_linear"] = in_paint(targets, visible)
     scored = ~prepared["keep"] & prepared["inside"]  # (B, 1, X, Y, Z)
     sums = [error(guess - targets).mul(scored).sum() for guess in guesses.values()]
     totals = torch.stack([*sums, scored.sum().float() * targets.shape[1]])
@@ -78,20 +81,22 @@ def hidden_losses(
     return {name: mean if name == "loss" else mean.detach() for name, mean in zip(guesses, means, strict=True)}
 
 
-def hidden_pictures(prediction: Tensor, prepared: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Central slices along z of the first sample's first channel, in normalised intensities.
+def hidden_pictures(prediction: Tensor, prepared: dict[str, Any], axis: int = 2) -> dict[str, np.ndarray]:
+    """Central slices of the first sample's first channel, in normalised intensities.
 
     Args:
         prediction, prepared: see `hidden_losses`.
+        axis: across which the slice lies.
 
     Returns:
         ``original``; ``masked`` (hidden voxels 0); ``reconstructed`` (the prediction where hidden, the original
-        elsewhere): (X, Y) float32 each.
+        elsewhere): (X, Y) float32 each, or the two other axes in order.
     """
-    middle = prepared["targets"].shape[-1] // 2
-    original = prepared["targets"][0, 0, :, :, middle].float()
-    keep = prepared["keep"][0, 0, :, :, middle]
-    predicted = prediction[0, 0, :, :, middle].float()
+    middle = prepared["targets"].shape[axis + 2] // 2
+    original, keep, predicted = (
+        volumes[0, 0].select(axis, middle) for volumes in (prepared["targets"].float(), prepared["keep"], prediction)
+    )
+    predicted = predicted.float()
     slices = {
         "original": original,
         "masked": original.masked_fill(~keep, 0.0),

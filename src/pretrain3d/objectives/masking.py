@@ -65,3 +65,27 @@ def block_mask(
         keep = keep.repeat_interleave(side, dim=axis + 2)
     x, y, z = shape
     return keep[:, :, :x, :y, :z].contiguous()  # (B, 1, X, Y, Z)
+
+
+def slice_mask(
+    shape: Sequence[int], block: Sequence[int], ratio: float, axis: int, generator: torch.Generator
+) -> Tensor:
+    """Hides the same number of blocks in every slice across ``axis``, each slice by a draw of its own.
+
+    Args:
+        shape, block, ratio: see `block_mask`; the side of a block along ``axis`` is not used.
+        axis: along which the slices are stacked.
+        generator: of the sample.
+
+    Returns:
+        (1, X, Y, Z) bool, True = visible, on the generator's device.
+    """
+    across = [other for other in range(3) if other != axis]
+    grid = [math.ceil(shape[other] / block[other]) for other in across]
+    num_cells = math.prod(grid)
+    order = torch.rand(shape[axis], num_cells, generator=generator, device=generator.device).argsort(1)
+    keep = torch.ones_like(order, dtype=torch.bool).scatter_(1, order[:, : hidden_cells(num_cells, ratio)], False)
+    keep = keep.unflatten(1, grid)  # (slices, cells, cells)
+    for dim, other in enumerate(across, start=1):
+        keep = keep.repeat_interleave(block[other], dim=dim).narrow(dim, 0, shape[other])
+    return keep.movedim(0, axis)[None].contiguous()  # (1, X, Y, Z)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,8 +39,6 @@ class SimMIM(nn.Module):
     has a linear one. Unlike both, voxels outside the volume do not count.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("embed", "encode")
-
     def __init__(
         self,
         levels: Sequence[PyramidLevel],
@@ -62,6 +60,15 @@ class SimMIM(nn.Module):
         self.error = ERRORS[error]
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(levels[0].channels), std=0.02))
         self.decoder = decoder(levels, in_channels)
+
+    @staticmethod
+    def check_backbone(backbone: Any) -> None:
+        """See `contract.Method`."""
+        if not (hasattr(backbone, "embed") and hasattr(backbone, "encode")):
+            raise UserError(
+                f"module.method simmim replaces embedded patches and a {type(backbone).__name__} has none; "
+                "take backbone=primus_m, vit_b or swin, or module.method.name=mae"
+            )
 
     def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """Draws the mask; see `contract.Method.prepare`.

@@ -1,0 +1,184 @@
+"""The pretraining of SwinUNETR, on any backbone: restore two corrupted views, tell their rotation, match them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain3d.config import UserError
+from pretrain3d.objectives.contract import Backbone, Decoder, PyramidLevel
+from pretrain3d.objectives.corruptions import cut_out_windows, host_rng
+from pretrain3d.objectives.inpainting import visible_mean
+from pretrain3d.objectives.simclr import nt_xent
+from pretrain3d.parallel import all_gather, all_sum
+
+QUARTERS = 4  # rotations about z, by 0, 90, 180 and 270 degrees
+EMBEDDING = 512
+
+
+class SwinMix(nn.Module):
+    """Two views of every patch: turned about z, cut out, and mixed with another patch of the batch.
+
+    A view is the patch turned by a random number of quarters; then boxes of it become noise, and boxes of it become
+    those of another sample's view (not of its own: a draw of itself leaves the view as it is). Three losses are added:
+    L1 between the decoded view and the turned patch, everywhere; cross-entropy of the quarters; NT-Xent between the
+    views of a patch, over the batch of all processes.
+
+    Args:
+        levels: of the backbone, finest first.
+        in_channels: of the image.
+        patch_size: (3,) voxels; x and y must be equal.
+        decoder: builds the decoder from the levels and the number of output channels.
+        drop: at most this share of a view becomes noise, and at most this share another sample's.
+        temperature: of NT-Xent.
+        reconstruction, rotation, contrast: weights of the three losses.
+
+    Raises:
+        UserError: a patch that is not square in x and y, a share or a weight that is none.
+
+    Source: Tang et al., "Self-supervised pre-training of Swin transformers for 3D medical image analysis" (2022), with
+    weights 1, 1, 1 and temperature 0.5 as in its code and in nnssl. There the rotation is read from one corner token
+    and the embedding from its neighbour; here both from the mean of the coarsest level. There the noise is made to span
+    [0, 1] in images of [0, 1]; here it spans the range of the sample's normalised intensities. Voxels outside the
+    volume do not count in L1.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[PyramidLevel],
+        in_channels: int,
+        patch_size: Sequence[int],
+        decoder: Decoder,
+        drop: float = 0.3,
+        temperature: float = 0.5,
+        reconstruction: float = 1.0,
+        rotation: float = 1.0,
+        contrast: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if patch_size[0] != patch_size[1]:
+            raise UserError(
+                f"swin_mix turns patches about z; data.patch_size is {list(patch_size)}, take x and y of the same size"
+            )
+        if not 0 <= drop < 1:
+            raise UserError(f"swin_mix: drop is {drop}; a share from 0 to below 1, 0.3 is usual")
+        if temperature <= 0:
+            raise UserError(f"swin_mix: temperature is {temperature}; above 0, 0.5 is usual")
+        self.weights = {"reconstruction": reconstruction, "rotation": rotation, "contrast": contrast}
+        for name, weight in self.weights.items():
+            if weight < 0:
+                raise UserError(f"swin_mix: the weight {name} is {weight}; 0 or more")
+        self.drop, self.temperature = drop, temperature
+        self.decoder = decoder(levels, in_channels)
+        self.turn_head = nn.Linear(levels[-1].channels, QUARTERS)
+        self.match_head = nn.Linear(levels[-1].channels, EMBEDDING)
+
+    def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """Makes both views of every sample; see `contract.Method.prepare`.
+
+        Returns:
+            ``inputs`` and ``targets`` (2 B, C, X, Y, Z), the first views and then the second ones; ``quarters`` (2 B)
+            int64; ``inside`` (2 B, 1, X, Y, Z) bool, turned like the image; ``keep`` (2 B, 1, X, Y, Z) bool, True:
+            everything is restored.
+        """
+        image, inside = batch["image"], batch["inside"]
+        rngs = [host_rng(draws) for draws in generator]
+        inputs, targets, within, quarters = [], [], [], []
+        for _ in range(2):
+            turns = [int(rng.integers(QUARTERS)) for rng in rngs]
+            turned = torch.stack([sample.rot90(k, (1, 2)) for sample, k in zip(image, turns, strict=True)])
+            dropped = torch.stack([self._dropped(*drawn) for drawn in zip(turned, rngs, generator, strict=True)])
+            inputs.append(self._swapped(dropped, rngs))
+            targets.append(turned)
+            within.append(torch.stack([sample.rot90(k, (1, 2)) for sample, k in zip(inside, turns, strict=True)]))
+            quarters += turns
+        return {
+            "inputs": torch.cat(inputs),
+            "targets": torch.cat(targets),
+            "quarters": torch.tensor(quarters).to(image.device, non_blocking=True),
+            "inside": torch.cat(within),
+            "keep": torch.ones_like(torch.cat(within)),
+        }
+
+    def _dropped(self, image: Tensor, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
+        """(C, X, Y, Z) with boxes of noise, uniform in the range of the image."""
+        low, high = image.aminmax()
+        image = image.clone()
+        for window in cut_out_windows(rng, image.shape[1:], self.drop):
+            patch = image[:, *window]
+            noise = torch.rand(patch.shape, device=image.device, generator=generator)
+            patch.copy_(low + (high - low) * noise)
+        return image
+
+    def _swapped(self, images: Tensor, rngs: Sequence[np.random.Generator]) -> Tensor:
+        """(B, C, X, Y, Z), each with boxes of another one of the batch."""
+        swapped = images.clone()
+        for row, rng in enumerate(rngs):
+            # The partner is that many places further, so that the draw does not depend on the place in the batch.
+            other = (row + int(rng.integers(len(images)))) % len(images)
+            if other != row:
+                for window in cut_out_windows(rng, images.shape[2:], self.drop):
+                    swapped[row][:, *window] = images[other][:, *window]
+        return swapped
+
+    def forward(self, backbone: Backbone, prepared: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns: ``reconstruction`` (2 B, C, X, Y, Z); ``turns`` (2 B, 4) logits; ``embeddings`` (2 B, D) float32."""
+        features = backbone(prepared["inputs"], None)
+        summary = features[-1].float().mean((2, 3, 4))  # (2 B, channels)
+        with torch.autocast(summary.device.type, enabled=False):  # cosines near 1 are to be told apart
+            turns, embeddings = self.turn_head(summary), self.match_head(summary)
+        return {"reconstruction": self.decoder(features)[0], "turns": turns, "embeddings": embeddings}
+
+    def loss(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weighted sum of the three losses, of the whole batch of all processes.
+
+        Returns:
+            ``loss``; ``reconstruction``, ``rotation`` and ``contrast``, not weighted; ``mean_predictor``, the L1 of the
+            mean of each input; ``trivial``, the weighted sum of that, log 4 and log(2 N - 1): what a network that
+            learned nothing has; ``rotation_accuracy``; ``top1``, the share of views whose nearest is their partner.
+        """
+        targets, inside = prepared["targets"].float(), prepared["inside"]
+        guesses = (outputs["reconstruction"].float(), visible_mean(prepared["inputs"].float(), inside))
+        quarters, turns = prepared["quarters"], outputs["turns"].float()
+        sums = [(guess - targets).abs().mul(inside).sum() for guess in guesses]
+        sums += [inside.sum().float() * targets.shape[1], F.cross_entropy(turns, quarters, reduction="sum")]
+        sums += [(turns.detach().argmax(1) == quarters).sum().float(), turns.new_full((), len(turns))]
+        totals, views = torch.stack(sums), outputs["embeddings"].float().unflatten(0, (2, -1)).movedim(0, 1)
+        if self.training:  # validation batches are not paired between processes
+            totals, views = all_sum(totals), all_gather(views)
+        voxels, samples = totals[2].detach().clamp(min=1.0), totals[5].detach()
+        contrast, top1 = nt_xent(views[:, 0], views[:, 1], self.temperature)
+        parts = {"reconstruction": totals[0] / voxels, "rotation": totals[3] / samples, "contrast": contrast}
+        mean_predictor = (totals[1] / voxels).detach()
+        levels = {
+            "reconstruction": mean_predictor,
+            "rotation": mean_predictor.new_full((), math.log(QUARTERS)),
+            "contrast": mean_predictor.new_full((), math.log(2 * len(views) - 1)),
+        }
+        return {
+            "loss": self._total(parts),
+            **{name: part.detach() for name, part in parts.items()},
+            "mean_predictor": mean_predictor,
+            "trivial": self._total(levels),
+            "rotation_accuracy": totals[4].detach() / samples,
+            "top1": top1,
+        }
+
+    def _total(self, parts: dict[str, Tensor]) -> Tensor:
+        return torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
+
+    def pictures(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """Central slices along z of the first view's first channel: ``original``, ``corrupted``, ``restored``."""
+        arrays = {
+            "original": prepared["targets"],
+            "corrupted": prepared["inputs"],
+            "restored": outputs["reconstruction"],
+        }
+        middle = prepared["targets"].shape[-1] // 2
+        return {name: array[0, 0, :, :, middle].detach().float().cpu().numpy() for name, array in arrays.items()}
