@@ -10,7 +10,7 @@ import numpy as np
 from pretrain3d.config import REQUIRED, UserError, read_options
 
 USAGE = """\
-pretrain3d phantom out=DIR [train=40 test=24 unlabelled=40 seed=0 workers=2] [picture=FILE.png]
+pretrain3d phantom out=DIR [train=60 test=24 unlabelled=40 seed=0 workers=2] [picture=FILE.png]
 
 Draws synthetic CT volumes (a torso in HU) with objects of three classes, nodule, liver_lesion and bone_lesion. Writes
 them to DIR in the nnDetection raw layout: imagesTr, labelsTr (instance masks and class of each id), organsTr, the same
@@ -41,7 +41,7 @@ def run(paths: list[str], options: dict[str, object]) -> int:
 
     if paths:
         raise UserError(f"phantom takes no path, got {paths[0]!r}: the folder is out=DIR")
-    defaults = {"out": REQUIRED, "train": 40, "test": 24, "unlabelled": 40, "seed": 0, "workers": 2, "picture": ""}
+    defaults = {"out": REQUIRED, "train": 60, "test": 24, "unlabelled": 40, "seed": 0, "workers": 2, "picture": ""}
     given = read_options(options, defaults)
     picture = Path(str(given["picture"])) if given["picture"] else None
     if picture and picture.suffix.lower() != ".png":

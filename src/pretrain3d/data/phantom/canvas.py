@@ -124,16 +124,16 @@ class Canvas:
         radii = segments[:, 6:8]
         # beyond `reach` of a tube the distance is left alone: nobody asks for it
         reach = radii.max(axis=1) + 2 * self.edge_mm
-        for p, q, (r, s), margin in zip(starts, ends, radii, reach, strict=True):
-            box = self.box(np.minimum(p, q) - margin, np.maximum(p, q) + margin)
-            if any(side.stop <= side.start for side in box):
-                continue
-            ax, ay, az = (
-                (axis[side] - origin).reshape([-1 if i == j else 1 for j in range(3)])
-                for i, (axis, side, origin) in enumerate(zip(self.axes, box, p, strict=True))
-            )
-            d = q - p
-            length2 = max(float(d @ d), 1e-6)
+        low = np.minimum(starts, ends) - reach[:, None] - self.origin_mm
+        high = np.maximum(starts, ends) + reach[:, None] - self.origin_mm
+        first = np.maximum(np.ceil(low / self.spacing_mm).astype(int), 0)
+        last = np.minimum(np.floor(high / self.spacing_mm).astype(int) + 1, self.shape)
+        x, y, z = np.ix_(*(axis.astype(np.float32) for axis in self.axes))
+        for i in np.flatnonzero((last > first).all(axis=1)):
+            p, d, (r, s) = starts[i].tolist(), (ends[i] - starts[i]).tolist(), radii[i].tolist()
+            a, b, c = box = tuple(slice(*side) for side in zip(first[i].tolist(), last[i].tolist(), strict=True))
+            ax, ay, az = x[a] - p[0], y[:, b] - p[1], z[:, :, c] - p[2]
+            length2 = max(d[0] ** 2 + d[1] ** 2 + d[2] ** 2, 1e-6)
             along = np.clip((ax * d[0] + ay * d[1] + az * d[2]) / length2, 0, 1)
             distance2 = (ax - along * d[0]) ** 2 + (ay - along * d[1]) ** 2 + (az - along * d[2]) ** 2
             np.minimum(sdf[box], np.sqrt(distance2) - (r + (s - r) * along), out=sdf[box])

@@ -32,8 +32,8 @@ class Ranges:
     blood: Range = (140.0, 175.0)
     spongy: Range = (260.0, 330.0)
     noise: Range = (15.0, 21.0)
-    in_plane_mm: Range = (2.0, 2.5)
-    slice_mm: Range = (2.0, 3.6)
+    in_plane_mm: Range = (1.9, 2.2)
+    slice_mm: Range = (2.0, 2.8)
 
 
 TRAINING = Ranges()
@@ -46,8 +46,8 @@ TEST = Ranges(
     blood=(125.0, 165.0),
     spongy=(250.0, 350.0),
     noise=(18.0, 25.0),
-    in_plane_mm=(2.0, 2.6),
-    slice_mm=(2.2, 4.0),
+    in_plane_mm=(1.9, 2.3),
+    slice_mm=(2.0, 3.2),
 )
 
 
@@ -102,7 +102,7 @@ def _canvas(rng: np.random.Generator, ranges: Ranges) -> Canvas:
     in_plane, step = round(rng.uniform(*ranges.in_plane_mm), 3), round(rng.uniform(*ranges.slice_mm), 2)
     wide, deep = (scale * half + rng.uniform(4, 10) for half in BODY_HALF_MM)
     bottom = scale * rng.uniform(-104, -92)
-    height = min(rng.uniform(165, 220), 116 * scale - bottom)
+    height = min(rng.uniform(155, 200), 116 * scale - bottom)
     behind = deep + rng.uniform(4, 16)  # some room for the couch
     size = (int(2 * wide / in_plane), int((deep + behind) / in_plane), int(height / step))
     return Canvas(
@@ -155,9 +155,17 @@ def _couch(body: Body, rng: np.random.Generator) -> None:
 
 def _scan(canvas: Canvas, rng: np.random.Generator, ranges: Ranges) -> Array:
     """Blur, shading and correlated noise: (X, Y, Z) int16 HU."""
-    blur = rng.uniform(0.3, 0.5)
+    blur = rng.uniform(0.3, 0.45)
     image = ndimage.gaussian_filter(canvas.hu, (blur, blur, 0.4), truncate=3.0)
     image += canvas.smooth_field(rng, 180.0, 3.0)
-    grain = rng.uniform(0.45, 0.7)
-    image += np.float32(rng.uniform(*ranges.noise)) * texture(rng, canvas.shape, (grain, grain, 0.35))
+    image += np.float32(rng.uniform(*ranges.noise)) * _noise(rng, canvas.shape)
     return np.clip(np.rint(image), -1024, 3071).astype(np.int16)
+
+
+def _noise(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Noise of filtered back-projection, standard deviation 1: in a slice it has grain but no large spots."""
+    sharp = rng.uniform(0.36, 0.44)
+    fine = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), (sharp, sharp, 0.3), truncate=3.0)
+    # the ramp filter takes the low frequencies away
+    fine -= 0.8 * ndimage.gaussian_filter(fine, (1.2, 1.2, 0), truncate=2.5)
+    return fine / fine.std()

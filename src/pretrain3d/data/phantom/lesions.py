@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 
 from pretrain3d.data.phantom.anatomy import Body
 from pretrain3d.data.phantom.canvas import Array, Canvas, chain, texture
@@ -15,20 +16,22 @@ DIAMETER_MM = (4.0, 24.0)  # of the sphere of the same volume, log-uniform
 MIN_INSIDE = 0.7  # an object that its organ or the volume cuts by more is placed elsewhere
 GAP_MM = 3.0  # between two lumps
 SUBVOXELS = 3  # per axis, for partial volume
+MASKED = 0.4  # occupancy from which a voxel is labelled: below one half, since a small object lies between voxels
+BROKEN = 0.55  # share of the bone lesions that break through the surface of the bone
 
 # how many of each class a case holds; the columns rotate from case to case, so that all classes are equally frequent
 COUNTS = (
-    (2, 2, 2),
-    (3, 2, 1),
-    (2, 3, 3),
-    (3, 3, 2),
-    (0, 2, 1),
-    (2, 2, 3),
-    (3, 2, 2),
-    (1, 0, 2),
     (3, 3, 3),
-    (2, 2, 2),
-    (3, 1, 2),
+    (3, 2, 3),
+    (4, 3, 2),
+    (3, 3, 2),
+    (0, 4, 2),
+    (2, 2, 4),
+    (3, 2, 3),
+    (4, 0, 3),
+    (2, 3, 3),
+    (3, 3, 3),
+    (4, 1, 3),
 )
 EMPTY_EVERY = len(COUNTS) + 1  # one case in twelve has no object
 
@@ -118,13 +121,14 @@ class Placer:
         """Nothing else comes there."""
         self._taken.append((centre, reach))
 
-    def place(self, lump: Lump, allowed: Array, host: Array) -> Placed | None:
+    def place(self, lump: Lump, allowed: Array, host: Array, beside: Array | None = None) -> Placed | None:
         """Tries `allowed` centres until the lump fits.
 
         Args:
             lump: the shape.
             allowed: (X, Y, Z) bool, where the centre may lie.
             host: signed distance of the organ that holds (and cuts) it.
+            beside: signed distance of what it may touch but not hide in, such as vessels of its own brightness.
 
         Returns:
             None when there is no room.
@@ -135,9 +139,11 @@ class Placer:
             if not self.free(centre, lump.reach_mm):
                 continue
             box, occupancy = lump.occupancy(canvas, centre)
-            occupancy = occupancy * canvas.cover(host[box])
+            occupancy = _one_piece(occupancy * canvas.cover(host[box]))
             # the smallest lumps have few sub-voxels, hence the slack
-            if occupancy.sum() * np.prod(canvas.spacing_mm) >= MIN_INSIDE * volume - 2:
+            enough = (MIN_INSIDE * volume - 2) / np.prod(canvas.spacing_mm)
+            seen = occupancy if beside is None else occupancy * (1 - canvas.cover(beside[box]))
+            if seen.sum() >= enough:
                 self.take(centre, lump.reach_mm)
                 return Placed(centre, box, occupancy)
         return None
@@ -146,6 +152,15 @@ class Placer:
         """Paints an occupancy into the volume, with a little grain."""
         part = self.body.canvas.hu[box]
         part += occupancy * (hu + 5 * self.grain[box] - part)
+
+
+def _one_piece(occupancy: Array) -> Array:
+    """The largest piece of a lump that its host has cut in two, such as one across a disc."""
+    pieces, count = ndimage.label(occupancy >= MASKED)
+    if count < 2:
+        return occupancy
+    largest = pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:])
+    return occupancy * ndimage.binary_dilation(largest)
 
 
 def counts(index: int) -> tuple[int, ...]:
@@ -174,55 +189,63 @@ def add_objects(placer: Placer, index: int) -> tuple[Array, dict[int, int]]:
         if placed is None:
             continue
         number = len(labels) + 1
-        mask = placed.occupancy >= min(0.5, float(placed.occupancy.max()))  # at least one voxel
+        mask = placed.occupancy >= min(MASKED, float(placed.occupancy.max()))  # at least one voxel
         instances[placed.box][mask] = number
         labels[number] = label
     return instances, labels
 
 
 def _nodule(placer: Placer, diameter: float) -> Placed | None:
-    """Solid, in lung: free, on a vessel or on the pleura."""
+    """Solid, in lung: free, on a vessel or, unless it is small, on the pleura."""
     rng, d, radius = placer.rng, placer.body.distances, 0.5 * diameter
     lung, vessels = d["lung"], d["lung_vessels"]
-    where = rng.choice(["free", "vessel", "pleura"], p=[0.3, 0.4, 0.3])
+    where = rng.choice(["free", "vessel", "pleura"], p=[0.15, 0.45, 0.4] if diameter > 7 else [0.5, 0.5, 0])
     if where == "free":
-        allowed = (lung < -radius - 1) & (vessels > 0)
+        allowed = (lung < -radius - 2) & (vessels > radius)
     elif where == "vessel":
-        allowed = (lung < -0.8 * radius) & (vessels < 0.5 * radius) & (vessels > -2)
+        allowed = (lung < -radius - 1) & (vessels < 0.8 * radius)
     else:
         allowed = (lung < -0.45 * radius) & (lung > -0.8 * radius) & (d["cage"] > -radius - 6)
-    placed = placer.place(Lump(rng, diameter), allowed, lung)
+    placed = placer.place(Lump(rng, diameter), allowed, lung, beside=vessels)
     if placed is not None:
         placer.fill(placed.box, placed.occupancy, 30 + rng.uniform(-30, 30))
     return placed
 
 
 def _liver_lesion(placer: Placer, diameter: float) -> Placed | None:
-    """25 to 50 HU below the liver around it."""
+    """25 to 50 HU below the liver around it; a small one at least 45, since a faint one would drown in the noise."""
     rng, liver = placer.rng, placer.body.distances["liver"]
-    placed = placer.place(Lump(rng, diameter), liver < -0.6 * diameter / 2, liver)
+    size = (diameter - DIAMETER_MM[0]) / (DIAMETER_MM[1] - DIAMETER_MM[0])
+    allowed = (liver < -0.6 * diameter / 2) if diameter > 8 else (liver < -0.5 * diameter - 2)
+    placed = placer.place(Lump(rng, diameter), allowed, liver)
     if placed is not None:
-        placer.fill(placed.box, placed.occupancy, placer.body.traits.liver - rng.uniform(25, 50))
+        placer.fill(placed.box, placed.occupancy, placer.body.traits.liver - rng.uniform(45 - 20 * size, 50))
     return placed
 
 
 def _bone_lesion(placer: Placer, diameter: float) -> Placed | None:
-    """Lytic: soft tissue in bone, which a growing lesion blows up. Large ones only in vertebrae."""
+    """Lytic: soft tissue in bone. Most break through its surface; the others keep a shell and blow the bone up."""
     rng, body, radius = placer.rng, placer.body, 0.5 * diameter
     canvas, d = body.canvas, body.distances
     bone = d["bone"]
-    block = np.maximum(d["column"], bone)  # vertebral bodies
-    small = diameter < 11
-    core = bone < -min(0.6 * radius, 2.2)
-    in_spine = not small or rng.random() < 0.5
-    allowed = core & (block < -min(0.6 * radius, 5.0)) if in_spine else core & (block > 0)
+    block = np.maximum(d["column"], bone)  # vertebral bodies, the only ones with room for a large one
+    in_spine = diameter > 11 or rng.random() < 0.5
+    broken = rng.random() < BROKEN
+    if broken:
+        allowed = (bone < -0.35 * radius) & (bone > -0.7 * radius)
+        host = bone - 1
+    else:
+        allowed = bone < -min(0.6 * radius, 2.2)
+        host = bone - 0.75 * radius
+    allowed &= (block < -0.35 * radius if broken else block < -min(0.6 * radius, 5.0)) if in_spine else block > 0
     lump = Lump(rng, diameter, roughness=0.22)
-    placed = placer.place(lump, allowed, np.maximum(bone - 0.75 * radius, d["skin"] + 5))
+    placed = placer.place(lump, allowed, np.maximum(host, d["skin"] + 5))
     if placed is None:
         return None
-    shell_box, shell = lump.occupancy(canvas, placed.centre_mm, extra_mm=2.2)
-    placer.fill(shell_box, shell, body.traits.cortex - 30)
-    bone[shell_box][shell > 0.5] = -0.1
+    if not broken:
+        shell_box, shell = lump.occupancy(canvas, placed.centre_mm, extra_mm=2.2)
+        placer.fill(shell_box, shell, body.traits.cortex - 30)
+        bone[shell_box][shell > 0.5] = -0.1
     placer.fill(placed.box, placed.occupancy, rng.uniform(30, 80))
     return placed
 
@@ -238,7 +261,7 @@ def add_distractors(placer: Placer) -> None:
             if placed is not None:
                 placer.fill(placed.box, placed.occupancy, rng.uniform(*hus))
 
-    some(2, (4, 9), lung < -4, lung, (300, 800))  # calcified granulomas
+    some(2, (5, 9), lung < -4, lung, (500, 900))  # calcified granulomas
     some(1, (14, 26), lung < -8, lung, (traits.lung + 180, traits.lung + 300))  # ground glass
     some(2, (9, 18), liver < -7, liver, (0, 15))  # cysts
     some(2, (6, 16), liver < -5, liver, (traits.liver + 45, traits.liver + 75))  # haemangiomas
@@ -246,6 +269,9 @@ def add_distractors(placer: Placer) -> None:
     some(3, (4, 9), d["vertebrae"] < -3, d["bone"], (750, 950))  # bone islands
     some(4, (3, 5), np.abs(d["aorta"]) < 1.5, d["aorta"] - 3, (500, 900))  # calcified plaques
     some(1, (3, 6), d["spleen"] < -4, d["spleen"], (350, 600))  # old granulomas of the spleen
+    some(4, (6, 14), d["meal"] < -3, d["meal"], (30, 80))  # food in contrast: as dark as a hole in bone
+    some(4, (6, 13), d["bowel_contrast"] < -2, d["bowel_contrast"], (30, 80))
+    some(6, (5, 11), d["bowel_gas"] < -5, d["bowel_gas"], (-20, 60))  # stool in gas: as bright as a nodule in lung
     _plugs(placer)
 
 
@@ -253,7 +279,7 @@ def _plugs(placer: Placer) -> None:
     """Short thick cords in lung (mucus, scars): as thick as small nodules, several times as long."""
     rng, canvas, lung = placer.rng, placer.body.canvas, placer.body.distances["lung"]
     segments = []
-    for centre in placer.candidates(lung < -6, count=int(rng.integers(1, 5))):
+    for centre in placer.candidates(lung < -6, count=int(rng.integers(2, 6))):
         direction = rng.standard_normal(3)
         length = rng.uniform(7, 13)
         if not placer.free(centre, length + 4):
@@ -261,7 +287,7 @@ def _plugs(placer: Placer) -> None:
         placer.take(centre, length + 4)
         half = direction / np.linalg.norm(direction) * length
         points = np.stack([centre - half, centre + rng.normal(0, 1.5, 3), centre + half])
-        segments.append(chain(points, rng.uniform(1.7, 3.2)))
+        segments.append(chain(points, rng.uniform(1.8, 3.5)))
     if segments:
         tubes = canvas.tubes(np.concatenate(segments), warped=False)
         canvas.paint(np.maximum(tubes, lung), 40.0)

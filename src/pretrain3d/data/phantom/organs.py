@@ -35,7 +35,9 @@ def paint_abdomen(body: Body, rng: np.random.Generator, grain: Array, blotches: 
     c.paint(bladder, 8.0)
     c.paint(stomach, 60.0)
     level = 14 + rng.uniform(-4, 12)
-    c.paint(stomach + 3.5, np.where(c.y > level, np.float32(-950), 25 + 12 * grain))
+    meal = 25 if rng.random() < 0.5 else rng.uniform(200, 380)  # water or oral contrast
+    c.paint(stomach + 3.5, np.where(c.y > level, np.float32(-950), meal + 12 * grain))
+    d["meal"] = np.maximum(stomach + 3.5, c.y - level) if meal > 25 else np.full_like(stomach, 50.0)
     c.paint(spleen, t.spleen + 4 * grain)
     c.paint(kidney, t.kidney + 5 * grain)
     c.paint(kidney + 5.5, t.kidney - 45 + 30 * np.clip(blotches, -1, 1))
@@ -58,20 +60,24 @@ def _liver_vessels(body: Body, rng: np.random.Generator, liver: Array) -> None:
 
 
 def _bowel(body: Body, rng: np.random.Generator, organs: Array) -> None:
-    """Loops of bowel in what is left of the belly: wall, contents, some gas."""
+    """Loops of bowel in what is left of the belly: wall and water, gas or oral contrast."""
     c, d = body.canvas, body.distances
-    loops: list[Array] = []
-    gas: list[Array] = []
-    for _ in range(9):
+    loops: dict[str, list[Array]] = {"water": [], "gas": [], "contrast": []}
+    for _ in range(10):
         p = np.array([rng.uniform(-60, 60), rng.uniform(-5, 45), rng.uniform(-120, -62)])
         points = p + np.cumsum(rng.normal(0, 13, (5, 3)), axis=0)
-        (gas if rng.random() < 0.35 else loops).append(chain(points, rng.uniform(6, 11)))
+        content = str(rng.choice(list(loops), p=[0.4, 0.3, 0.3]))
+        widths = {"water": (6, 11), "gas": (10, 15), "contrast": (8, 12)}
+        loops[content].append(chain(points, rng.uniform(*widths[content])))
     free = np.maximum(np.maximum(d["cage"] + 3, c.z - d["dome"] + 6), np.maximum(2.5 - organs, 12 - d["column"]))
-    for tubes, content in ((loops, 28.0), (gas, -880.0)):
-        if tubes:
-            wall = np.maximum(c.tubes(np.concatenate(tubes)), free)
-            c.paint(wall, 60.0)
-            c.paint(wall + 2.5, content)
+    for (name, tubes), hu in zip(loops.items(), (28.0, -880.0, rng.uniform(250, 420)), strict=True):
+        wall = np.maximum(c.tubes(np.concatenate(tubes) if tubes else np.empty((0, 8))), free)
+        c.paint(wall, 60.0)
+        c.paint(wall + 2.5, hu)
+        # loops cross: a later one takes the room
+        for other in [key for key in d if key.startswith("bowel_")]:
+            d[other] = np.maximum(d[other], -wall)
+        d[f"bowel_{name}"] = wall + 2.5
 
 
 def paint_chest(body: Body, rng: np.random.Generator, grain: Array, blotches: Array) -> None:
@@ -119,15 +125,15 @@ def _great_vessels(body: Body) -> tuple[Array, Array]:
 
 
 def _lung_vessels(body: Body, rng: np.random.Generator) -> None:
-    """Arteries and veins of both lungs, down to about a millimetre; the central ones are as thick as nodules."""
+    """Arteries and veins of both lungs, down to a millimetre; the central ones are as thick as small nodules."""
     c, d = body.canvas, body.distances
     segments = []
     for side in (-1, 1):
-        targets = points_inside(c, np.maximum(d["lung"] + 4, -side * c.x), 170, rng)
+        targets = points_inside(c, np.maximum(d["lung"] + 4, -side * c.x), 110, rng)
         if len(targets) >= 10:
             cut = len(targets) * 3 // 5
-            segments.append(tree(rng, np.array([side * 26.0, -2.0, 51.0]), targets[:cut], 0.85))
-            segments.append(tree(rng, np.array([side * 20.0, -8.0, 36.0]), targets[cut:], 0.85))
+            segments.append(tree(rng, np.array([side * 26.0, -2.0, 51.0]), targets[:cut], 0.7, exponent=0.4))
+            segments.append(tree(rng, np.array([side * 20.0, -8.0, 36.0]), targets[cut:], 0.7, exponent=0.4))
     vessels = c.tubes(np.concatenate(segments)) if segments else np.full(c.shape, 50.0, dtype=np.float32)
     c.paint(np.maximum(vessels, d["lung"] - 1), 45.0)
     d["lung_vessels"] = vessels

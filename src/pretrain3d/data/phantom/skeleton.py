@@ -11,7 +11,7 @@ VERTEBRA_STEP_MM = 29.0
 
 
 def place_spine(body: Body, rng: np.random.Generator) -> None:
-    """The vertebral column as distances; painted later, but organs have to keep out of it."""
+    """The vertebral column as distances and the muscles on it; its bone is painted later, but organs keep out of it."""
     c = body.canvas
     phase, offset = rng.uniform(0, 2 * np.pi), rng.uniform(0, VERTEBRA_STEP_MM)
 
@@ -37,6 +37,13 @@ def place_spine(body: Body, rng: np.random.Generator) -> None:
             processes.append(chain(wing, np.array([4.4, 4.0, 2.8])))
     ring = np.maximum(np.maximum(np.maximum(canal - 10.5, 6.3 - canal), np.abs(dz) - 9.5), c.y - ys + 16)
     vertebrae = np.minimum(smooth_max(column, np.abs(dz) - 12.2, 4.0), ring)
+    middle = x0.mean()
+    psoas = [
+        chain(np.array([[middle + s * 17, -38, -28], [middle + s * 27, -38, -125]], dtype=float), np.array([6, 12]))
+        for s in (-1, 1)
+    ]
+    ligaments = column - 2.5  # with the crura of the diaphragm
+    c.paint(np.minimum(ligaments, c.tubes(np.concatenate(psoas))), body.traits.muscle)
     body.distances |= {
         "column": column,
         "canal": canal - 6.3,
@@ -67,6 +74,17 @@ def paint_skeleton(body: Body, rng: np.random.Generator, grain: Array) -> None:
     marrow = t.spongy + 18 * grain
     c.paint(bone, np.where(bone > -1.8, np.float32(t.cortex), marrow))
     d["bone"] = bone
+    _basivertebral_veins(body)
+
+
+def _basivertebral_veins(body: Body) -> None:
+    """The vein that leaves each vertebral body in the middle of its back wall, forked like a Y."""
+    veins = []
+    for x, y, z in body.spine:
+        fork = np.array([x, y - 9, z])
+        veins.append(chain(np.stack([np.array([x, y - 17, z]), fork]), np.array([3.0, 2.2])))
+        veins += [chain(np.stack([fork, np.array([x + s * 6, y - 4, z])]), np.array([2.0, 1.0])) for s in (-1, 1)]
+    body.canvas.paint(body.canvas.tubes(np.concatenate(veins)), 70.0)
 
 
 def _rib(z: float, side: int, rng: np.random.Generator) -> tuple[Array, Array]:

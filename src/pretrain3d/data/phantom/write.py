@@ -21,7 +21,7 @@ from pretrain3d.data.phantom.case import SPLITS, PhantomCase, make_case
 from pretrain3d.data.phantom.lesions import CLASSES
 from pretrain3d.files import replacing
 
-VERSION = 1  # of what is drawn: goes up whenever the same seed gives another volume
+VERSION = 2  # of what is drawn: goes up whenever the same seed gives another volume
 RECIPE = "phantom.json"
 FOLDERS = {"train": "Tr", "test": "Ts", "unlabelled": "Un"}
 
@@ -47,7 +47,7 @@ class Summary:
 
 def generate(
     folder: Path,
-    num_train: int = 40,
+    num_train: int = 60,
     num_test: int = 24,
     num_unlabelled: int = 40,
     seed: int = 0,
