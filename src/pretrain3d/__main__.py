@@ -19,6 +19,7 @@ COMMANDS = {
     "phantom": "write the embedded data set of synthetic CT volumes",
     "prepare": "turn a folder of raw cases into a training store",
     "fit": "train what a configuration names, pretraining or detection; resumes an unfinished run",
+    "sweep": "choose how a detector's boxes are merged, and its operating point, on validation cases",
     "test": "evaluate a trained detector on the held-out cases of its store",
     "predict": "find objects in NIfTI files with one checkpoint",
     "export": "write the pretrained backbone of a run to one file",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [pictures=4]
 pretrain3d test baseline=mean_box|threshold store=STORE out=FOLDER [fold=0 split=test samples=1000]
 
 Predicts whole volumes and scores them in the voxels of the input files: predictions.json, targets.json (score files)
-and result.json with 95 % bootstrap intervals over cases.
+and result.json with 95 % bootstrap intervals over cases. Boxes are merged as `sweep` chose on the validation cases, if
+it did.
 
   checkpoint=last|best   which weights of the run
   split=test|val         held-out cases, or the validation fold
@@ -58,37 +58,59 @@ def held_out(cases: dict[str, list[str]], split: str) -> list[str]:
     return cases[split]
 
 
-def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictures: int) -> None:
-    """Predicts with the run's weights; skips what `result.json` already holds for the same weights and options."""
+def load_run(folder: RunFolder, checkpoint: str) -> tuple[Any, Any]:
+    """The trained detector of a run, and the data that it was trained and validated on.
+
+    Raises:
+        UserError: no run, no such checkpoint, or its store is gone.
+    """
     settings = folder.config()
     weights = folder.checkpoint(checkpoint)
 
     import torch
 
-    from pretrain3d.backbones.transfer import fingerprint
     from pretrain3d.commands.fit import DATA
     from pretrain3d.modules.checkpoint import load_module
+
+    module: Any = load_module(weights, "detection", "cuda" if torch.cuda.is_available() else "cpu")
+    data = {**settings["data"], "intensity": module.note["preprocessing"]["intensity"]}
+    return module, build(DATA, {"name": "data", **data}, "data", seed=settings["seed"])
+
+
+def unswept(module: Any, case_ids: list[str]) -> dict[str, Any] | None:
+    """What `sweep` chose for the module; None, and the module back at the defaults, where it chose on these cases."""
+    from pretrain3d.detection.merge import Merging
+
+    chosen: dict[str, Any] | None = module.note.get("inference")
+    if chosen is None or not set(case_ids) & set(chosen["cases"]):
+        return chosen
+    module.merging = Merging()
+    print("the merge settings of this checkpoint were chosen on these cases: the defaults are used instead")
+    return None
+
+
+def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictures: int) -> None:
+    """Predicts with the run's weights; skips what `result.json` already holds for the same weights and options."""
+    module, datamodule = load_run(folder, checkpoint)
+
+    from pretrain3d.backbones.transfer import fingerprint
     from pretrain3d.reporting.figures import save_case_picture
     from pretrain3d.reporting.results import is_current
 
-    module: Any = load_module(weights, "detection", "cuda" if torch.cuda.is_available() else "cpu")
+    settings = folder.config()
+    case_ids = held_out({"test": datamodule.test_ids, "val": datamodule.val_ids}, split)
+    chosen = unswept(module, case_ids)
     backbone_fingerprint = fingerprint(module.best_networks()[0].state_dict())
     step = module.note["source"]["step"]
     asked = {"checkpoint": checkpoint, "split": split, "samples": samples, "step": step,
-             "fingerprint": fingerprint(module.state_dict())}  # fmt: skip
+             "fingerprint": fingerprint(module.state_dict()), "merging": module.merging.to_dict()}  # fmt: skip
     if is_current(folder.path / "result.json", asked):
         print(f"{folder.path / 'result.json'} is of these weights already, nothing to do")
         return
-    data = {**settings["data"], "intensity": module.note["preprocessing"]["intensity"]}
-    datamodule = build(DATA, {"name": "data", **data}, "data", seed=settings["seed"])
-    case_ids = held_out({"test": datamodule.test_ids, "val": datamodule.val_ids}, split)
-    mixed = "bf16" in str(module.note["precision"])
-    precision = torch.autocast(module.device.type, dtype=torch.bfloat16) if mixed else nullcontext()
 
     def predict(case_id: str) -> Prediction:
         image, case = datamodule.volume(case_id)
-        with precision:
-            found = module.predict_image(image.to(module.device), datamodule.pad_value(case_id))
+        found = module.predict_image(image, datamodule.pad_value(case_id))
         boxes, scores, labels = (value.cpu().numpy() for value in (found.boxes, found.scores, found.labels))
         if case_ids.index(case_id) < pictures:
             path = folder.path / "pictures" / f"test_{case_id}.npz"
@@ -110,7 +132,8 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
             "transfer": transfer,
         },
     }
-    score_cases(folder.path, settings["name"], datamodule.store, case_ids, predict, about, samples)
+    threshold = chosen["operating"]["threshold"] if chosen else None
+    score_cases(folder.path, settings["name"], datamodule.store, case_ids, predict, about, samples, threshold)
 
 
 def test_baseline(baseline: str, store: str, out: str, fold: int, split: str, samples: int) -> None:
@@ -158,10 +181,15 @@ def score_cases(
     predict: Callable[[str], Prediction],
     about: dict[str, Any],
     samples: int,
+    threshold: float | None = None,
 ) -> None:
-    """Predicts and scores cases in the voxels of their input files; writes score files and result.json."""
+    """Predicts and scores cases in the voxels of their input files; writes score files and result.json.
+
+    With the ``threshold`` of an operating point the result also says what boxes from this score on find.
+    """
     from tqdm import tqdm
 
+    from pretrain3d.detection.sweep import measure_at
     from pretrain3d.evaluation.scorefile import write
     from pretrain3d.evaluation.statistics import evaluate_with_intervals
     from pretrain3d.reporting.results import write_result
@@ -180,9 +208,11 @@ def score_cases(
     write(folder / "targets.json", data.classes, truth)
     groups = {case_id: data.cases[case_id].group for case_id in case_ids}
     scored = evaluate_with_intervals(found, truth, data.classes, samples=samples, groups=groups)
+    operating = None if threshold is None else measure_at(threshold, found, truth, data.classes)
     write_result(
         folder,
         run=name,
+        operating=operating,
         **scored,
         **about,
         data={"hash": data.data_hash, "name": data.name, "licence": data.licence, "cases": len(case_ids)},
@@ -190,6 +220,9 @@ def score_cases(
     )
     shown = ("mAP", "AP@0.10", "AP@0.50", "FROC@0.10")
     print(f"{name}: " + ", ".join(f"{key} {_text(scored['metrics'][key]['value'])}" for key in shown))
+    if operating is not None:
+        print(f"at score {threshold:.3f}: sensitivity {_text(operating['sensitivity'])}, "
+              f"{operating['false_positives_per_case']:.2f} false positives per case")  # fmt: skip
     print(f"{folder / 'result.json'} ({len(case_ids)} cases, {seconds:.0f} s)")
 
 

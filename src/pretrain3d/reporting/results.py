@@ -61,6 +61,7 @@ def write_result(
     backbone: Mapping[str, Any] | None = None,
     asked: Mapping[str, Any] | None = None,
     test_seconds: float | None = None,
+    operating: Mapping[str, float | None] | None = None,
 ) -> Path:
     """Writes ``<folder>/result.json``; commit and environment are filled in.
 
@@ -78,13 +79,14 @@ def write_result(
         backbone: ``{"name", "fingerprint", "init"}``; None for a baseline.
         asked: what the result was made from; see `is_current`.
         test_seconds: wall time of prediction.
+        operating: ``{"threshold", "sensitivity", "false_positives_per_case"}`` at a score chosen on other cases.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     result = {
         "run": run, "metrics": metrics, "per_class": per_class, "curves": curves, "cases": cases, "config": config,
         "commit": commit(), "environment": environment(), "seed": seed, "cost": cost, "data": data,
-        "backbone": backbone, "asked": asked, "test_seconds": test_seconds,
+        "backbone": backbone, "asked": asked, "test_seconds": test_seconds, "operating": operating,
     }  # fmt: skip
     write_json(folder / "result.json", result)
     return folder / "result.json"

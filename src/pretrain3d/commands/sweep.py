@@ -1,0 +1,89 @@
+"""`sweep`: chooses how boxes are merged and where scores are cut, on validation cases; kept with the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pretrain3d.commands.test import held_out, load_run
+from pretrain3d.config import UserError, read_options
+from pretrain3d.reporting.run_folder import RunFolder
+
+USAGE = """\
+pretrain3d sweep RUN ... [checkpoint=last] [metric=mAP] [false_positives=1]
+
+Predicts the validation cases once, tries out how the boxes of tiles and mirrored views are merged (IoU thresholds,
+clustering or NMS, least score, least size), and puts the best setting into the checkpoint, where `test` and `predict`
+find it. Also stored: the operating point, the score from which on a validation case has so many false positives. The
+cases that `test` reports take no part. Several runs (the folds of one configuration) are swept together and get the
+same setting.
+
+  checkpoint=last|best   which weights of the runs
+  metric=mAP             what is maximised: mAP, AP@0.10, FROC@0.10, ...
+  false_positives=K      per case, of the operating point (predict threshold=operating)
+
+Every trial is written to <run>/sweep.json."""
+
+
+def run(paths: list[str], options: dict[str, object]) -> int:
+    """Sweeps runs; returns the exit status."""
+    given = read_options(options, {"checkpoint": "last", "metric": "mAP", "false_positives": 1.0})
+    if not paths:
+        raise UserError("sweep takes at least one run folder; see `pretrain3d sweep --help`")
+    if not given["false_positives"] > 0:
+        raise UserError(f"false_positives={given['false_positives']}: expected a number above 0")
+    sweep_runs([RunFolder(Path(path)) for path in paths], **given)
+    return 0
+
+
+def sweep_runs(folders: list[RunFolder], checkpoint: str, metric: str, false_positives: float) -> None:
+    """Sweeps the pooled validation cases of runs; skips what their checkpoints hold already.
+
+    Raises:
+        UserError: the runs have different classes, or there is no object to find.
+    """
+    from pretrain3d.detection.sweep import SweepCase, sweep
+    from pretrain3d.modules.checkpoint import store_inference
+    from pretrain3d.reporting.results import write_json
+
+    runs = [load_run(folder, checkpoint) for folder in folders]
+    classes = runs[0][0].classes
+    for folder, (module, _) in zip(folders, runs, strict=True):
+        if module.classes != classes:
+            raise UserError(f"{folder.path} finds {module.classes}, {folders[0].path} {classes}: sweep them apart")
+    asked = {"metric": metric, "false_positives": false_positives, "runs": sorted(str(f.path) for f in folders)}
+    if all((module.note.get("inference") or {}).get("asked") == asked for module, _ in runs):
+        print(f"{folders[0].path}: the {checkpoint} checkpoint was swept like this already, nothing to do")
+        return
+    cases: dict[str, SweepCase] = {}
+    for index, (module, datamodule) in enumerate(runs):  # a case may be validated by several runs, which differ in seed
+        cases |= {f"{index}:{case_id}": case for case_id, case in _predicted(module, datamodule).items()}
+    found = sweep(cases, classes, metric, false_positives)
+    inference = {
+        **found.to_dict(),
+        "cases": sorted({key.partition(":")[2] for key in cases}),
+        "asked": asked,
+    }
+    for folder in folders:
+        store_inference(folder.checkpoint(checkpoint), inference)
+        write_json(folder.path / "sweep.json", {**inference, "checkpoint": checkpoint, "trials": found.trials})
+    best, operating = found.merging.to_dict(), found.operating
+    print(f"{len(found.trials)} settings on {len(cases)} validation cases: {metric} {found.value_before:.4f} -> "
+          f"{found.value:.4f} with " + ", ".join(f"{key} {value}" for key, value in best.items()))  # fmt: skip
+    print(f"from score {operating['threshold']:.3f} on: {operating['measured']:.2f} false positives per case, "
+          f"sensitivity {operating['sensitivity']:.3f}")  # fmt: skip
+    print(f"kept in the {checkpoint} checkpoint of {', '.join(str(folder.path) for folder in folders)}")
+
+
+def _predicted(module: Any, datamodule: Any) -> dict[str, Any]:
+    """What a run finds in its validation cases, not merged, and what there is to find."""
+    from tqdm import tqdm
+
+    from pretrain3d.detection.sweep import SweepCase
+
+    cases = {}
+    for case_id in tqdm(held_out({"val": datamodule.val_ids}, "val"), desc="sweep", unit="case"):
+        image, case = datamodule.volume(case_id)
+        target: dict[str, Any] = {"boxes": case.boxes, "labels": case.labels, "annotated": case.annotated}
+        cases[case_id] = SweepCase(module.predict_views(image, datamodule.pad_value(case_id)), target)
+    return cases

@@ -1,0 +1,179 @@
+"""Which merging suits a detector, and where to cut its scores: chosen on validation cases, kept with the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pretrain3d.config import UserError, suggestion
+from pretrain3d.detection.merge import METHODS, Merging, TileDetections, merge
+from pretrain3d.evaluation.froc import FALSE_POSITIVES_PER_CASE
+from pretrain3d.evaluation.matching import Boxes, match
+from pretrain3d.evaluation.protocol import KEYS, values
+
+IOUS = (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5)
+GRID: dict[str, tuple[Any, ...]] = {  # searched in this order
+    "tile_iou": IOUS,
+    "method": METHODS,
+    "view_iou": IOUS,
+    "min_score": (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5),
+    "min_size": (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0),
+}
+ROUNDS = 2
+GAIN = 1e-6  # what a setting must win by to replace the one that stands
+HIT_IOU = 0.10  # of the operating points
+
+
+@dataclass(frozen=True)
+class SweepCase:
+    """A validation case: what the network found in it, not merged, and its objects.
+
+    Attributes:
+        views: of all views and networks, boxes in cached voxels.
+        target: "boxes" (M, 6) in the same voxels, "labels" (M,), "annotated" (class indices).
+    """
+
+    views: list[TileDetections]
+    target: Boxes
+
+
+@dataclass
+class Sweep:
+    """What a sweep found.
+
+    Attributes:
+        metric: what it maximised.
+        merging: the best settings.
+        value: the metric with them.
+        value_before: the metric with the settings that it started from.
+        operating: the row of `operating_points` for the wanted rate, with the best settings.
+        operating_points: the rows for the usual rates.
+        trials: one row per evaluation: the settings and the value.
+    """
+
+    metric: str
+    merging: Merging
+    value: float
+    value_before: float
+    operating: dict[str, float]
+    operating_points: list[dict[str, float]]
+    trials: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the checkpoint; without the trials."""
+        values = {name: getattr(self, name) for name in ("metric", "value", "value_before", "operating")}
+        return {**values, "operating_points": self.operating_points, "merging": self.merging.to_dict()}
+
+
+def sweep(
+    cases: Mapping[str, SweepCase],
+    classes: Sequence[str],
+    metric: str = "mAP",
+    false_positives: float = 1.0,
+) -> Sweep:
+    """Coordinate search over `GRID`: one setting after the other, twice at most. A tie leaves a setting as it is.
+
+    The cases must not be those that are reported: what is chosen on a case flatters it.
+
+    Args:
+        cases: validation cases by id.
+        classes: names of the classes; labels index into them.
+        metric: a key of `evaluation.protocol.KEYS`, overall.
+        false_positives: per case, of the operating point.
+
+    Raises:
+        UserError: an unknown metric, or no case has an object.
+    """
+    if metric not in KEYS:
+        raise UserError(f"metric={metric} is unknown{suggestion(metric, KEYS) or '.'} Known: {', '.join(KEYS)}")
+    if not any(len(case.target["labels"]) for case in cases.values()):
+        raise UserError(f"none of the {len(cases)} validation cases has an object to find; a sweep needs some")
+    targets = {case_id: case.target for case_id, case in cases.items()}
+    seen: dict[Merging, float] = {}
+
+    def evaluated(merging: Merging) -> float:
+        if merging not in seen:
+            matches = match(_predictions(cases, merging), targets, classes)
+            seen[merging] = float(values(matches, np.ones((1, len(cases))))[0][metric][0])
+        return seen[merging]
+
+    best = Merging()
+    for _ in range(ROUNDS):
+        before = best
+        for name, options in GRID.items():
+            for option in options:
+                candidate = replace(best, **{name: option})
+                if evaluated(candidate) > evaluated(best) + GAIN:
+                    best = candidate
+        if best == before:
+            break
+    trials = [{**merging.to_dict(), metric: value} for merging, value in seen.items()]
+    rates = [false_positives, *FALSE_POSITIVES_PER_CASE]
+    operating, *points = operating_points(_predictions(cases, best), targets, classes, rates)
+    return Sweep(metric, best, seen[best], seen[Merging()], operating, points, trials)
+
+
+def operating_points(
+    predictions: Mapping[str, Boxes],
+    targets: Mapping[str, Boxes],
+    classes: Sequence[str],
+    rates: Sequence[float],
+) -> list[dict[str, float]]:
+    """For every rate of false positives per case the score from which on boxes are kept, and what is then found.
+
+    Classes are pooled, a hit is an IoU of at least `HIT_IOU`. The threshold lies halfway between the last score that is
+    kept and the first that is not, so that it is no case's own; 0 where everything may be kept.
+
+    Returns:
+        rows ``{"false_positives_per_case", "threshold", "sensitivity", "measured"}``, the last being the false
+        positives per case that there really are.
+    """
+    matches = match(predictions, targets, classes)
+    pooled, column = matches.pooled(), matches.at(HIT_IOU)
+    scores, hits = pooled.scores, pooled.hits[:, column]
+    num_cases, num_objects = max(int(pooled.annotated.sum()), 1), int(pooled.objects.sum())
+    false = np.append(0, (~hits).cumsum())  # after the n best
+    ends = np.flatnonzero(np.append(np.diff(scores, prepend=math.inf) != 0, True))  # equal scores go together
+    rows = []
+    for rate in rates:
+        kept = int(ends[np.flatnonzero(false[ends] <= rate * num_cases)[-1]])
+        above = float(scores[kept - 1]) if kept else 1.0 + 1e-6
+        threshold = (above + float(scores[kept])) / 2 if kept < len(scores) else 0.0
+        rows.append({
+            "false_positives_per_case": float(rate),
+            "threshold": threshold,
+            "sensitivity": float(hits[:kept].sum() / num_objects) if num_objects else 0.0,
+            "measured": float(false[kept] / num_cases),
+        })  # fmt: skip
+    return rows
+
+
+def measure_at(
+    threshold: float, predictions: Mapping[str, Boxes], targets: Mapping[str, Boxes], classes: Sequence[str]
+) -> dict[str, float | None]:
+    """What the boxes from a score on find, classes pooled, a hit being an IoU of at least `HIT_IOU`.
+
+    Returns:
+        ``{"threshold", "sensitivity", "false_positives_per_case"}``; sensitivity None without objects.
+    """
+    matches = match(predictions, targets, classes)
+    pooled = matches.pooled()
+    hits = pooled.hits[pooled.scores >= threshold, matches.at(HIT_IOU)]
+    objects = int(pooled.objects.sum())
+    return {
+        "threshold": threshold,
+        "sensitivity": float(hits.sum() / objects) if objects else None,
+        "false_positives_per_case": float((~hits).sum() / max(int(pooled.annotated.sum()), 1)),
+    }
+
+
+def _predictions(cases: Mapping[str, SweepCase], merging: Merging) -> dict[str, Boxes]:
+    merged = {case_id: merge(case.views, merging) for case_id, case in cases.items()}
+    return {
+        case_id: {"boxes": found.boxes.numpy(), "scores": found.scores.numpy(), "labels": found.labels.numpy()}
+        for case_id, found in merged.items()
+    }
