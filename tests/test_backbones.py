@@ -1,4 +1,4 @@
-"""Contracts of every registered backbone, known answers of ResEnc, and the released weights' features."""
+"""ResEnc, its parts and its decoder: known answers, and the released weights' features."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from backbone_variants import STAGES, VARIANTS, half_hidden
 from torch import nn
 
-from pretrain3d.backbones import BACKBONES
 from pretrain3d.backbones.contract import Level
 from pretrain3d.backbones.convolution import Conv3d
 from pretrain3d.backbones.decoders import UNetDecoder
@@ -19,148 +19,26 @@ from pretrain3d.backbones.resenc import (
     resenc_s,
     resenc_xs,
 )
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
 from pretrain3d.sparse import active_voxels, masked_instance_norm
-
-STAGES = {"channels": [4, 6, 8], "blocks": [1, 2, 1], "strides": [1, [1, 2, 2], 2], "kernels": [[1, 3, 3], 3, 3]}
-SMALL = {"resenc": STAGES, "resenc_xs": {}}  # built and run; the large ones on the meta device
-IMAGE = {"resenc": (2, 1, 8, 24, 16), "resenc_xs": (2, 1, 32, 32, 48)}
-MASKINGS = ("zero", "sparse")
-
-
-def small(name: str, **arguments) -> nn.Module:
-    torch.manual_seed(0)
-    return build(BACKBONES, {"name": name, **SMALL[name], **arguments}, "backbone")
-
-
-def blocks(shape: tuple[int, ...], side: int, seed: int = 0) -> torch.Tensor:
-    """Half of the blocks of ``side`` voxels hidden: (B, 1, X, Y, Z) bool."""
-    grid = [shape[0], 1, *(s // side for s in shape[2:])]
-    keep = torch.rand(grid, generator=torch.Generator().manual_seed(seed)) < 0.5
-    for axis in (2, 3, 4):
-        keep = keep.repeat_interleave(side, axis)
-    return keep
 
 
 def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_declared_levels_are_produced(name):
-    node = {"name": name, **SMALL.get(name, {})}
-    with torch.device("meta"):
-        backbone = build(BACKBONES, node, "backbone", in_channels=2)
-        size = tuple(2 * m for m in backbone.size_multiple)
-        features = backbone(torch.empty(1, 2, *size))
-    assert backbone.in_channels == 2
-    expected = [(1, lv.channels, *(s // f for s, f in zip(size, lv.stride, strict=True))) for lv in backbone.levels]
-    assert [tuple(f.shape) for f in features] == expected
-    strides = [level.stride for level in backbone.levels]
-    assert strides == sorted(strides) and len(set(strides)) == len(strides), "finest first"
-    assert backbone.size_multiple == strides[-1]
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_arguments_rebuild_the_same_network(name):
-    with torch.device("meta"):
-        backbone = build(BACKBONES, {"name": name, **SMALL.get(name, {})}, "backbone", in_channels=3)
-        again = type(backbone)(**backbone.arguments)
-    assert again.arguments == backbone.arguments and again.levels == backbone.levels
-    shapes = {key: value.shape for key, value in backbone.state_dict().items()}
-    assert {key: value.shape for key, value in again.state_dict().items()} == shapes
-    assert all(key in shapes for key in backbone.input_weights)
-    assert all(shapes[key][1] == 3 for key in backbone.input_weights)
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_a_wrong_size_names_the_multiple(name):
-    backbone = small(name)
-    x, y, z = backbone.size_multiple
-    with pytest.raises(UserError, match=f"needs a multiple of {x} x {y} x {z}"):
-        backbone(torch.zeros(1, 1, 2 * x, 2 * y + 1, 2 * z))
-    with pytest.raises(UserError, match=r"2 channel\(s\); this backbone takes 1"):
-        backbone(torch.zeros(1, 2, 2 * x, 2 * y, 2 * z))
-    with pytest.raises(UserError, match="one voxel on the coarsest level"):
-        backbone(torch.zeros(1, 1, x, y, z))
-
-
-@pytest.mark.parametrize("masking", MASKINGS)
-@pytest.mark.parametrize("name", SMALL)
-def test_hidden_voxels_change_no_feature(name, masking):
-    backbone = small(name, masking=masking)
-    image = torch.randn(IMAGE[name], generator=torch.Generator().manual_seed(1))
-    keep = blocks(IMAGE[name], 8)
-    other = torch.where(keep, image, 100 * torch.randn_like(image))
-    other[~keep.expand_as(other)] = other[~keep.expand_as(other)].index_fill(0, torch.tensor([0]), float("nan"))
-    with torch.no_grad():
-        features, changed = backbone(image, keep), backbone(other, keep)
-        visible = image.clone()
-        visible[0, 0][keep[0, 0]] += 1.0
-        moved = backbone(visible, keep)
-    for a, b, c in zip(features, changed, moved, strict=True):
-        assert torch.equal(a, b)
-        assert not torch.equal(a[0], c[0]), "visible voxels do count"
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_everything_visible_equals_no_mask(name):
-    image = torch.randn(IMAGE[name])
-    keep = torch.ones(IMAGE[name], dtype=torch.bool)
-    for masking in MASKINGS:
-        backbone = small(name, masking=masking)
-        with torch.no_grad():
-            for a, b in zip(backbone(image), backbone(image, keep), strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("masking", MASKINGS)
-@pytest.mark.parametrize("name", SMALL)
-def test_bf16_is_finite_and_a_gradient_reaches_every_parameter(name, masking):
-    backbone = small(name, masking=masking)
-    with torch.autocast("cpu", torch.bfloat16):
-        features = backbone(torch.randn(IMAGE[name]), blocks(IMAGE[name], 8))
-    assert all(f.isfinite().all() for f in features)
-    # random weights: the plain sum of an instance norm has no gradient
-    sum((f.float() * torch.randn(f.shape)).sum() for f in features).backward()
-    for key, parameter in backbone.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
-    assert all(backbone.get_parameter(key).grad.abs().sum() > 0 for key in backbone.input_weights)
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_state_dict_round_trip(name):
-    backbone, other = small(name), build(BACKBONES, {"name": name, **SMALL[name]}, "backbone")
-    other.load_state_dict(backbone.state_dict())
-    image = torch.randn(IMAGE[name])
-    with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(backbone(image), other(image), strict=True))
-
-
-@pytest.mark.parametrize("masking", MASKINGS)
-def test_checkpointing_changes_no_gradient(masking):
-    gradients = []
-    for checkpointing in (False, True):
-        backbone = small("resenc", masking=masking, checkpointing=checkpointing)
-        image = torch.randn(IMAGE["resenc"], generator=torch.Generator().manual_seed(1))
-        with torch.autocast("cpu", torch.bfloat16):
-            features = backbone(image, blocks(IMAGE["resenc"], 8))
-        sum(f.float().pow(3).sum() for f in features).backward()
-        gradients.append([p.grad for p in backbone.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
 def test_sparse_keeps_hidden_places_at_zero():
-    backbone = small("resenc", masking="sparse")
-    keep = blocks(IMAGE["resenc"], 8)
-    for level, features in zip(backbone.levels, backbone(torch.randn(IMAGE["resenc"]), keep), strict=True):
+    backbone = VARIANTS["resenc-sparse"].build()
+    image = torch.randn(2, 1, *VARIANTS["resenc"].size)
+    keep = half_hidden(image.shape)
+    for level, features in zip(backbone.levels, backbone(image, keep), strict=True):
         active = active_voxels(keep, level.stride)
         assert active.float().mean() == keep.float().mean()  # 8 is a multiple of every stride here
         assert (features[~active.expand_as(features)] == 0).all()
 
 
 def test_active_voxels_by_loops():
-    keep = blocks((3, 1, 8, 8, 8), 4)
+    keep = half_hidden((3, 1, 8, 8, 8), 4)
     keep[1] = True
     keep[2, 0, :2] = False  # crosses the cells of stride 4
     keep[2, 0, 2:] = True
@@ -175,7 +53,7 @@ def test_active_voxels_by_loops():
 
 
 def test_masked_instance_norm_by_loops():
-    x, active = torch.randn(2, 3, 4, 4, 4), blocks((2, 1, 4, 4, 4), 2)
+    x, active = torch.randn(2, 3, 4, 4, 4), half_hidden((2, 1, 4, 4, 4), 2)
     weight, bias = torch.randn(3), torch.randn(3)
     got = masked_instance_norm(x * active, active, weight, bias)
     for b in range(2):
