@@ -186,8 +186,13 @@ def values_per_class(
     return figure
 
 
-def save_case_picture(
-    path: str | Path,
+def save_case_picture(path: str | Path, *arguments: Any, **options: Any) -> None:
+    """Keeps what a report shows of a case: `case_picture` with these arguments, as ``<run>/pictures/test_<case>.npz``."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **case_picture(*arguments, **options))
+
+
+def case_picture(
     image: np.ndarray,
     true_boxes: np.ndarray,
     true_labels: np.ndarray,
@@ -197,26 +202,29 @@ def save_case_picture(
     classes: Sequence[str],
     spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
     num_points: int = 3,
-) -> None:
-    """Keeps what a report shows of a case: three planes through a few of its objects, and its boxes.
-
-    The file is an ``.npz``: ``slice_<point>_<axis>`` (uint8, the plane perpendicular to that axis, the other axes in
-    order), ``points`` (P, 3) voxels, ``shape``, ``spacing_mm``, ``true_boxes``, ``true_labels``, ``boxes``,
-    ``labels``, ``scores`` (the best 100), ``classes``.
+    points: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Three planes through a few objects of a case, and its boxes.
 
     Args:
-        path: ``<run>/pictures/test_<case>.npz``.
         image: (X, Y, Z) on RAS axes, normalised.
         true_boxes, boxes: (N, 6), (M, 6) in its voxels.
         true_labels, labels, scores: (N,), (M,), (M,).
         classes: names of the labels.
         spacing_mm: size of a voxel.
         num_points: objects to cut through: the largest of every class first; without objects the best prediction.
+        points: (P, 3) voxels to cut through instead.
+
+    Returns:
+        ``slice_<point>_<axis>`` (uint8, the plane perpendicular to that axis, the other axes in order), ``points``
+        (P, 3) voxels, ``shape``, ``spacing_mm``, ``true_boxes``, ``true_labels``, ``boxes``, ``labels``, ``scores`` (the
+        best 100), ``classes``.
     """
     assert image.ndim == 3, image.shape
     true_boxes, boxes = (np.asarray(array, np.float32).reshape(-1, 6) for array in (true_boxes, boxes))
     best = np.argsort(-np.asarray(scores), kind="stable")[:100]
-    points = _points(image.shape, true_boxes, np.asarray(true_labels), boxes[best[:1]], num_points)
+    if points is None:
+        points = _points(image.shape, true_boxes, np.asarray(true_labels), boxes[best[:1]], num_points)
     low, high = np.percentile(image[::2, ::2, ::2], (1.0, 99.8))
     planes: dict[str, Any] = {}
     for index, point in enumerate(points):
@@ -224,14 +232,12 @@ def save_case_picture(
             plane = np.take(image, point[axis], axis=axis).astype(np.float32)
             grey = np.clip((plane - low) / max(float(high - low), 1e-6), 0.0, 1.0)
             planes[f"slice_{index}_{axis}"] = np.round(grey * 255).astype(np.uint8)
-    arrays: dict[str, Any] = {
+    return {
         "points": points, "shape": np.asarray(image.shape), "spacing_mm": np.asarray(spacing_mm, np.float64),
         "true_boxes": true_boxes, "true_labels": np.asarray(true_labels, np.int64), "boxes": boxes[best],
         "labels": np.asarray(labels, np.int64)[best], "scores": np.asarray(scores, np.float32)[best],
-        "classes": np.asarray(list(classes), dtype=np.str_),
+        "classes": np.asarray(list(classes), dtype=np.str_), **planes,
     }  # fmt: skip
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, **(arrays | planes))
 
 
 def _points(shape: tuple[int, ...], boxes: np.ndarray, labels: np.ndarray, best: np.ndarray, count: int) -> np.ndarray:
@@ -251,14 +257,19 @@ def _points(shape: tuple[int, ...], boxes: np.ndarray, labels: np.ndarray, best:
 
 
 def case_figure(path: str | Path) -> Figure:
-    """Three planes through each point of a `save_case_picture` file, true boxes green, predictions orange with score.
-
-    Drawn are the predictions that the slice cuts among the best of the case: three more than it has objects.
-    """
+    """`draw_case` of a `save_case_picture` file: three more predictions than the case has objects."""
     with np.load(path, allow_pickle=False) as file:
         data: dict[str, Any] = dict(file)
+    return draw_case(data, most=len(data["true_boxes"]) + 3)
+
+
+def draw_case(data: Mapping[str, Any], most: int) -> Figure:
+    """Three planes through each point of a `case_picture`, true boxes green, predictions orange with score.
+
+    Drawn are the predictions that the slice cuts among the ``most`` best of the case.
+    """
     points, classes = data["points"], [str(name) for name in data["classes"]]
-    shown = slice(0, len(data["true_boxes"]) + 3)
+    shown = slice(0, most)
     extent = data["shape"] * data["spacing_mm"]
     widths = [float(extent[others[0]]) for others in ((1, 2), (0, 2), (0, 1))]
     height = max(float(extent[2]), float(extent[1]))
