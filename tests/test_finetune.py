@@ -168,8 +168,10 @@ def test_resumed_anywhere_it_ends_the_same(stop: int, tmp_path: Path) -> None:
     resumed = fresh()
     # the loader of this test starts again, so that of the killed run is cut to what it had not seen
     rest = batches()[stop:]
-    again = lightning.Trainer(max_steps=8, accelerator="cpu", logger=False, enable_checkpointing=False,
-                              enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
+    again = lightning.Trainer(
+        max_steps=8, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     progress["current"] = dict.fromkeys(progress["current"], 0)
@@ -210,7 +212,7 @@ def test_mistakes_of_averages(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             train(Tiny(swa=swa), 4, tmp_path)
-    with pytest.raises(UserError, match="module.ema=0.9 and module.swa exclude each other"):
+    with pytest.raises(UserError, match=r"module\.ema=0\.9 and module\.swa exclude each other"):
         Tiny(swa={"start_step": 1, "every_n_steps": 1}, ema=0.9)
 
 
@@ -238,10 +240,12 @@ def test_two_processes_with_a_frozen_backbone_equal_one(schedule: str, phantom_s
     """Without the new wrapper the backbone would not be reduced once it is freed, or the first step would wait."""
     node = {"two_phase": "{name: two_phase, head_steps: 3}", "frozen": "{name: frozen}"}[schedule]
     outcomes = {}
-    for name, more in (("one", ["data.batch_size=4"]), ("two", ["data.batch_size=2", "trainer.devices=2",
-                                                                  "trainer.strategy=ddp"])):  # fmt: skip
-        line = [sys.executable, "-m", "pretrain3d", "fit", "--config", "configs/detect/phantom.yaml", f"name={name}",
-                f"out={tmp_path}", f"data.store={phantom_store}", f"module.finetune={node}", *COMMON, *more]  # fmt: skip
+    ddp = ["data.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp"]
+    for name, more in (("one", ["data.batch_size=4"]), ("two", ddp)):
+        line = [
+            sys.executable, "-m", "pretrain3d", "fit", "--config", "configs/detect/phantom.yaml", f"name={name}",
+            f"out={tmp_path}", f"data.store={phantom_store}", f"module.finetune={node}", *COMMON, *more,
+        ]  # fmt: skip
         done = subprocess.run(line, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
         with open(tmp_path / name / "metrics.csv", newline="") as file:

@@ -148,8 +148,8 @@ class BaseModule(lightning.LightningModule):
             strategy.configure_ddp()
         elif not isinstance(strategy, SingleDeviceStrategy):
             raise UserError(
-                f"module.finetune {self.finetune_node['name']} freezes the backbone, which works on one device and with "
-                f"trainer.strategy=ddp, not with {type(strategy).__name__}"
+                f"module.finetune {self.finetune_node['name']} freezes the backbone, which works on one device and "
+                f"with trainer.strategy=ddp, not with {type(strategy).__name__}"
             )
 
     def train(self, mode: bool = True) -> BaseModule:

@@ -149,8 +149,8 @@ def _whole_net(name: str, head: dict[str, int], schedule: str, warmup_steps: int
     if steps + warmup_steps >= max_steps:
         said = " + ".join(f"{key}={value}" for key, value in head.items())
         raise UserError(
-            f"module.finetune {name}: {said} and module.warmup_steps={warmup_steps} leave nothing of {max_steps} steps; "
-            "make them shorter or trainer.max_steps longer"
+            f"module.finetune {name}: {said} and module.warmup_steps={warmup_steps} leave nothing of {max_steps} "
+            "steps; make them shorter or trainer.max_steps longer"
         )
     return Phase(steps, False, warmup_then(schedule, warmup_steps, max_steps - steps))
 
