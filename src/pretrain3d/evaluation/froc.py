@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pretrain3d.evaluation.matching import ClassMatches
+from pretrain3d.evaluation.matching import ClassMatches, batches
 
 FALSE_POSITIVES_PER_CASE = np.array([1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8])
 
@@ -23,25 +23,48 @@ def froc_curve(matches: ClassMatches, column: int, weights: np.ndarray) -> tuple
         false positives per case and sensitivity, both (S, P), starting at (0, 0). Cases are those in which the class is
         annotated, with or without objects. Sensitivity is nan in a sample without objects.
     """
-    weights = np.asarray(weights, np.float64)
-    hits = matches.hits[:, column]
-    stops = np.append(np.flatnonzero(np.diff(matches.scores)) + 1, len(hits))  # where each group of equal scores ends
-    groups = np.unique(np.searchsorted(stops, np.flatnonzero(hits), side="right"))
-    ends = np.stack([np.append(0, stops)[groups], stops[groups]], axis=1).ravel()  # before and after each group
-    num_cases = weights @ matches.annotated
-    num_objects = weights @ matches.objects
-    false = weights @ matches.counts_before(ends, ~hits) / np.maximum(num_cases, 1)[:, None]
-    true = weights @ matches.counts_before(ends, hits)
-    sensitivity = np.divide(true, num_objects[:, None], out=np.full_like(true, np.nan), where=num_objects[:, None] > 0)
-    start = np.where(num_objects > 0, 0.0, np.nan)[:, None]
-    return np.hstack([np.zeros((len(weights), 1)), false]), np.hstack([start, sensitivity])
+    return _Corners(matches, column).curve(weights)
 
 
-def froc_score(matches: ClassMatches, column: int, weights: np.ndarray) -> np.ndarray:
-    """Mean sensitivity at 1/8, 1/4, 1/2, 1, 2, 4, 8 false positives per case, (S,).
+def froc_sensitivity(
+    matches: ClassMatches, column: int, weights: np.ndarray, rates: np.ndarray = FALSE_POSITIVES_PER_CASE
+) -> np.ndarray:
+    """Sensitivity at given false positives per case, (S, R): the curve of `froc_curve` read at `rates` (R,).
 
     Linear between the points of the curve, constant beyond its last one; 0 without a hit, nan without objects.
     """
-    false, sensitivity = froc_curve(matches, column, weights)
-    rows = zip(false, sensitivity, strict=True)
-    return np.array([np.interp(FALSE_POSITIVES_PER_CASE, x, y).mean() for x, y in rows])
+    corners = _Corners(matches, column)
+    result = np.empty((len(weights), len(rates)))
+    for rows in batches(len(weights), corners.num_points):
+        for row, x, y in zip(result[rows], *corners.curve(weights[rows]), strict=True):
+            row[:] = np.interp(rates, x, y)
+    return result
+
+
+def froc_score(matches: ClassMatches, column: int, weights: np.ndarray) -> np.ndarray:
+    """Mean sensitivity at 1/8, 1/4, 1/2, 1, 2, 4, 8 false positives per case, (S,); see `froc_sensitivity`."""
+    return froc_sensitivity(matches, column, weights).mean(axis=1)
+
+
+class _Corners:
+    """What the corners of a curve count in each case, so that many samples need counting only once."""
+
+    def __init__(self, matches: ClassMatches, column: int) -> None:
+        hits = matches.hits[:, column]
+        stops = np.append(np.flatnonzero(np.diff(matches.scores)) + 1, len(hits))  # ends of groups of equal scores
+        groups = np.unique(np.searchsorted(stops, np.flatnonzero(hits), side="right"))
+        ends = np.stack([np.append(0, stops)[groups], stops[groups]], axis=1).ravel()  # before and after each group
+        self.false = matches.counts_before(ends, ~hits)  # (C, P)
+        self.true = matches.counts_before(ends, hits)
+        self.objects, self.annotated = matches.objects, matches.annotated
+        self.num_points = len(ends)
+
+    def curve(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `froc_curve`."""
+        weights = np.asarray(weights, np.float64)
+        num_cases, num_objects = weights @ self.annotated, weights @ self.objects  # (S,)
+        false, sensitivity = np.zeros((2, len(weights), self.num_points + 1))
+        np.divide(weights @ self.false, np.maximum(num_cases, 1)[:, None], out=false[:, 1:])
+        np.divide(weights @ self.true, np.maximum(num_objects, 1)[:, None], out=sensitivity[:, 1:])
+        sensitivity[num_objects == 0] = np.nan
+        return false, sensitivity

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 # rounded, so that an IoU of exactly 3/10 reaches the threshold 0.30
 THRESHOLDS = np.round(np.linspace(0.10, 0.90, 17), 2)
 MAX_PER_CASE = 100
+BATCH = 2**18  # numbers that a calculation over many samples holds at once
 
 Boxes = Mapping[str, np.ndarray]  # one case: "boxes" (N, 6), "labels" (N,), "scores" (N,) or "annotated" (classes)
 
@@ -25,6 +27,8 @@ class ClassMatches:
         hits: (N, T) bool, True where the prediction is the one that found an object at that IoU threshold.
         objects: (C,) int, objects per case.
         annotated: (C,) bool, cases in which the class was annotated; predictions of other cases are left out above.
+        source: (N,) int, the place of each prediction in its case's list; None where a matching does not say.
+        found: (N, T) int, the place, in its case's list, of the object that it found at that IoU threshold, -1 without.
     """
 
     case: np.ndarray
@@ -32,6 +36,21 @@ class ClassMatches:
     hits: np.ndarray
     objects: np.ndarray
     annotated: np.ndarray
+    source: np.ndarray | None = None
+    found: np.ndarray | None = None
+
+    def of_cases(self, chosen: np.ndarray) -> ClassMatches:
+        """Only the `chosen` cases, (C,) bool."""
+        kept = chosen[self.case]
+        return ClassMatches(
+            case=(chosen.cumsum() - 1)[self.case[kept]],
+            scores=self.scores[kept],
+            hits=self.hits[kept],
+            objects=self.objects[chosen],
+            annotated=self.annotated[chosen],
+            source=None if self.source is None else self.source[kept],
+            found=None if self.found is None else self.found[kept],
+        )
 
     def counts_before(self, ends: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
         """How many (of the `chosen`, (N,) bool) of the first `ends` predictions lie in each case.
@@ -64,6 +83,12 @@ class Matches:
         assert abs(self.thresholds[column] - threshold) < 1e-9, f"{threshold} is not among {self.thresholds}"
         return column
 
+    def of_cases(self, case_ids: Collection[str]) -> Matches:
+        """Only these cases, in the order of `self.case_ids`."""
+        chosen = np.array([case_id in case_ids for case_id in self.case_ids], bool)
+        kept = [case_id for case_id in self.case_ids if case_id in case_ids]
+        return Matches(self.classes, kept, [one.of_cases(chosen) for one in self.per_class], self.thresholds)
+
     def pooled(self) -> ClassMatches:
         """All classes as one, for FROC. A case counts when at least one class is annotated in it."""
         scores = np.concatenate([m.scores for m in self.per_class])
@@ -75,6 +100,22 @@ class Matches:
             objects=np.sum([m.objects for m in self.per_class], axis=0),
             annotated=np.any([m.annotated for m in self.per_class], axis=0),
         )
+
+
+class _Unit(NamedTuple):
+    """One case and class: predictions best first, objects, and their places in the case's lists."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    source: np.ndarray
+    objects: np.ndarray
+    places: np.ndarray
+
+
+def batches(samples: int, width: int) -> Iterator[slice]:
+    """Slices of samples of which each has `width` numbers, so that the numbers of one slice stay in the cache."""
+    size = max(1, BATCH // max(width, 1))
+    return (slice(start, min(start + size, samples)) for start in range(0, samples, size))
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -119,42 +160,44 @@ def match(
     return Matches(list(classes), case_ids, per_class, np.asarray(thresholds, np.float64))
 
 
-def _of_class(prediction: Boxes, target: Boxes, label: int, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes and scores of one case and class, best first, and the objects' boxes."""
+def _of_class(prediction: Boxes, target: Boxes, label: int, limit: int) -> _Unit:
     mine = np.flatnonzero(np.asarray(prediction["labels"]) == label)
     scores = np.asarray(prediction["scores"], np.float64)[mine]
     best = np.argsort(-scores, kind="stable")[:limit]
     boxes = np.asarray(prediction["boxes"], np.float64).reshape(-1, 6)[mine[best]]
-    objects = np.asarray(target["boxes"], np.float64).reshape(-1, 6)[np.asarray(target["labels"]) == label]
-    return boxes, scores[best], objects
+    places = np.flatnonzero(np.asarray(target["labels"]) == label)
+    objects = np.asarray(target["boxes"], np.float64).reshape(-1, 6)[places]
+    return _Unit(boxes, scores[best], mine[best], objects, places)
 
 
-def _match_class(
-    units: list[tuple[np.ndarray, np.ndarray, np.ndarray]], annotated: np.ndarray, thresholds: np.ndarray
-) -> ClassMatches:
+def _match_class(units: list[_Unit], annotated: np.ndarray, thresholds: np.ndarray) -> ClassMatches:
     """One class over all cases; see `match`."""
-    objects = np.array([len(unit[2]) for unit in units], np.int64)
-    sizes = np.where(annotated, [len(unit[1]) for unit in units], 0)
+    objects = np.array([len(unit.objects) for unit in units], np.int64)
+    sizes = np.where(annotated, [len(unit.scores) for unit in units], 0)
     case = np.repeat(np.arange(len(units)), sizes)
-    scores = np.concatenate([unit[1][:size] for unit, size in zip(units, sizes, strict=True)])
+    scores = np.concatenate([unit.scores[:size] for unit, size in zip(units, sizes, strict=True)])
+    source = np.concatenate([unit.source[:size] for unit, size in zip(units, sizes, strict=True)])
     rank = np.concatenate([np.arange(size) for size in sizes])
 
     pairs = []  # prediction, object (both numbered over all cases), IoU
     first_box, first_object = np.cumsum(sizes) - sizes, np.cumsum(objects) - objects
     for index in np.flatnonzero((sizes > 0) & (objects > 0)):
-        iou = box_iou(units[index][0], units[index][2])
+        iou = box_iou(units[index].boxes, units[index].objects)
         row, column = np.nonzero(iou >= thresholds[0])
         pairs.append((row + first_box[index], column + first_object[index], iou[row, column]))
-    hits = np.zeros((len(scores), len(thresholds)), bool)
+    found = np.full((len(scores), len(thresholds)), -1, np.int64)
     if pairs:
         box, thing, overlap = (np.concatenate(part) for part in zip(*pairs, strict=True))
-        _take(hits, int(objects.sum()), box, thing, overlap, rank, thresholds)
+        _take(found, int(objects.sum()), box, thing, overlap, rank, thresholds)
+    hits = found >= 0
+    if hits.any():
+        found[hits] = np.concatenate([unit.places for unit in units])[found[hits]]
     order = np.argsort(-scores, kind="stable")
-    return ClassMatches(case[order], scores[order], hits[order], objects, annotated)
+    return ClassMatches(case[order], scores[order], hits[order], objects, annotated, source[order], found[order])
 
 
 def _take(
-    hits: np.ndarray,
+    found: np.ndarray,
     num_objects: int,
     box: np.ndarray,
     thing: np.ndarray,
@@ -162,7 +205,7 @@ def _take(
     rank: np.ndarray,
     thresholds: np.ndarray,
 ) -> None:
-    """Fills `hits` (N, T). The k-th best object of each case's r-th prediction is looked at together in all cases:
+    """Fills `found` (N, T). The k-th best object of each case's r-th prediction is looked at together in all cases:
     such a wave holds at most one pair of a case, so nothing in it can depend on anything else in it."""
     order = np.lexsort((-thing, -overlap, box))  # by prediction, then best object first, of equals the last
     box, thing, overlap = box[order], thing[order], overlap[order]
@@ -174,6 +217,6 @@ def _take(
     taken = np.zeros((num_objects, len(thresholds)), bool)
     for start, stop in pairwise(bounds):
         b, t = box[start:stop], thing[start:stop]
-        hit = reached[start:stop] & ~taken[t] & ~hits[b]
+        hit = reached[start:stop] & ~taken[t] & (found[b] < 0)
         taken[t] |= hit
-        hits[b] |= hit
+        found[b] = np.where(hit, t[:, None], found[b])
