@@ -187,7 +187,7 @@ def values_per_class(
 
 
 def save_case_picture(path: str | Path, *arguments: Any, **options: Any) -> None:
-    """Keeps what a report shows of a case: `case_picture` with these arguments, as ``<run>/pictures/test_<case>.npz``."""
+    """Keeps what a report shows of a case, `case_picture` of these arguments: ``<run>/pictures/test_<case>.npz``."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **case_picture(*arguments, **options))
 
@@ -217,8 +217,8 @@ def case_picture(
 
     Returns:
         ``slice_<point>_<axis>`` (uint8, the plane perpendicular to that axis, the other axes in order), ``points``
-        (P, 3) voxels, ``shape``, ``spacing_mm``, ``true_boxes``, ``true_labels``, ``boxes``, ``labels``, ``scores`` (the
-        best 100), ``classes``.
+        (P, 3) voxels, ``shape``, ``spacing_mm``, ``true_boxes``, ``true_labels``, ``boxes``, ``labels``, ``scores``
+        (the best 100), ``classes``.
     """
     assert image.ndim == 3, image.shape
     true_boxes, boxes = (np.asarray(array, np.float32).reshape(-1, 6) for array in (true_boxes, boxes))
