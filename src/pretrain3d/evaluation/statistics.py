@@ -1,8 +1,11 @@
-"""How sure the numbers are: bootstrap over cases (or patients), alone and paired between two runs."""
+"""How sure the numbers are: bootstrap over cases (or patients) and trainings, alone and paired between two rows.
+
+A row is one method: one run, or several trainings of it that differ by their seed or fold.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,8 @@ from pretrain3d.evaluation.protocol import as_number, summarise, values
 
 SAMPLES = 1000
 LEVEL = 0.95
+Numbers = tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]  # as `values` gives them
+Groups = Mapping[str, str]  # case id -> patient
 
 
 def evaluate_with_intervals(
@@ -21,7 +26,7 @@ def evaluate_with_intervals(
     classes: Sequence[str],
     samples: int = SAMPLES,
     seed: int = 0,
-    groups: Mapping[str, str] | None = None,
+    groups: Groups | None = None,
 ) -> dict[str, Any]:
     """What `result.json` holds of a set of cases: {"metrics", "per_class"} of `bootstrap`, {"curves", "cases"}."""
     matches = match(predictions, targets, classes)
@@ -43,44 +48,112 @@ def resample(num_cases: int, samples: int, seed: int, groups: Sequence[str] | No
 
 
 def bootstrap(
-    matches: Matches, samples: int = SAMPLES, seed: int = 0, groups: Mapping[str, str] | None = None
+    matches: Matches,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    groups: Groups | None = None,
+    numbers: Callable[[Matches, np.ndarray], Numbers] = values,
 ) -> dict[str, dict[str, Any]]:
     """Every key with its 95 % percentile interval. The cases are matched once; samples only weigh them.
 
     Args:
         groups: case id -> group (patient), whose cases are drawn together. Default: every case on its own.
+        numbers: what is to be known of the matching, for every weighting of its cases (S, C).
 
     Returns:
         {"metrics": {key: {"value", "low", "high"}}, "per_class": {class: {key: {...}}}}; None without objects.
         Samples that hold no object of a class say nothing about it and are left out of its interval.
     """
-    overall, per_class = values(matches, _weights(matches, samples, seed, groups))
-    return {
-        "metrics": {key: _interval(row) for key, row in overall.items()},
-        "per_class": {name: {key: _interval(row) for key, row in rows.items()} for name, rows in per_class.items()},
-    }
+    return intervals(*numbers(matches, sample_weights(matches, samples, seed, groups)))
+
+
+def bootstrap_runs(
+    runs: Sequence[Matches], samples: int = SAMPLES, seed: int = 0, groups: Groups | None = None
+) -> dict[str, dict[str, Any]]:
+    """`bootstrap` of the mean over several trainings of one method; see `row_samples`."""
+    return intervals(*row_samples([runs], samples, seed, groups)[0])
 
 
 def paired_difference(
-    a: Matches, b: Matches, samples: int = SAMPLES, seed: int = 0, groups: Mapping[str, str] | None = None
+    a: Matches | Sequence[Matches],
+    b: Matches | Sequence[Matches],
+    samples: int = SAMPLES,
+    seed: int = 0,
+    groups: Groups | None = None,
 ) -> dict[str, dict[str, Any]]:
     """b minus a on the same cases, every sample drawing the same cases for both.
+
+    Args:
+        a, b: a run, or the runs of a row; see `row_samples`.
+
+    Returns:
+        {"metrics": {key: {"a", "b", "difference", "low", "high", "p"}}, "per_class": {class: {key: {...}}}}; see
+        `differences`.
+
+    Raises:
+        UserError: the runs were not scored on the same cases and classes.
+    """
+    rows = [[row] if isinstance(row, Matches) else row for row in (a, b)]
+    return differences(*row_samples(rows, samples, seed, groups))
+
+
+def row_samples(
+    rows: Sequence[Sequence[Matches]], samples: int, seed: int = 0, groups: Groups | None = None
+) -> list[Numbers]:
+    """The numbers of several rows on the same bootstrap samples, drawn level by level.
+
+    1. Sets of cases: one where all runs were scored on the same test cases; the folds of a cross-validation are several
+       and are drawn with replacement, the same for every row.
+    2. The runs (seeds) of a row on a set: with replacement, each row for itself.
+    3. The patients of a set: with replacement, the same for every run.
+
+    Of the drawn runs the mean is taken. With few seeds or folds the upper levels vary too little (by (n - 1) / n), so
+    that two or three seeds give an interval that is somewhat too narrow.
+
+    Returns:
+        per row {key: (1 + S,)} and {class: {key: (1 + S,)}}: the plain value, then the samples.
+
+    Raises:
+        UserError: rows on different cases or classes, or sets of cases that share a case or patient.
+    """
+    sets = _case_sets(rows, groups)
+    rng = np.random.default_rng([seed, 1])
+    folds = _mean_weights(rng, len(sets), samples)
+    totals: list[Numbers] = []
+    weights = [sample_weights(runs[0][0], samples, seed + number, groups) for number, runs in enumerate(sets)]
+    for row in range(len(rows)):
+        parts, shares = [], []
+        for number, of_row in enumerate(sets):
+            parts += [values(run, weights[number]) for run in of_row[row]]
+            shares += [*(_mean_weights(rng, len(of_row[row]), samples) * folds[number])]
+        totals.append(_weighted_mean(parts, np.stack(shares)))
+    return totals
+
+
+def sample_weights(matches: Matches, samples: int, seed: int, groups: Groups | None) -> np.ndarray:
+    """The samples (S, C) behind the plain set, every case once, as the first row."""
+    names = None if groups is None else [groups[case_id] for case_id in matches.case_ids]
+    weights = resample(len(matches.case_ids), samples, seed, names)
+    return np.vstack([np.ones((1, len(matches.case_ids)), np.int64), weights])
+
+
+def intervals(overall: dict[str, np.ndarray], per_class: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
+    """{"metrics", "per_class"} with `interval` of every array (1 + S,)."""
+    return {
+        "metrics": {key: interval(row) for key, row in overall.items()},
+        "per_class": {name: {key: interval(row) for key, row in rows.items()} for name, rows in per_class.items()},
+    }
+
+
+def differences(a: Numbers, b: Numbers) -> dict[str, dict[str, Any]]:
+    """b minus a, sample by sample.
 
     Returns:
         {"metrics": {key: {"a", "b", "difference", "low", "high", "p"}}, "per_class": {class: {key: {...}}}}. `p` is the
         two-sided bootstrap p value: twice the smaller share of differences on either side of 0 (zeros on both), with
         one added to counts and samples so that it is never 0.
-
-    Raises:
-        UserError: the runs were not scored on the same cases and classes.
     """
-    if a.case_ids != b.case_ids:
-        lonely = sorted(set(a.case_ids) ^ set(b.case_ids))
-        raise UserError(f"runs on different cases cannot be paired: {lonely[0]!r} is in one of them only")
-    if a.classes != b.classes:
-        raise UserError(f"runs with different classes cannot be paired: {a.classes} and {b.classes}")
-    weights = _weights(a, samples, seed, groups)
-    (all_a, class_a), (all_b, class_b) = values(a, weights), values(b, weights)
+    (all_a, class_a), (all_b, class_b) = a, b
     return {
         "metrics": {key: _difference(all_a[key], all_b[key]) for key in all_a},
         "per_class": {
@@ -89,14 +162,23 @@ def paired_difference(
     }
 
 
-def _weights(matches: Matches, samples: int, seed: int, groups: Mapping[str, str] | None) -> np.ndarray:
-    """The samples (S, C) behind the plain set, every case once, as the first row."""
-    names = None if groups is None else [groups[case_id] for case_id in matches.case_ids]
-    weights = resample(len(matches.case_ids), samples, seed, names)
-    return np.vstack([np.ones((1, len(matches.case_ids)), np.int64), weights])
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Adjusted p values of several comparisons: below a level, they hold jointly at that level. None stays None.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure (1979): the i-th smallest of m (from 0) times
+        m - i, never less than the one before, at most 1.
+    """
+    known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    least = 0.0
+    for rank, (p, index) in enumerate(known):
+        least = max(least, min(1.0, (len(known) - rank) * p))
+        adjusted[index] = least
+    return adjusted
 
 
-def _interval(row: np.ndarray) -> dict[str, float | None]:
+def interval(row: np.ndarray) -> dict[str, float | None]:
+    """{"value", "low", "high"} of the plain value and its samples (1 + S,); None for nan, or without samples."""
     low, high = _percentiles(row[1:]) if not np.isnan(row[0]) else (np.nan, np.nan)
     return {"value": as_number(row[0]), "low": as_number(low), "high": as_number(high)}
 
@@ -108,15 +190,65 @@ def _percentiles(samples: np.ndarray) -> np.ndarray:
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
-    row = _interval(b - a)
+    row = interval(b - a)
     samples = (b - a)[1:]
     samples = samples[~np.isnan(samples)]
     sides = min(int((samples <= 0).sum()), int((samples >= 0).sum()))
+    tested = row["value"] is not None and len(samples) > 0
     return {
         "a": as_number(a[0]),
         "b": as_number(b[0]),
         "difference": row["value"],
         "low": row["low"],
         "high": row["high"],
-        "p": None if row["value"] is None else min(1.0, 2 * (sides + 1) / (len(samples) + 1)),
+        "p": min(1.0, 2 * (sides + 1) / (len(samples) + 1)) if tested else None,
     }
+
+
+def _case_sets(rows: Sequence[Sequence[Matches]], groups: Groups | None) -> list[list[list[Matches]]]:
+    """Per set of cases, per row, the runs on it; checked."""
+    assert rows and all(rows), "every row needs a run"
+    first = rows[0][0]
+    sets: dict[tuple[str, ...], list[list[Matches]]] = {}
+    for number, row in enumerate(rows):
+        for run in row:
+            if run.classes != first.classes:
+                raise UserError(f"runs with different classes cannot be paired: {first.classes} and {run.classes}")
+            sets.setdefault(tuple(run.case_ids), [[] for _ in rows])[number].append(run)
+    for case_ids, of_rows in sets.items():
+        if not all(of_rows):
+            others = {case for other, runs in sets.items() if any(runs) and other != case_ids for case in other}
+            lonely = sorted(set(case_ids) ^ others) or sorted(case_ids)
+            raise UserError(f"runs on different cases cannot be paired: {lonely[0]!r} is in one of them only")
+    seen: dict[str, tuple[str, ...]] = {}
+    for case_ids in sets:
+        for case_id in case_ids:
+            unit = case_id if groups is None else groups[case_id]
+            if seen.setdefault(unit, case_ids) != case_ids:
+                raise UserError(f"{unit!r} is among the cases of two folds, whose patients must differ")
+    return list(sets.values())
+
+
+def _mean_weights(rng: np.random.Generator, count: int, samples: int) -> np.ndarray:
+    """(count, 1 + S) share of each of so many things in the plain mean and in each sample."""
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=samples).T
+    return np.hstack([np.ones((count, 1)), drawn]) / count
+
+
+def _weighted_mean(parts: list[Numbers], shares: np.ndarray) -> Numbers:
+    """The mean of R runs by `shares` (R, 1 + S), over those that are not nan."""
+
+    def mean(rows: list[np.ndarray]) -> np.ndarray:
+        if len(rows) == 1:  # untouched
+            return rows[0]
+        table = np.stack(rows)
+        share = np.where(np.isnan(table), 0.0, shares)
+        total = (share * np.nan_to_num(table)).sum(axis=0)
+        norm = share.sum(axis=0)
+        return np.divide(total, norm, out=np.full(len(total), np.nan), where=norm > 0)
+
+    overall, per_class = parts[0]
+    return (
+        {key: mean([part[0][key] for part in parts]) for key in overall},
+        {name: {key: mean([part[1][name][key] for part in parts]) for key in row} for name, row in per_class.items()},
+    )
