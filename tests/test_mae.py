@@ -140,11 +140,6 @@ def test_masks_that_leave_nothing_are_refused(backbone, arguments):
         MAE(backbone.levels, 1, (16, 16, 16), UNetDecoder, **arguments)
 
 
-def test_a_backbone_without_full_resolution_is_refused():
-    with pytest.raises(UserError, match="features at stride 1 are needed"):
-        MAE((Level(8, (8, 8, 8)),), 1, (64, 64, 64), UNetDecoder)
-
-
 @pytest.mark.slow
 def test_it_learns_to_inpaint():
     """Smooth waves: what is hidden follows from what is visible, and a trained network says so."""
