@@ -27,6 +27,7 @@ LAYERS = (
     ("detection",),
     ("modules",),
     ("planning", "reporting"),
+    ("api",),
     ("commands",),
     ("__main__",),
 )

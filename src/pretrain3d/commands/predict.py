@@ -1,93 +1,160 @@
-"""`predict`: one checkpoint and NIfTI files in, boxes in the files' own voxels and in mm out."""
+"""`predict`: checkpoints and NIfTI files in, boxes in the files' own voxels and in mm out."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import REQUIRED, UserError, read_options
+from pretrain3d.config import REQUIRED, UserError, check_name, read_options, resolve
 
 USAGE = """\
-pretrain3d predict CHECKPOINT IMAGE_OR_FOLDER out=FOLDER [min_score=0.05]
+pretrain3d predict CHECKPOINT_OR_RUN ... IMAGE_OR_FOLDER out=FOLDER [threshold=0.05] [format=json,csv] [precision=...]
 
 Finds objects in NIfTI files (.nii, .nii.gz; a folder is searched with its subfolders) with a detector that `fit`
-trained. The checkpoint holds all that is needed: classes, spacing, normalisation, tiles.
+trained. A checkpoint holds all that is needed: classes, spacing, normalisation, tiles. Of a run folder the last
+checkpoint is taken. Several checkpoints (the folds of one configuration) are an ensemble: all their boxes are merged
+once. The channels of a case are <case>_0000.nii.gz, <case>_0001.nii.gz, ...
 
-  out=FOLDER             predictions.json (a score file, with millimetres beside the voxels) and predictions.csv
-  min_score=0.05         boxes below it are left out
+  out=FOLDER             where the files go
+  threshold=0.05         boxes of a lower score are left out; threshold=operating takes what `sweep` found
+  format=json,csv        any of these:
+                           json         predictions.json, a score file with millimetres beside the voxels
+                           csv          predictions.csv, voxels and millimetres
+                           luna16       luna16.csv, a submission to LUNA16
+                           coco         coco.json
+                           nndetection  nndetection/<case>_boxes.npz
+                           nifti        nifti/<case>.nii.gz, the boxes as a mask
+                           slicer       slicer/<case>.mrk.json, ROIs for 3D Slicer
+                           png          png/<case>.png, slices through the best boxes
+  precision=32|bf16|fp16 arithmetic of the network; default: as in training
+  mirror_axes=[0,1,2]    mirrored views that are predicted too; default: as configured
+  tile_batch=4           tiles predicted at once, which bounds the memory; default: as configured
 
 A file that cannot be read is named, the others go on; the exit status is then 1."""
+
+DEFAULTS: dict[str, Any] = {
+    "out": REQUIRED, "threshold": "0.05", "format": "json,csv", "precision": "", "mirror_axes": None,
+    "tile_batch": None,
+}  # fmt: skip
 
 
 def run(paths: list[str], options: dict[str, object]) -> int:
     """Predicts files; returns the exit status."""
-    if len(paths) != 2:
-        raise UserError(f"predict takes a checkpoint and an image or folder, got {len(paths)} paths")
-    given = read_options(options, {"out": REQUIRED, "min_score": 0.05})
-    checkpoint, images = Path(paths[0]), Path(paths[1])
-    if not checkpoint.is_file():
-        raise UserError(f"{checkpoint}: no such checkpoint; a run has checkpoints/last.ckpt and checkpoints/best.ckpt")
+    given = read_options(options, DEFAULTS)
+    if len(paths) < 2:
+        raise UserError(f"predict takes checkpoints and then an image or folder, got {len(paths)} paths")
+    checkpoints, images = [_checkpoint(Path(path)) for path in paths[:-1]], Path(paths[-1])
     if not images.exists():
         raise UserError(f"{images}: no such file or folder")
-    return predict(checkpoint, images, Path(str(given["out"])), given["min_score"])
+    formats = _formats(str(given.pop("format")))
+    given["threshold"] = _threshold(str(given["threshold"]))
+    return predict(checkpoints, images, Path(str(given.pop("out"))), formats, **given)
 
 
-def predict(checkpoint: Path, images: Path, out: Path, min_score: float) -> int:
+def predict(
+    checkpoints: list[Path],
+    images: Path,
+    out: Path,
+    formats: list[str],
+    threshold: float | str,
+    precision: str,
+    mirror_axes: Any,
+    tile_batch: int | None,
+) -> int:
     """Writes the boxes of one image or of all images of a folder."""
-    import sys
-
-    import torch
     from tqdm import tqdm
 
-    from pretrain3d.data.readers.images import Images
-    from pretrain3d.modules.checkpoint import load_module
-    from pretrain3d.reporting.formats import Found, write_boxes_csv, write_boxes_json
+    from pretrain3d.api import Detector
+    from pretrain3d.reporting.formats import FILES, TABLES
+    from pretrain3d.reporting.formats.found import Found
 
-    module: Any = load_module(checkpoint, "detection", "cuda" if torch.cuda.is_available() else "cpu")
-    reader = Images(images if images.is_dir() else images.parent)
-    cases = [case for case in reader.cases() if images.is_dir() or case.files[0].name == images.name]
-    if not cases:
-        raise UserError(f"{images} is not a NIfTI file (.nii or .nii.gz)")
+    detector = Detector(*checkpoints, precision=precision or None, mirror_axes=mirror_axes, tile_batch=tile_batch)
+    if threshold == "operating":
+        threshold = detector.operating_threshold
+    if "luna16" in formats and len(detector.classes) != 1:
+        raise UserError(f"format=luna16 is for one class, this detector has {', '.join(detector.classes)}")
+    cases = image_files(images, len(detector.modality))
     found: dict[str, Found] = {}
     failed: list[str] = []
-    for case in tqdm(cases, desc="predict", unit="case"):
+    for case, files in tqdm(cases.items(), desc="predict", unit="case"):
         try:
-            found[case.id] = predict_file(module, case.files[0], min_score)
+            one = detector.predict(files, threshold=threshold, keep_image="png" in formats)
         except UserError as error:
             failed.append(str(error))
-    out.mkdir(parents=True, exist_ok=True)
-    write_boxes_json(out / "predictions.json", module.classes, found)
-    write_boxes_csv(out / "predictions.csv", module.classes, found)
-    boxes = sum(len(each.scores) for each in found.values())
-    print(f"{out}: {boxes} boxes in {len(found)} of {len(cases)} images")
+            continue
+        for name in FILES:
+            if name in formats:
+                resolve(FILES, name, "format")(out, case, detector.classes, one)
+        found[case] = dataclasses.replace(one, image=None)
+    for name in TABLES:
+        if name in formats:
+            resolve(TABLES, name, "format")(out, detector.classes, found)
+    boxes = sum(len(one) for one in found.values())
+    print(f"{out}: {boxes} boxes from score {threshold:g} on in {len(found)} of {len(cases)} images")
     for problem in failed:
         print(f"not predicted: {problem}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def predict_file(module: Any, path: Path, min_score: float) -> Any:
-    """The boxes of one NIfTI file, prepared as the detector's training cases were.
+def image_files(images: Path, channels: int) -> dict[str, list[Path]]:
+    """The files of each case, one per channel, by case id: the path below the folder with ``-`` for ``/``.
+
+    A name that ends in ``_0000`` is the first channel of the case before it, as in nnDetection and nnU-Net.
 
     Raises:
-        UserError: the file is unreadable or does not fit the detector; names it.
+        UserError: no NIfTI file, a channel is missing, or two cases of one name.
     """
-    import torch
-
-    from pretrain3d.data.normalise import normalisation_of
-    from pretrain3d.data.prepare import image_histograms, prepare_volume
     from pretrain3d.data.readers import nifti
-    from pretrain3d.data.readers.contract import RawVolume
-    from pretrain3d.reporting.formats import Found
 
-    about = module.note["preprocessing"]
-    image, affine = nifti.read_image(path)
-    cached = prepare_volume(RawVolume(image[None], affine), path, about["modality"], tuple(about["spacing_mm"]))
-    body = image_histograms(cached.image, {"body": cached.body}, about["modality"])["body"]
-    normalisation = normalisation_of(about["intensity"], len(about["modality"]))(body)
-    pad = normalisation(torch.tensor(normalisation.pad_value).view(-1, 1, 1, 1)).flatten().tolist()
-    mixed = "bf16" in str(module.note["precision"])
-    with torch.autocast(module.device.type, dtype=torch.bfloat16) if mixed else nullcontext():
-        boxes = module.predict_image(normalisation(torch.from_numpy(cached.image)).to(module.device), tuple(pad))
-    boxes = boxes[boxes.scores >= min_score].cpu()
-    return Found(cached.frame, boxes.boxes.numpy(), boxes.scores.numpy(), boxes.labels.numpy())
+    folder = images if images.is_dir() else images.parent
+    files = nifti.files_in(images, "**/*") if images.is_dir() else [images]
+    if not files or not files[0].name.endswith(nifti.SUFFIXES):
+        raise UserError(f"{images} is not a NIfTI file (.nii or .nii.gz), nor a folder with any")
+    cases: dict[str, list[Path]] = {}
+    for path in files:
+        stem = nifti.stem(path)
+        if channels > 1 and not stem.endswith("_0000"):
+            if images.is_dir() and stem[-5:-4] == "_" and stem[-4:].isdigit():
+                continue  # another channel, taken with its first one
+            raise UserError(f"{path}: the detector needs {channels} channels; name them <case>_0000, <case>_0001, ...")
+        suffix = path.name.removeprefix(stem)
+        name = stem.removesuffix("_0000")
+        case = "-".join((*path.relative_to(folder).parts[:-1], name))
+        if case in cases:
+            raise UserError(f"{path}: case {case!r} occurs twice, also as {cases[case][0]}")
+        cases[case] = [path, *(path.with_name(f"{name}_{index:04d}{suffix}") for index in range(1, channels))]
+        for file in cases[case]:
+            if not file.is_file():
+                raise UserError(f"{file}: no such file, a channel of {path}")
+    return cases
+
+
+def _checkpoint(path: Path) -> Path:
+    """The file itself, or the last checkpoint of a run folder."""
+    path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; a run has checkpoints/last.ckpt and checkpoints/best.ckpt")
+    return path
+
+
+def _formats(text: str) -> list[str]:
+    from pretrain3d.reporting.formats import FILES, TABLES
+
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        check_name({**TABLES, **FILES}, name, "format")
+    return names
+
+
+def _threshold(text: str) -> float | str:
+    if text == "operating":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise UserError(f"threshold={text}: expected a score from 0 to 1, or operating")
+    return value
