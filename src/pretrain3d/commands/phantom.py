@@ -23,7 +23,7 @@ already is left alone, so that an interrupted call is finished by repeating it.
 picture=FILE also draws two cases (training, test) in three directions with the boxes of their objects."""
 
 View = tuple[int, int, float, float]
-PICTURED = (("train", 1), ("test", 3))
+PICTURED = (("train", 8), ("test", 13))
 COLOURS = ("#ffb000", "#00d0ff", "#ff50a0")  # per class
 VIEWS: tuple[
     View, ...
