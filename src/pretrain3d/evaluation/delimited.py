@@ -99,7 +99,7 @@ def read_rows(path: str | Path) -> tuple[list[int], list[list[str]]]:
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     except csv.Error as error:
         raise UserError(f"{path}: not a table: {error}") from None
-    lines = [line for line, row in enumerate(rows, 1) if row and (row[0] or "".join(row).strip())]
+    lines = [line for line, row in enumerate(rows, 1) if row and (row[0].strip() or "".join(row).strip())]
     return lines, rows if len(lines) == len(rows) else [rows[line - 1] for line in lines]
 
 

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from pretrain3d.evaluation.average_precision import average_precision, precision_recall
+from pretrain3d.evaluation.case_level import case_auroc, case_average_precision
 from pretrain3d.evaluation.froc import froc_curve, froc_score
 from pretrain3d.evaluation.matching import THRESHOLDS, Boxes, ClassMatches, Matches, match
 
 FROC_THRESHOLDS = (0.10, 0.50)
 MAP_THRESHOLDS = tuple(float(t) for t in THRESHOLDS if t <= 0.50)
-KEYS = ["mAP", *(f"AP@{t:.2f}" for t in THRESHOLDS), *(f"FROC@{t:.2f}" for t in FROC_THRESHOLDS)]
+CASE_KEYS = ("case_AUROC", "case_AP")
+KEYS = ["mAP", *(f"AP@{t:.2f}" for t in THRESHOLDS), *(f"FROC@{t:.2f}" for t in FROC_THRESHOLDS), *CASE_KEYS]
 
 
 def evaluate(predictions: Mapping[str, Boxes], targets: Mapping[str, Boxes], classes: Sequence[str]) -> dict[str, Any]:
@@ -55,9 +57,10 @@ def values(matches: Matches, weights: np.ndarray) -> tuple[dict[str, np.ndarray]
         precision = average_precision(one, weights)
         row = {f"AP@{t:.2f}": precision[:, matches.at(t)] for t in THRESHOLDS}
         row["mAP"] = precision[:, [matches.at(t) for t in MAP_THRESHOLDS]].mean(axis=1)
-        per_class[name] = _ordered(row | _froc(matches, one, weights))
-    mean = {key: _mean_of_present([row[key] for row in per_class.values()]) for key in KEYS if "AP" in key}
-    return _ordered(mean | _froc(matches, matches.pooled(), weights)), per_class
+        per_class[name] = _ordered(row | _curves_and_cases(matches, one, weights))
+    averaged = ["mAP", *(f"AP@{t:.2f}" for t in THRESHOLDS)]
+    mean = {key: mean_of_present([row[key] for row in per_class.values()]) for key in averaged}
+    return _ordered(mean | _curves_and_cases(matches, matches.pooled(), weights)), per_class
 
 
 def case_rows(matches: Matches) -> list[dict[str, Any]]:
@@ -89,15 +92,17 @@ def as_number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _froc(matches: Matches, one: ClassMatches, weights: np.ndarray) -> dict[str, np.ndarray]:
-    return {f"FROC@{t:.2f}": froc_score(one, matches.at(t), weights) for t in FROC_THRESHOLDS}
+def _curves_and_cases(matches: Matches, one: ClassMatches, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """What is defined for one class and for all pooled."""
+    froc = {f"FROC@{t:.2f}": froc_score(one, matches.at(t), weights) for t in FROC_THRESHOLDS}
+    return froc | dict(zip(CASE_KEYS, (case_auroc(one, weights), case_average_precision(one, weights)), strict=True))
 
 
 def _ordered(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {key: row[key] for key in KEYS}
 
 
-def _mean_of_present(rows: list[np.ndarray]) -> np.ndarray:
+def mean_of_present(rows: list[np.ndarray]) -> np.ndarray:
     """The mean over classes (K of (S,)) of the values that are not nan; nan where there is none."""
     table = np.stack(rows)
     present = ~np.isnan(table)

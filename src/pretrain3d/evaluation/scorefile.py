@@ -24,7 +24,8 @@ class ScoreFile:
     Attributes:
         classes: class names; labels index into them.
         cases: case id -> "boxes" (N, 6) float64 voxels of the input file, "labels" (N,) int64, and "scores" (N,)
-            float64 (predictions) or "annotated" tuple of class indices (targets).
+            float64 (predictions) or "annotated" tuple of class indices (targets). Targets may also hold "volumes_mm3"
+            (N,) of the objects, "spacing_mm" (3,), the size of a voxel, and "group", the patient.
     """
 
     path: Path
@@ -73,12 +74,24 @@ def read_pair(predictions: str | Path, targets: str | Path) -> tuple[list[str], 
 
 def write(path: str | Path, classes: Sequence[str], cases: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes a score file atomically, from arrays, tensors or lists; keys other than the format's are left out."""
-    keys = ("boxes", "scores", "labels", "annotated")
+    keys = ("boxes", "scores", "labels", "annotated", "volumes_mm3", "spacing_mm", "group")
     plain = {i: {key: _plain(entry[key]) for key in keys if key in entry} for i, entry in cases.items()}
     write_text(path, json.dumps({"classes": list(classes), "cases": plain}, allow_nan=False) + "\n")
 
 
-def _plain(values: Any) -> list[Any]:
+def groups_of(targets: Mapping[str, Mapping[str, Any]]) -> dict[str, str] | None:
+    """The patient of every case, as `statistics.bootstrap` takes it; None where no case names one.
+
+    A case that names none is a patient of its own.
+    """
+    if not any("group" in entry for entry in targets.values()):
+        return None
+    return {case_id: entry.get("group", f"case {case_id}") for case_id, entry in targets.items()}
+
+
+def _plain(values: Any) -> Any:
+    if isinstance(values, str):
+        return values
     return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
@@ -123,7 +136,9 @@ def _check_case(case_id: str, entry: Any, kind: Kind, num_classes: int, problems
     }
     if kind == "predictions":
         return arrays | {"scores": np.array(entry["scores"], np.float64)}
-    return arrays | {"annotated": tuple(entry.get("annotated", range(num_classes)))}
+    about = {key: np.array(entry[key], np.float64) for key in ("volumes_mm3", "spacing_mm") if key in entry}
+    about |= {"group": entry["group"]} if "group" in entry else {}
+    return arrays | about | {"annotated": tuple(entry.get("annotated", range(num_classes)))}
 
 
 def _list_problems(entry: Any, keys: tuple[str, ...]) -> list[str]:
@@ -150,7 +165,9 @@ def _value_problems(entry: dict[str, Any], kind: Kind, num_classes: int) -> Iter
         for index, score in enumerate(entry["scores"]):
             if not _is_finite(score):
                 yield f"score {index} is {_short(score)}, not a finite number"
-    elif "annotated" in entry:
+        return
+    yield from _about_problems(entry)
+    if "annotated" in entry:
         annotated = entry["annotated"]
         if not isinstance(annotated, list) or not all(_is_label(label, num_classes) for label in annotated):
             yield f"annotated must list class indices of 0..{num_classes - 1}, not {_short(annotated)}"
@@ -158,6 +175,16 @@ def _value_problems(entry: dict[str, Any], kind: Kind, num_classes: int) -> Iter
         for label in dict.fromkeys(entry["labels"]):
             if _is_label(label, num_classes) and label not in annotated:
                 yield f"has objects of class {label}, which its annotated {annotated} leaves out"
+
+
+def _about_problems(entry: dict[str, Any]) -> Iterator[str]:
+    """What may stand beside the objects of a case."""
+    for key, count in (("volumes_mm3", len(entry["boxes"])), ("spacing_mm", 3)):
+        values = entry.get(key, [1.0] * count)
+        if not isinstance(values, list) or len(values) != count or not all(_is_finite(v) and v > 0 for v in values):
+            yield f"{key} must be {count} positive numbers, not {_short(values)}"
+    if not isinstance(entry.get("group", ""), str):
+        yield f"group must be a name, not {_short(entry['group'])}"
 
 
 def _box_problem(box: Any, kind: Kind) -> str:

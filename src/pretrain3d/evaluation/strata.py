@@ -1,0 +1,86 @@
+"""The numbers in parts of the cases: by scanner, site, spacing or whatever a table says about each case."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain3d.config import UserError
+from pretrain3d.evaluation.delimited import read_table
+from pretrain3d.evaluation.matching import Matches
+from pretrain3d.evaluation.statistics import SAMPLES, Groups, bootstrap
+
+MOST_NUMBERS = 6  # a column with more distinct numbers is cut into thirds
+
+
+def read_strata(path: str | Path, column: str, case_ids: Sequence[str]) -> dict[str, list[str]]:
+    """The cases of every value of a column.
+
+    Args:
+        path: a table whose column ``case`` (or else its first one) holds the case ids; it may hold more cases.
+        column: its name. Numbers of more than six values are cut into thirds of the cases, named "0.5..0.8".
+
+    Returns:
+        value -> cases; together all of `case_ids`. A blank cell is the value "(blank)".
+
+    Raises:
+        UserError: no such file or column, or a case that the table lacks or holds twice.
+    """
+    table = read_table(path)
+    names = table.column("case" if "case" in table.header else table.header[0])
+    line_of: dict[str, int] = {}
+    for name, line in zip(names, table.lines, strict=True):
+        if name in line_of:
+            raise UserError(f"{table.path} line {line}: case {name!r} was in line {line_of[name]} already")
+        line_of[name] = line
+    missing = [case_id for case_id in case_ids if case_id not in line_of]
+    if missing:
+        more = f" and {len(missing) - 1} more cases" if len(missing) > 1 else ""
+        raise UserError(f"{table.path} has no row of case {missing[0]!r}{more}")
+    value_of = dict(zip(names, table.column(column), strict=True))
+    return _cut({case_id: value_of[case_id] for case_id in case_ids})
+
+
+def _cut(value_of: Mapping[str, str]) -> dict[str, list[str]]:
+    """Cases by value; numbers in their order, many numbers in thirds."""
+    numbers = {case_id: number for case_id, value in value_of.items() if (number := _number(value)) is not None}
+    distinct = sorted(set(numbers.values()))
+    strata: dict[str, list[str]] = {}
+    if len(numbers) < len(value_of) or len(distinct) <= MOST_NUMBERS:
+        for case_id in sorted(value_of, key=lambda i: (numbers.get(i, np.inf), value_of[i])):
+            strata.setdefault(value_of[case_id] or "(blank)", []).append(case_id)
+        return strata
+    edges = np.quantile(list(numbers.values()), [1 / 3, 2 / 3])
+    third = {case_id: int(np.searchsorted(edges, number, side="left")) for case_id, number in numbers.items()}
+    for part in range(3):
+        cases = [case_id for case_id in value_of if third[case_id] == part]
+        if cases:
+            inside = [numbers[case_id] for case_id in cases]
+            strata[f"{min(inside):g}..{max(inside):g}"] = cases
+    return strata
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if np.isfinite(value) else None
+
+
+def by_stratum(
+    matches: Matches,
+    strata: Mapping[str, Sequence[str]],
+    samples: int = SAMPLES,
+    seed: int = 0,
+    groups: Groups | None = None,
+) -> dict[str, dict[str, Any]]:
+    """{value: {"num_cases", "metrics", "per_class"}}: `statistics.bootstrap` of the cases of each value."""
+    result = {}
+    for value, case_ids in strata.items():
+        part = matches.of_cases(set(case_ids))
+        result[value] = {"num_cases": len(part.case_ids), **bootstrap(part, samples, seed, groups)}
+    return result
