@@ -52,7 +52,7 @@ def window_by_window(starts: np.ndarray, sides: np.ndarray, shape: np.ndarray, r
     places = np.arange(shape.prod()).reshape(shape)
     source = places.copy()
     for (x, y, z), (i, j, k) in zip(starts.tolist(), (starts + sides).tolist(), strict=True):
-        window = places[x:i, y:j, z:k].ravel()
+        window = places[x:i, y:j, z:k].flatten()  # a copy, as ravel would not always be
         rng.shuffle(window)
         source[x:i, y:j, z:k] = window.reshape(i - x, j - y, k - z)
     return source.ravel()
