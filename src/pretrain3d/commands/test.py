@@ -17,8 +17,8 @@ pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [pictures=4]
 pretrain3d test baseline=mean_box|threshold store=STORE out=FOLDER [fold=0 split=test samples=1000]
 
 Predicts whole volumes and scores them in the voxels of the input files: predictions.json, targets.json (score files)
-and result.json with 95 % bootstrap intervals over cases. Boxes are merged as `sweep` chose on the validation cases, if
-it did.
+and result.json with 95 % bootstrap intervals over patients, overall, per class and in thirds of the objects by volume.
+Boxes are merged as `sweep` chose on the validation cases, if it did. A run that logged to W&B gets its result there.
 
   checkpoint=last|best   which weights of the run
   split=test|val         held-out cases, or the validation fold
@@ -134,6 +134,18 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
     }
     threshold = chosen["operating"]["threshold"] if chosen else None
     score_cases(folder.path, settings["name"], datamodule.store, case_ids, predict, about, samples, threshold)
+    log_to_wandb(folder, settings)
+
+
+def log_to_wandb(folder: RunFolder, settings: dict[str, Any]) -> None:
+    """Adds the result to the W&B run that training left in the folder; nothing where it left none."""
+    node = (settings.get("logger") or {}).get("wandb")
+    if node is None or not (folder.path / "wandb" / "run-id.txt").is_file():
+        return
+    from pretrain3d.reporting.results import read_result
+    from pretrain3d.reporting.wandb_logger import log_result
+
+    log_result(node, folder.path, settings, read_result(folder.path))
 
 
 def test_baseline(baseline: str, store: str, out: str, fold: int, split: str, samples: int) -> None:
@@ -190,7 +202,9 @@ def score_cases(
     from tqdm import tqdm
 
     from pretrain3d.detection.sweep import measure_at
-    from pretrain3d.evaluation.scorefile import write
+    from pretrain3d.evaluation.matching import match
+    from pretrain3d.evaluation.scorefile import groups_of, write
+    from pretrain3d.evaluation.sizes import by_size
     from pretrain3d.evaluation.statistics import evaluate_with_intervals
     from pretrain3d.reporting.results import write_result
 
@@ -201,18 +215,23 @@ def score_cases(
         case = data.cases[case_id]
         boxes, scores, labels = predict(case_id)
         found[case_id] = {"boxes": case.frame.to_original(boxes), "scores": scores, "labels": labels}
-        objects = {"boxes": case.frame.to_original(case.boxes), "labels": case.labels}
-        truth[case_id] = {**objects, "annotated": list(case.annotated)}
+        truth[case_id] = {
+            "boxes": case.frame.to_original(case.boxes), "labels": case.labels, "annotated": list(case.annotated),
+            "volumes_mm3": case.volumes_mm3, "spacing_mm": np.linalg.norm(case.frame.affine[:3, :3], axis=0),
+            "group": case.group,
+        }  # fmt: skip
     seconds = time.perf_counter() - start
     write(folder / "predictions.json", data.classes, found)
     write(folder / "targets.json", data.classes, truth)
-    groups = {case_id: data.cases[case_id].group for case_id in case_ids}
+    groups = groups_of(truth)
     scored = evaluate_with_intervals(found, truth, data.classes, samples=samples, groups=groups)
+    sizes = by_size(match(found, truth, data.classes), found, truth, samples=samples, groups=groups)
     operating = None if threshold is None else measure_at(threshold, found, truth, data.classes)
     write_result(
         folder,
         run=name,
         operating=operating,
+        by_size=sizes,
         **scored,
         **about,
         data={"hash": data.data_hash, "name": data.name, "licence": data.licence, "cases": len(case_ids)},
