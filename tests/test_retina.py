@@ -337,7 +337,7 @@ def test_wrong_arguments_are_named(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "count, expected", [(7, (2, 3, 4, 5, 6)), (6, (2, 3, 4, 5)), (5, (1, 2, 3, 4)), (2, (1,)), (1, (0,))]
+    "count, expected", [(7, (2, 3, 4, 5, 6)), (6, (2, 3, 4, 5)), (5, (1, 2, 3, 4)), (2, (1,)), (1, (2, 3, 4, 5))]
 )
 def test_default_detection_levels(count, expected):
     levels = [Level(8, (2**i,) * 3) for i in range(count)]

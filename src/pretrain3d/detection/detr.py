@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pretrain3d import boxes as box_ops
 from pretrain3d.config import UserError
@@ -46,6 +47,7 @@ class DeformableDETR(nn.Module):
         base_scale: size of a proposal on the finest level as part of the patch, doubled with the stride.
         denoising: about how many contrastive denoising queries are added in training; 0 = none.
         detections_per_patch: boxes kept per patch.
+        checkpointing: recompute the encoder's activations in the backward pass: less memory, more time.
 
     Raises:
         UserError: sizes that do not fit each other, or a level index the backbone does not have.
@@ -66,6 +68,7 @@ class DeformableDETR(nn.Module):
         base_scale: float = 0.05,
         denoising: int = 0,
         detections_per_patch: int = 100,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         _check(hidden, heads, base_scale, denoising, encoder_layers, decoder_layers=decoder_layers, points=points,
@@ -75,6 +78,7 @@ class DeformableDETR(nn.Module):
         self.denoising = denoising
         self.needs_targets = denoising > 0
         self.detections_per_patch = detections_per_patch
+        self.checkpointing = checkpointing
 
         single, levels = levels[0] if len(levels) == 1 else None, pyramid_levels(levels)
         chosen = chosen_levels(detection_levels, len(levels))
@@ -144,7 +148,10 @@ class DeformableDETR(nn.Module):
         levels = [row.expand(m[0, 0].numel(), -1) for row, m in zip(self.level_embedding, maps, strict=True)]
         position = self.sine(grid.boxes[:, :3]) + torch.cat(levels)  # (S, C)
         for layer in self.encoder:
-            tokens = layer(tokens, position, grid)
+            if self.checkpointing and self.training:
+                tokens = checkpoint(layer, tokens, position, grid, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = layer(tokens, position, grid)
         return tokens
 
     def _denoising(self, targets: dict[str, Tensor] | None, image_shape: Sequence[int]) -> Denoising | None:

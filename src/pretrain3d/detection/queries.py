@@ -15,6 +15,7 @@ from pretrain3d import boxes as box_ops
 
 CLASS_COST, L1_COST, GIOU_COST = 2.0, 5.0, 2.0
 EPSILON = 1e-5  # of relative coordinates, before their logits
+PAIRS = 2**24  # queries x objects whose costs are computed at once
 WORST = 1e6  # cost of a pair whose cost is not finite; the non-finite loss is reported elsewhere
 NEVER = 1e12  # cost of a pair that no optimum needs
 FLIP = 0.25  # share of denoising queries with the label of a random class
@@ -75,7 +76,28 @@ def candidates(
 
     Source: Carion et al. 2020, "DETR", equation 1; weights as in the pretraining study.
     """
-    logits, boxes = logits.float(), boxes.float()
+    step = max(1, PAIRS // (logits.shape[1] * labels.shape[1]))
+    rows = [slice(first, first + step) for first in range(0, len(logits), step)]
+    best = [
+        _cheapest(
+            logits[row].float(), boxes[row].float(), targets[row], labels[row], valid[row], image_shape, gamma, alpha
+        )
+        for row in rows
+    ]
+    return torch.cat([costs for costs, _ in best]), torch.cat([index for _, index in best])
+
+
+def _cheapest(
+    logits: Tensor,
+    boxes: Tensor,
+    targets: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    image_shape: Sequence[int],
+    gamma: float,
+    alpha: float,
+) -> tuple[Tensor, Tensor]:
+    """`candidates` of some of the images."""
     p = logits.sigmoid()
     gain = alpha * (1 - p) ** gamma * F.softplus(-logits) - (1 - alpha) * p**gamma * F.softplus(logits)
     index = labels[:, None].expand(-1, logits.shape[1], -1)  # (B, Q, N)
