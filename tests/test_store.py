@@ -102,7 +102,7 @@ def test_several_channels_of_floats_and_a_semantic_map(tmp_path):
     image, mask = contents(rng, channels=2, dtype=np.float32)
     semantic = rng.integers(0, 300, SHAPE).astype(np.uint16)
     case = replace(make_case("x", image, mask, [0, 1], has_instances=False), has_semantic=True)
-    writer = StoreWriter(tmp_path, "n", [], (1, 1, 1), ["MR", "MR"], semantic_classes=["organ"])
+    writer = StoreWriter(tmp_path, "n", ["nodule", "lesion"], (1, 1, 1), ["MR", "MR"], semantic_classes=["organ"])
     writer.add(case, image, None, semantic)
     store = writer.finish(["x"])
     np.testing.assert_array_equal(store.read("x", "image", (0, 0, 0), SHAPE), image)

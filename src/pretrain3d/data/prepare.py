@@ -166,7 +166,7 @@ def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], w
     """Reads one case, brings it into the store's form and writes it.
 
     Raises:
-        UserError: a file is missing, unreadable or inconsistent, or the image is not usable.
+        UserError: a file is missing, unreadable or inconsistent, or the image or an object is not usable.
     """
     volume = reader.read(case)
     cached = prepare_volume(volume, case.files[0], reader.modality, spacing_mm)
@@ -178,6 +178,8 @@ def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], w
         histograms=image_histograms(cached.image, foreground, reader.modality),
         has_instances="instances" in cached.maps, has_semantic="semantic" in cached.maps,
     )  # fmt: skip
+    if problem := record.problem(len(reader.classes)):
+        raise UserError(f"{case.files[0]}: case {case.id}: {problem}")
     writer.add(record, cached.image, cached.maps.get("instances"), cached.maps.get("semantic"))
     return record
 

@@ -28,6 +28,7 @@ from pretrain3d.geometry import Frame
 FORMAT = 1
 CHUNK, BLOCK = 64, 32
 KINDS = ("image", "instances", "semantic")
+EDGE = 1e-2  # voxels by which rounding may put a box over the edge of its volume
 OPEN_ARRAYS = 256  # per process, well below the usual limit of 1024 open files
 
 
@@ -69,6 +70,31 @@ class Case:
     has_instances: bool
     has_semantic: bool
 
+    def problem(self, num_classes: int) -> str:
+        """What no case may have: a box that is not finite, empty, inverted or outside the volume, an unknown label.
+
+        Returns:
+            the first such box or label with its value, "" when all is well.
+        """
+        count, outside = len(self.labels), np.asarray(self.shape) + EDGE
+        if self.boxes.shape != (count, 6) or len(self.instances) != count:
+            return f"{len(self.boxes)} boxes, {count} labels and {len(self.instances)} instances"
+        low, high = self.boxes[:, :3], self.boxes[:, 3:]
+        checks = {
+            "is not finite": ~np.isfinite(self.boxes).all(axis=1),
+            "is empty or inverted": (high <= low).any(axis=1),
+            f"lies outside the volume {list(self.shape)}": (low < -EDGE).any(axis=1) | (high > outside).any(axis=1),
+        }
+        for text, wrong in checks.items():
+            if wrong.any():
+                index = int(wrong.argmax())
+                return f"box {index} {self.boxes[index].tolist()} {text}"
+        for name, labels in (("label", self.labels), ("annotated class", self.annotated)):
+            for label in labels:
+                if not 0 <= label < num_classes:
+                    return f"{name} {label} is not among the {num_classes} classes (0..{num_classes - 1})"
+        return ""
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -97,7 +123,7 @@ class Store:
     Safe to hand to data-loading workers, forked or spawned: open arrays belong to one process.
 
     Raises:
-        UserError: the folder is not a finished store of this format.
+        UserError: the folder is not a finished store of this format, or a case has objects that cannot be.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -112,6 +138,9 @@ class Store:
         self.licence: str = index["licence"]
         self.data_hash: str = index["data_hash"]
         self.cases: dict[str, Case] = {case_id: read_case(self.path, case_id) for case_id in sorted(index["cases"])}
+        for case_id, case in self.cases.items():
+            if problem := case.problem(len(self.classes)):
+                raise UserError(f"{case_path(self.path, case_id)}: case {case_id}: {problem}; prepare the data again")
         self._open: OrderedDict[tuple[str, str], blosc2.NDArray] = OrderedDict()
         self._pid = os.getpid()
 

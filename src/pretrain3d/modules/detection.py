@@ -125,6 +125,7 @@ class DetectionModule(BaseModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """One whole case of the validation fold, against its boxes in cached voxels."""
+        self.check_pending()  # a NaN loss is the cause, NaN outputs are only what follows
         trainer: Any = self.trainer
         datamodule = trainer.datamodule
         case_id = batch["case_id"]
