@@ -44,12 +44,12 @@ def shuffle_windows(
         source = torch.from_numpy(window_by_window(starts, sides, shape, rng))
     else:
         source = all_windows(starts, sides, shape, generator)
-    return image.flatten(1)[:, source].view_as(image)
+    return image.flatten(1).index_select(1, source).view_as(image)
 
 
 def window_by_window(starts: np.ndarray, sides: np.ndarray, shape: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Where each voxel comes from after the windows (N, 3) were shuffled in turn: (X * Y * Z) indices."""
-    places = np.arange(shape.prod()).reshape(shape)
+    places = np.arange(shape.prod(), dtype=np.int32).reshape(shape)
     source = places.copy()
     for (x, y, z), (i, j, k) in zip(starts.tolist(), (starts + sides).tolist(), strict=True):
         window = places[x:i, y:j, z:k].flatten()  # a copy, as ravel would not always be
