@@ -9,7 +9,10 @@ from tiny_store import make_case
 from pretrain3d.config import UserError
 from pretrain3d.data.store import Store, StoreWriter
 from pretrain3d.detection.anchors import base_sizes
-from pretrain3d.planning import LEVEL_SCALES, make_plan, read_plan, search_anchors, write_plan
+from pretrain3d.planning.anchors import search_anchors
+from pretrain3d.planning.plan import make_plan, read_plan, write_plan
+
+LEVEL_SCALES = (1, 2, 4, 8)
 
 
 def slow_mean_best_iou(sizes: list[list[float]], boxes: np.ndarray) -> float:

@@ -18,6 +18,7 @@ from pretrain3d.config import UserError, suggestion
 COMMANDS = {
     "phantom": "write the embedded data set of synthetic CT volumes",
     "prepare": "turn a folder of raw cases into a training store",
+    "plan": "choose patch, batch, levels and anchors of a store for a backbone and a memory",
     "fit": "train what a configuration names, pretraining or detection; resumes an unfinished run",
     "sweep": "choose how a detector's boxes are merged, and its operating point, on validation cases",
     "test": "evaluate a trained detector on the held-out cases of its store",
@@ -25,6 +26,7 @@ COMMANDS = {
     "export": "write the pretrained backbone of a run to one file",
     "score": "compare predicted boxes with true ones, from any detector",
     "table": "tabulate the results of runs",
+    "compare": "say how sure the differences between tested runs are",
     "show": "say what a file or folder is: raw data, store, configuration, run, checkpoint, result, boxes",
 }
 

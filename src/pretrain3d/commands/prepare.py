@@ -69,7 +69,7 @@ def _prepare(
 ) -> int:
     from pretrain3d.data.prepare import prepare
     from pretrain3d.data.store import Store
-    from pretrain3d.planning import make_plan, patch_budget, read_plan, write_plan
+    from pretrain3d.planning.plan import make_plan, patch_budget, read_plan, write_plan
 
     patch_budget(patch)  # a mistake is told before the work, not after it
     path = out / "plan.yaml"

@@ -1,4 +1,4 @@
-"""The plan of a store: spacing, intensities, patch size and anchors, in a file that people read and edit."""
+"""The plan of a store: spacing, intensities, patch, batch, levels and anchors, in a file that people read and edit."""
 
 from __future__ import annotations
 
@@ -15,79 +15,90 @@ from pretrain3d.config import UserError
 from pretrain3d.data.normalise import SCHEMES, resolve_intensity
 from pretrain3d.data.splits import fold_cases
 from pretrain3d.data.store import Case, Store
-from pretrain3d.detection.anchors import base_sizes, best_iou, mean_best_iou
+from pretrain3d.detection.anchors import base_sizes, best_iou
 from pretrain3d.files import write_text
+from pretrain3d.planning.anchors import plan_levels, relative_strides, search_anchors
+from pretrain3d.planning.memory import GIB, device_memory_gb, footprint
+from pretrain3d.planning.patch import BATCH_SIZE, plan_patch
 
 MULTIPLE = 16  # of patch sizes: what the coarsest level of the small backbones needs
 PATCH_BUDGET = (128, 128, 128)
-LEVEL_SCALES = (1, 2, 4, 8)  # a detector's four levels; each scales the anchors by its stride relative to the finest
+BACKBONE, DETECTOR = "resenc_xs", "retina_unet"  # of configs/detect/base.yaml
 POOR_IOU = 0.4  # a box whose best anchor overlaps less is named in the plan
-MAX_SEARCH_BOXES = 1500
 MAX_NAMED = 20
+HELD = 0.95  # share of the objects, by their size along each axis, that a patch should hold while memory allows it
+OPTIONAL = ("coverage", "batch_size", "accumulate_grad_batches", "detection_levels", "planned_for")
 
 
-def make_plan(store: Store, patch_size: tuple[int, ...] | None = None) -> dict[str, Any]:
+def make_plan(
+    store: Store,
+    patch_size: tuple[int, ...] | None = None,
+    backbone: str = BACKBONE,
+    detector: str = DETECTOR,
+    memory_gb: float | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> dict[str, Any]:
     """The plan that fits a store's cases, the test cases left out.
 
     Args:
         store: prepared, with or without objects.
-        patch_size: largest patch in voxels, multiples of 16; None: 128 per axis.
+        patch_size: largest patch in voxels, multiples of what the backbone needs; None: 128 per axis.
+        backbone, detector: names of what will be trained: strides and memory are theirs.
+        memory_gb: GiB of one device; None: of the GPU here, without one of this machine.
+        batch_size: patches per optimiser step.
 
     Returns:
-        ``spacing_mm``; ``intensity`` (for `normalise.resolve_intensity`); ``patch_size`` (median shape of the cases,
-        rounded up to a multiple of 16, within the budget); ``anchors`` (``{"sizes": [xs, ys, zs]}`` of the finest
-        detection level, None without objects); ``coverage``: how well patch and anchors fit, and which objects not.
+        ``spacing_mm``; ``intensity`` (for `normalise.resolve_intensity`); ``patch_size``, ``batch_size`` and
+        ``accumulate_grad_batches`` (see `patch.plan_patch`); ``detection_levels`` (indices into the pyramid);
+        ``anchors`` (``{"sizes": [xs, ys, zs]}`` of the finest of these levels); the last two None without objects;
+        ``planned_for``: backbone, detector, memory, and the estimated need; ``coverage``: how well patch and anchors
+        fit, and which objects not.
 
     Raises:
-        UserError: ``patch_size`` is not three positive multiples of 16.
+        UserError: ``patch_size`` is not three multiples, an unknown name, or nothing fits into the memory.
     """
-    budget = patch_budget(patch_size)
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: at least 1")
+    need = footprint(backbone, detector, _channels(store), max(len(store.classes), 1))
+    budget = patch_budget(patch_size, need.multiple)
+    memory, device = (memory_gb, "named") if memory_gb is not None else device_memory_gb()
     cases = _pool(store, store.cases.values())
-    median = np.median([case.shape for case in cases], axis=0)
-    patch = [min(limit, math.ceil(size / MULTIPLE) * MULTIPLE) for limit, size in zip(budget, median, strict=True)]
-    anchors, coverage = None, None
+    shape = np.median([case.shape for case in cases], axis=0)
     training = [case for case in cases if case.id in _first_fold(store)]
     boxes = np.concatenate([case.boxes for case in training]) if training else np.zeros((0, 6), np.float32)
+    sizes = torch.from_numpy(boxes[:, 3:] - boxes[:, :3])
+    held = sizes.float().quantile(HELD, dim=0).tolist() if len(boxes) else (0, 0, 0)
+    patch = plan_patch(shape, budget, need, memory, batch_size, held)
+    levels, anchors, coverage = None, None, None
     if len(boxes):
-        anchors = {"sizes": search_anchors(torch.from_numpy(boxes[:, 3:] - boxes[:, :3]))}
-        coverage = _coverage(store, cases, patch, anchors)
+        levels = list(plan_levels(need.strides, sizes))
+        scales = relative_strides(need.strides, levels)
+        anchors = {"sizes": search_anchors(sizes, scales)}
+        coverage = _coverage(store, cases, list(patch.patch_size), anchors, scales)
     scheme = "ct" if set(store.modality) == {"CT"} else "zscore"
     foreground = "objects" if len(boxes) else "body"
-    intensity = {"scheme": scheme, "foreground": foreground, **dict.fromkeys(("low", "high", "mean", "std"))}
     return {
         "spacing_mm": list(store.spacing_mm),
-        "intensity": intensity,
-        "patch_size": patch,
+        "intensity": {"scheme": scheme, "foreground": foreground, **dict.fromkeys(("low", "high", "mean", "std"))},
+        "patch_size": list(patch.patch_size),
+        "batch_size": patch.batch_size,
+        "accumulate_grad_batches": patch.accumulate,
+        "detection_levels": levels,
         "anchors": anchors,
+        "planned_for": {
+            "backbone": backbone,
+            "detector": detector,
+            "memory_gb": round(float(memory), 1),
+            "memory_of": device,
+            "estimated_gb": round(patch.bytes / GIB, 2),
+        },
         "coverage": coverage,
     }
 
 
-def search_anchors(sizes: Tensor, scales: tuple[int, ...] = LEVEL_SCALES) -> list[list[float]]:
-    """Three anchor sizes per axis (27 anchors per position) that overlap boxes of the given sizes best.
-
-    Maximises the mean over boxes of the best IoU with any anchor of any level at the same centre, as nnDetection does
-    by random evolution; here one size after the other is moved by ever smaller factors until none improves, from three
-    starting points, so that the same boxes give the same anchors.
-
-    Args:
-        sizes: (N, 3) voxels, N >= 1.
-        scales: of the levels, relative to the finest.
-
-    Returns:
-        Three ascending lists of voxels, for the finest level.
-    """
-    sizes = sizes[torch.argsort(sizes.prod(dim=1), stable=True)]
-    sizes = sizes[:: math.ceil(len(sizes) / MAX_SEARCH_BOXES)].float()
-    quantiles = torch.quantile(sizes, torch.tensor([1 / 6, 1 / 2, 5 / 6]), dim=0).T  # (3 axes, 3)
-    found = [_climb((quantiles / divisor).clamp(min=1.0), sizes, scales) for divisor in scales[:3]]
-    best = max(found, key=lambda result: result[1])[0]
-    return [[round(value, 1) for value in sorted(axis)] for axis in best.tolist()]
-
-
 def write_plan(path: Path, plan: dict[str, Any], store: Store) -> None:
     """Writes ``plan.yaml`` with a word on each value, atomically."""
-    flow = {key: _flow(value) for key, value in plan.items() if key not in ("intensity", "coverage")}
+    flow = {key: _flow(value) for key, value in plan.items()}
     lines = [
         f"# Plan of {store.name}. Edit freely: `prepare` keeps this file unless it is called with replan=true.",
         "",
@@ -102,10 +113,24 @@ def write_plan(path: Path, plan: dict[str, Any], store: Store) -> None:
         "intensity:",
         *(f"  {key}: {_flow(value)}" for key, value in plan["intensity"].items()),
         "",
+        "# What the rest was planned for; `pretrain3d plan` plans it again for another backbone or memory. The estimate",
+        "# is of the tensors of a training step in bf16-mixed.",
+        "planned_for:",
+        *(f"  {key}: {_flow(value)}" for key, value in plan["planned_for"].items()),
+        "",
         "# Voxels of a training patch and of an inference tile, multiples of the backbone's coarsest stride.",
         f"patch_size: {flow['patch_size']}",
         "",
-        "# Anchor sizes in voxels along x, y, z on the finest detection level; each coarser level doubles them.",
+        "# Patches at once, and batches per optimiser step; taken where a config says null for data.batch_size and",
+        "# trainer.accumulate_grad_batches.",
+        f"batch_size: {flow['batch_size']}",
+        f"accumulate_grad_batches: {flow['accumulate_grad_batches']}",
+        "",
+        "# Levels of the pyramid that predict boxes (0 is the finest), taken for this backbone where a config names none.",
+        f"detection_levels: {flow['detection_levels']}",
+        "",
+        "# Anchor sizes in voxels along x, y, z on the finest of these levels; a coarser one multiplies them by its",
+        "# stride relative to it.",
         f"anchors: {flow['anchors']}",
         "",
         "# How patch and anchors fit the objects outside the test set; nothing reads this.",
@@ -116,7 +141,7 @@ def write_plan(path: Path, plan: dict[str, Any], store: Store) -> None:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """A plan, checked; ``coverage`` may be missing.
+    """A plan, checked; what is in `OPTIONAL` may be missing.
 
     Raises:
         UserError: not readable, a missing or unknown key, or a value that makes no sense.
@@ -128,13 +153,16 @@ def read_plan(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     keys = {"spacing_mm", "intensity", "patch_size", "anchors"}
-    if not isinstance(plan, dict) or not keys <= plan.keys() <= keys | {"coverage"}:
+    if not isinstance(plan, dict) or not keys <= plan.keys() <= keys | set(OPTIONAL):
         found = sorted(plan) if isinstance(plan, dict) else plan
         raise UserError(f"{path}: expected the keys {sorted(keys)}, got {found}")
     if not _numbers(plan["spacing_mm"], float) or min(plan["spacing_mm"]) <= 0:
         raise UserError(f"{path}: spacing_mm must be three sizes in mm, got {plan['spacing_mm']!r}")
     if not _numbers(plan["patch_size"], int) or min(plan["patch_size"]) < 1:
         raise UserError(f"{path}: patch_size must be three numbers of voxels, got {plan['patch_size']!r}")
+    for key in ("batch_size", "accumulate_grad_batches"):
+        if not isinstance(plan.get(key, 1), int) or plan.get(key, 1) < 1:
+            raise UserError(f"{path}: {key} must be a whole number above 0, got {plan[key]!r}")
     if not isinstance(plan["intensity"], dict) or plan["intensity"].get("scheme") not in SCHEMES:
         raise UserError(f"{path}: intensity.scheme must be one of {', '.join(SCHEMES)}, got {plan['intensity']!r}")
     if plan["anchors"] is not None:
@@ -145,16 +173,20 @@ def read_plan(path: Path) -> dict[str, Any]:
     return plan
 
 
-def patch_budget(patch_size: tuple[int, ...] | None) -> tuple[int, ...]:
+def patch_budget(
+    patch_size: tuple[int, ...] | None, multiple: tuple[int, ...] = (MULTIPLE, MULTIPLE, MULTIPLE)
+) -> tuple[int, ...]:
     """The largest patch to plan, as asked for or by default.
 
     Raises:
-        UserError: not three positive multiples of 16.
+        UserError: not three positive multiples of what the backbone needs.
     """
-    budget = PATCH_BUDGET if patch_size is None else tuple(patch_size)
-    if len(budget) != 3 or any(size < MULTIPLE or size % MULTIPLE for size in budget):
-        raise UserError(f"patch_size must be three multiples of {MULTIPLE}, got {list(budget)}")
-    return budget
+    if patch_size is None:
+        return tuple(limit // m * m or m for limit, m in zip(PATCH_BUDGET, multiple, strict=True))
+    if len(patch_size) != 3 or any(n < m or n % m for n, m in zip(patch_size, multiple, strict=True)):
+        needed = multiple[0] if len(set(multiple)) == 1 else list(multiple)
+        raise UserError(f"patch_size must be three multiples of {needed}, got {list(patch_size)}")
+    return tuple(patch_size)
 
 
 def _pool(store: Store, cases: Any) -> list[Case]:
@@ -177,36 +209,14 @@ def _first_fold(store: Store) -> set[str]:
     return {case.id for case in store.cases.values() if case.split == "train"}
 
 
-def _climb(sizes: Tensor, boxes: Tensor, scales: tuple[int, ...]) -> tuple[Tensor, float]:
-    """(3, 3) sizes (axis, anchor) moved one at a time while the mean best IoU grows; and that IoU."""
-    score = float(mean_best_iou(_all_anchors(sizes[None], scales), boxes))
-    for step in (0.3, 0.1, 0.03):
-        factors = torch.tensor([math.exp(k * step) for k in (-2, -1, 1, 2)])
-        improved = True
-        while improved:
-            improved = False
-            for axis in range(3):
-                for index in range(3):
-                    candidates = sizes.repeat(len(factors), 1, 1)
-                    candidates[:, axis, index] *= factors
-                    scores = mean_best_iou(_all_anchors(candidates, scales), boxes)
-                    if float(scores.max()) > score + 1e-5:
-                        sizes, score, improved = candidates[scores.argmax()], float(scores.max()), True
-    return sizes, score
+def _channels(store: Store) -> int:
+    """Channels of the image."""
+    return max((case.channels for case in store.cases.values()), default=1)
 
 
-def _all_anchors(sizes: Tensor, scales: tuple[int, ...]) -> Tensor:
-    """(C, 3 axes, 3) -> (C, 27 L, 3): every combination on every level."""
-    x, y, z = (sizes[:, axis] for axis in range(3))  # (C, 3)
-    shape = (len(sizes), 3, 3, 3)
-    grid = torch.stack(
-        [x[:, :, None, None].expand(shape), y[:, None, :, None].expand(shape), z[:, None, None, :].expand(shape)], -1
-    )
-    base = grid.reshape(len(sizes), 27, 3)
-    return torch.cat([base * scale for scale in scales], dim=1)
-
-
-def _coverage(store: Store, cases: list[Case], patch: list[int], anchors: dict[str, Any]) -> dict[str, Any]:
+def _coverage(
+    store: Store, cases: list[Case], patch: list[int], anchors: dict[str, Any], scales: list[tuple[int, int, int]]
+) -> dict[str, Any]:
     """Mean best IoU, and the objects that do not fit."""
     sizes = torch.from_numpy(np.concatenate([case.boxes[:, 3:] - case.boxes[:, :3] for case in cases]))
     names = [
@@ -214,7 +224,7 @@ def _coverage(store: Store, cases: list[Case], patch: list[int], anchors: dict[s
         for case in cases
         for instance, label in zip(case.instances.tolist(), case.labels.tolist(), strict=True)
     ]
-    every = torch.cat([base_sizes(anchors) * scale for scale in LEVEL_SCALES])
+    every = torch.cat([base_sizes(anchors) * torch.tensor(scale, dtype=torch.float32) for scale in scales])
     overlap = best_iou(every, sizes)
     too_large = (sizes > torch.tensor(patch)).any(dim=1)
     rows = [f"{name} {'x'.join(f'{v:.0f}' for v in size)}" for name, size in zip(names, sizes.tolist(), strict=True)]

@@ -1,0 +1,79 @@
+"""`plan`: chooses patch, batch, pyramid levels and anchors of a store again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pretrain3d.config import UserError, check_name, read_options
+
+USAGE = """\
+pretrain3d plan STORE [backbone=resenc_xs detector=retina_unet memory_gb=null batch_size=4 patch_size=null]
+
+Plans what `prepare` planned for the default backbone again, for another backbone, detector or memory, and writes it to
+STORE/plan.yaml. Spacing and intensities stay as they are there. The memory is estimated, no GPU is needed.
+
+  backbone=NAME        what will be trained: its strides and its memory count
+  detector=NAME        on top of it
+  memory_gb=null       GiB of one device; null: of the GPU here, without one of this machine
+  batch_size=4         patches per optimiser step; where fewer fit at once, they are accumulated
+  patch_size=null      largest patch, a number or [x,y,z]; null: 128
+
+  pretrain3d plan stores/phantom backbone=resenc_l memory_gb=24"""
+
+DEFAULTS: dict[str, Any] = {
+    "backbone": "resenc_xs",
+    "detector": "retina_unet",
+    "memory_gb": None,
+    "batch_size": 4,
+    "patch_size": None,
+}
+KEPT = ("spacing_mm", "intensity")
+SHOWN = ("patch_size", "batch_size", "accumulate_grad_batches", "detection_levels", "anchors")
+
+
+def run(paths: list[str], options: dict[str, object]) -> int:
+    """Plans a store; returns the exit status."""
+    if len(paths) != 1:
+        raise UserError(f"plan takes one store, got {len(paths)}: {' '.join(paths) or 'none'}")
+    given = read_options(options, DEFAULTS)
+    from pretrain3d.backbones import BACKBONES
+    from pretrain3d.detection import DETECTORS
+
+    check_name(BACKBONES, given["backbone"], "backbone")
+    check_name(DETECTORS, given["detector"], "detector")
+    memory, patch = given["memory_gb"], given["patch_size"]
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, (int, float)) or memory <= 0):
+        raise UserError(f"memory_gb={memory}: expected a number of GiB, such as memory_gb=24")
+    patch = [patch] * 3 if isinstance(patch, int) else patch
+    if patch is not None and not (isinstance(patch, list) and all(type(size) is int for size in patch)):
+        raise UserError(f"patch_size={patch}: expected one or three whole numbers of voxels, such as patch_size=96")
+
+    from pretrain3d.data.store import Store
+    from pretrain3d.planning.plan import make_plan, read_plan, write_plan
+
+    store = Store(Path(paths[0]))
+    path = store.path / "plan.yaml"
+    old = read_plan(path) if path.is_file() else {}
+    plan = make_plan(
+        store, None if patch is None else tuple(patch), given["backbone"], given["detector"], memory, given["batch_size"]
+    )
+    plan |= {key: old[key] for key in KEPT if key in old}
+    write_plan(path, plan, store)
+    _report(path, plan, old)
+    return 0
+
+
+def _report(path: Path, plan: dict[str, Any], old: dict[str, Any]) -> None:
+    about = plan["planned_for"]
+    print(
+        f"{path}: planned for {about['detector']} on {about['backbone']} with {about['memory_gb']} GiB "
+        f"({about['memory_of']}); a step needs about {about['estimated_gb']} GiB"
+    )
+    for key in SHOWN:
+        changed = f", was {old[key]}" if key in old and old[key] != plan[key] else ""
+        print(f"  {key}: {plan[key]}{changed}")
+    coverage = plan["coverage"] or {}
+    for key, objects in coverage.items():
+        if isinstance(objects, list) and objects:
+            print(f"  {key}: {len(objects)} objects or more: {', '.join(objects[:3])}{', ...' * (len(objects) > 3)}")

@@ -1,0 +1,228 @@
+"""How much memory a training step needs, found without the memory and without a GPU.
+
+The step is run once on tensors that have shapes but no numbers, and every storage that comes and goes is counted. What
+the allocator adds (fragments, workspaces of the convolution library, the context of the device) is not in it;
+`usable_bytes` leaves room for that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pretrain3d.backbones import BACKBONES
+from pretrain3d.config import UserError, build, takes
+from pretrain3d.detection import DETECTORS
+from pretrain3d.detection.necks import pyramid_levels
+
+GIB = 2**30
+CONTEXT_BYTES = GIB // 2  # of a CUDA process before its first tensor
+FRAGMENTS = 1.15  # allocated to reserved memory, workspaces of the convolutions included
+OPTIMIZER_STATES = 2  # of AdamW; SGD has one
+REFERENCE_STEPS = (2, 4)  # positions per axis on the coarsest level of the two steps that are measured
+OBJECTS = 8  # per patch in that step
+ANCHORS = {"sizes": [[4.0, 8.0, 16.0]] * 3}  # 27, as they will be
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory of a training step, in bytes.
+
+    Attributes:
+        fixed: weights, gradients, optimiser, averaged weights, casts of the weights.
+        per_patch: activations that do not depend on its size, such as those of queries.
+        per_voxel: activations and what the loss makes of them, per voxel of a patch.
+        multiple: (3,) what a patch must be a multiple of.
+        strides: of the detector's pyramid, finest first.
+    """
+
+    fixed: int
+    per_patch: float
+    per_voxel: float
+    multiple: tuple[int, int, int]
+    strides: tuple[tuple[int, int, int], ...]
+
+    def bytes(self, patch_size: Sequence[int], batch_size: int) -> int:
+        """Of a step on ``batch_size`` patches."""
+        return self.fixed + math.ceil(batch_size * (self.per_patch + self.per_voxel * math.prod(patch_size)))
+
+
+def footprint(
+    backbone: str | Mapping[str, Any],
+    detector: str | Mapping[str, Any] = "retina_unet",
+    in_channels: int = 1,
+    num_classes: int = 1,
+    precision: str = "bf16-mixed",
+) -> Footprint:
+    """Memory that training a detector takes.
+
+    Args:
+        backbone, detector: names in their registries, or nodes ``{"name": ..., **arguments}``.
+        in_channels, num_classes: of the data.
+        precision: Lightning's name of it.
+
+    Raises:
+        UserError: an unknown name or argument.
+    """
+    nodes = [dict(node) if isinstance(node, Mapping) else {"name": node} for node in (backbone, detector)]
+    return _measured(json.dumps(nodes, sort_keys=True), in_channels, num_classes, precision)
+
+
+@lru_cache(maxsize=16)
+def _measured(nodes: str, in_channels: int, num_classes: int, precision: str) -> Footprint:
+    backbone_node, detector_node = json.loads(nodes)
+    backbone = build(BACKBONES, backbone_node, "backbone", in_channels=in_channels)
+    strides = tuple(level.stride for level in pyramid_levels(backbone.levels))
+    if takes(DETECTORS, detector_node, "detector", "anchors"):
+        detector_node = {"anchors": ANCHORS, **detector_node}
+    detector = build(DETECTORS, detector_node, "detector", levels=backbone.levels, num_classes=num_classes)
+    weights = sum(p.numel() * p.element_size() for net in (backbone, detector) for p in net.parameters())
+    multiple = tuple(math.lcm(a, b) for a, b in zip(backbone.size_multiple, strides[-1], strict=True))
+    sizes = [tuple(steps * m for m in multiple) for steps in REFERENCE_STEPS]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # anchors and the like are plain attributes
+        for net in (backbone, detector):
+            _without_numbers(net, mode)
+        small, large = (_peak(backbone, detector, _batch(size, in_channels), precision) for size in sizes)
+    casts = weights // 2 if "mixed" in precision else 0  # autocast keeps them for the backward pass
+    fixed = weights * (2 + OPTIMIZER_STATES + 1) + casts  # weights and gradients; optimiser; averaged weights
+    per_voxel = (large - small) / (math.prod(sizes[1]) - math.prod(sizes[0]))
+    per_patch = max(large - casts - per_voxel * math.prod(sizes[1]), 0.0)
+    return Footprint(fixed, per_patch, per_voxel, multiple, strides)  # type: ignore[arg-type]
+
+
+def _without_numbers(network: nn.Module, mode: FakeTensorMode) -> None:
+    """Parameters and buffers become shapes. Initialisation needs numbers, so the network is built with them first."""
+    for module in network.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                tensors[name] = None if tensor is None else mode.from_tensor(tensor)  # type: ignore[assignment]
+    for parameter in network.parameters():  # gradients are counted apart: only activations shall live here
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+
+def _batch(size: Sequence[int], channels: int) -> dict[str, Any]:
+    boxes = torch.cat([torch.zeros(1, OBJECTS, 3), torch.ones(1, OBJECTS, 3)], dim=-1)
+    return {
+        "image": torch.empty(1, channels, *size),
+        "boxes": boxes,
+        "labels": torch.zeros(1, OBJECTS, dtype=torch.long),
+        "valid": torch.ones(1, OBJECTS, dtype=torch.bool),
+        "mask": torch.zeros(1, *size, dtype=torch.uint8),
+    }
+
+
+def _peak(backbone: nn.Module, detector: Any, batch: dict[str, Any], precision: str) -> int:
+    """Bytes alive at the worst moment of forward and backward pass, beyond weights and input."""
+    size = batch["image"].shape[2:]
+    targets = {"targets": batch} if getattr(detector, "needs_targets", False) else {}
+    half = {"bf16": torch.bfloat16, "16-": torch.float16}.get(precision[:4], torch.bfloat16)
+    with LiveMemory() as memory:
+        with torch.autocast("cpu", half, enabled="mixed" in precision):
+            outputs = detector(backbone(batch["image"]), size, **targets)
+        try:
+            loss = detector.loss(outputs, batch)["loss"]
+        except RuntimeError:  # a loss that asks for values (Hungarian matching) finds none; with few boxes it is small
+            loss = sum(t.float().sum() for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad)
+        del outputs
+        loss.backward()
+    return memory.peak
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, while they live.
+
+    Attributes:
+        live: now.
+        peak: the most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        size = storage.nbytes()
+        self._known[storage] = size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+def device_memory_gb() -> tuple[float, str]:
+    """GiB of the GPU, or of the machine where there is none; and which."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / GIB, torch.cuda.get_device_name(0)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, "this machine, which has no GPU"
+
+
+def usable_bytes(memory_gb: float) -> int:
+    """What tensors may take of a device's memory.
+
+    Raises:
+        UserError: nothing would be left.
+    """
+    usable = int((memory_gb * GIB - CONTEXT_BYTES) / FRAGMENTS)
+    if usable <= 0:
+        raise UserError(f"memory_gb={memory_gb:g}: at least 1 is needed")
+    return usable
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
+
+
+def out_of_memory_advice(settings: Mapping[str, Any], patch_size: Sequence[int], training: bool) -> str:
+    """One line: what ran out, and what to lower.
+
+    Args:
+        settings: resolved configuration of the run.
+        patch_size: voxels.
+        training: whether a training step failed, not the prediction of a validation case.
+    """
+    batch, patch = int(settings["data"]["batch_size"]), " x ".join(map(str, patch_size))
+    if not training:
+        tiles = settings["module"].get("tile_batch", 1)
+        return (
+            f"out of memory in validation, with {tiles} tiles of {patch} at once: lower module.tile_batch, or have "
+            "smaller patches (data.patch_size)"
+        )
+    accumulate = int(settings["trainer"].get("accumulate_grad_batches") or 1)
+    ways = ["a smaller data.patch_size", "a smaller backbone"]
+    backbone = settings["backbone"]
+    if not backbone.get("checkpointing") and takes(BACKBONES, backbone, "backbone", "checkpointing"):
+        ways.insert(0, "+backbone.checkpointing=true (about a third more time)")
+    if batch > 1:
+        less = max(n for n in range(1, batch) if batch % n == 0)
+        steps = accumulate * batch // less
+        ways.insert(0, f"data.batch_size={less} trainer.accumulate_grad_batches={steps} (the same effective batch)")
+    return f"out of memory in training, with data.batch_size={batch} and patches of {patch}: try {', or '.join(ways)}"
