@@ -1,0 +1,88 @@
+"""`compare`: how sure the differences between tested runs are."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pretrain3d.config import UserError, read_options
+
+USAGE = """\
+pretrain3d compare RUN RUN ... [out=FILE] [figure=FILE] [samples=1000] [seed=0]
+
+The difference of every run from the first one in mAP, AP@0.10, AP@0.50 and FROC@0.10, with a 95 % interval and a
+p value from a bootstrap that draws the same patients for both; AP@0.10 per class. With several runs p values are
+corrected by Holm's method over the runs (not over metrics and classes). Runs that differ by seed or fold only are one
+row: the mean over its runs, which are drawn too.
+
+  RUN            a folder after `test`; all must have been tested on the same cases
+  out=FILE       the tables: .md, .csv (every metric and class, one per line) or .json (everything)
+  figure=FILE    differences with intervals: .svg, .png or .pdf; default beside out, as .svg
+  samples=1000   bootstrap samples
+  seed=0         of the bootstrap"""
+
+DEFAULTS = {"out": "", "figure": "", "samples": 1000, "seed": 0}
+TABLES, FIGURES = (".md", ".csv", ".json"), (".svg", ".png", ".pdf")
+
+
+def run(paths: list[str], options: dict[str, object]) -> int:
+    """Compares runs; returns the exit status."""
+    given = read_options(options, DEFAULTS)
+    if len(paths) < 2:
+        raise UserError(f"compare takes at least two run folders, got {len(paths)}")
+    if given["samples"] < 1:
+        raise UserError(f"samples={given['samples']}: it must be 1 or more")
+    if given["seed"] < 0:
+        raise UserError(f"seed={given['seed']}: it must be 0 or more")
+    table, figure = _file("out", given["out"], TABLES), _file("figure", given["figure"], FIGURES)
+    if table is not None and figure is None:
+        figure = table.with_suffix(".svg")
+    from pretrain3d.reporting.compare import compare, comparison_tables
+
+    comparison = compare(paths, given["samples"], given["seed"])
+    print("\n\n".join(each.as_text() for each in comparison_tables(comparison)))
+    if table is not None:
+        _write_table(table, comparison)
+    if figure is not None:
+        _write_figure(figure, comparison)
+    written = [str(file) for file in (table, figure) if file is not None]
+    if written:
+        print("\n" + "\n".join(written))
+    return 0
+
+
+def _file(key: str, value: str, endings: tuple[str, ...]) -> Path | None:
+    """The file to write, checked before anything is computed."""
+    if not value:
+        return None
+    path = Path(value)
+    if path.suffix not in endings:
+        raise UserError(f"{key}={value}: the name must end in {', '.join(endings)}")
+    if path.is_dir():
+        raise UserError(f"{key}={value} is a folder; expected the name of a file")
+    return path
+
+
+def _write_table(path: Path, comparison: Any) -> None:
+    from pretrain3d.files import write_text
+    from pretrain3d.reporting.compare import as_csv, comparison_tables
+    from pretrain3d.reporting.results import write_json
+
+    if path.suffix == ".json":
+        write_json(path, asdict(comparison))
+    elif path.suffix == ".csv":
+        write_text(path, as_csv(comparison))
+    else:
+        write_text(path, "\n".join(each.as_markdown() for each in comparison_tables(comparison)))
+
+
+def _write_figure(path: Path, comparison: Any) -> None:
+    from matplotlib import rc_context
+
+    from pretrain3d.files import replacing
+    from pretrain3d.reporting.compare import comparison_figure
+    from pretrain3d.reporting.figures import STYLE
+
+    with replacing(path) as temporary, rc_context(STYLE):
+        comparison_figure(comparison).savefig(temporary, format=path.suffix[1:], dpi=150, bbox_inches="tight")
