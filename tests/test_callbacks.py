@@ -225,6 +225,7 @@ def test_throughput_counts_patches_and_remaining_time(tmp_path, monkeypatch):
     assert "perf/patches_per_second" not in rows[1]  # the first step is warming up
     patches_per_step = 2 * ACCUMULATE
     assert all(0 < float(rows[step]["perf/patches_per_second"]) <= patches_per_step for step in (2, 3, 4))
+    assert float(rows[3]["perf/samples_seen"]) == 3 * patches_per_step
     assert float(rows[2]["perf/seconds_left"]) > float(rows[4]["perf/seconds_left"]) == 0.0
 
 

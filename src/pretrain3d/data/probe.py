@@ -38,7 +38,7 @@ class ProbePatches:
         normalisation: Callable[[Case], Normalisation],
         patch_size: Sequence[int],
         otherwise: Sequence[str],
-        number: int = 64,
+        number: int,
     ) -> None:
         self.store = store
         self.normalisation = normalisation

@@ -15,7 +15,7 @@ from pretrain3d.config import UserError
 from pretrain3d.data.probe import ProbePatches
 from pretrain3d.evaluation.probe import probe
 from pretrain3d.objectives.collapse import effective_rank, spread, warning
-from pretrain3d.objectives.projection import pooled, project
+from pretrain3d.objectives.projection import pooled
 from pretrain3d.parallel import all_gather, rank, world_size
 
 
@@ -34,7 +34,7 @@ class FeatureMonitor(Callback):
         patches: how many are looked at, over all processes.
     """
 
-    def __init__(self, probe_every_n_validations: int = 1, patches: int = 64) -> None:
+    def __init__(self, probe_every_n_validations: int = 1, patches: int = 48) -> None:
         if probe_every_n_validations < 0:
             raise UserError(f"trainer.probe_every_n_validations={probe_every_n_validations}: 0 (never) or more")
         self.probe_every = probe_every_n_validations
@@ -60,7 +60,7 @@ class FeatureMonitor(Callback):
         self._warn(trainer, "features", features, *values.values())
         projector = getattr(module.best_networks()[1], "projector", None)
         if projector is not None:  # what a contrastive loss collapses first
-            embeddings = project(projector, features)
+            embeddings = projector(features)
             self._warn(trainer, "embeddings", embeddings, float(spread(embeddings)), float(effective_rank(embeddings)))
         if self.probe_every and self.validations % self.probe_every == 0 and self.patches.has_organs:
             area = probe(features.cpu().numpy(), present, groups)

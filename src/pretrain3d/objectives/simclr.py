@@ -15,7 +15,7 @@ from pretrain3d.config import UserError
 from pretrain3d.objectives.collapse import spread
 from pretrain3d.objectives.contract import Backbone, Decoder, PyramidLevel
 from pretrain3d.objectives.crops import cut, partner_positions, random_positions
-from pretrain3d.objectives.projection import Projector, pooled_channels, pooled_views, project
+from pretrain3d.objectives.projection import Projector, pooled_channels, pooled_views
 from pretrain3d.parallel import all_gather
 
 
@@ -81,19 +81,20 @@ class SimCLR(nn.Module):
         return {"inputs": torch.stack(views)}
 
     def forward(self, backbone: Backbone, prepared: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns: ``embeddings`` (B, 2 * pairs, D) float32."""
-        return {"embeddings": project(self.projector, pooled_views(backbone, prepared["inputs"]))}
+        """Returns: ``embeddings`` (B, 2 * pairs, D) float32; in training of the regions of all processes."""
+        features = pooled_views(backbone, prepared["inputs"])
+        if self.training:  # validation batches are not paired between processes
+            features = all_gather(features)
+        return {"embeddings": self.projector(features)}
 
     def loss(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, Tensor]:
-        """NT-Xent over the pairs of all processes (in validation, whose batches are not paired, of this one).
+        """NT-Xent over all pairs.
 
         Returns:
             ``loss``; ``trivial``, log(2N - 1), what it is when all crops look alike; ``top1``, the share of crops whose
             nearest other one is their partner; ``embedding_std``, see `collapse.spread`.
         """
         embeddings = outputs["embeddings"]
-        if self.training:
-            embeddings = all_gather(embeddings)
         first, second = (half.flatten(0, 1) for half in embeddings.float().split(self.pairs, dim=1))
         loss, top1 = nt_xent(first, second, self.temperature)
         with torch.no_grad():

@@ -16,7 +16,7 @@ from pretrain3d.config import UserError
 from pretrain3d.objectives.collapse import spread
 from pretrain3d.objectives.contract import Backbone, Decoder, PyramidLevel
 from pretrain3d.objectives.crops import cut, grid_positions, overlaps, random_positions
-from pretrain3d.objectives.projection import Projector, pooled_channels, pooled_views, project
+from pretrain3d.objectives.projection import Projector, pooled_channels, pooled_views
 from pretrain3d.parallel import all_gather
 
 EPS = 1e-6  # of both published forms
@@ -114,19 +114,25 @@ class VoCo(nn.Module):
         return prepared
 
     def forward(self, backbone: Backbone, prepared: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns: ``embeddings`` (B, T + N, D) float32 and, with a teacher, ``teacher``, its own."""
+        """Of this process' regions, in training of those of all processes.
+
+        Returns:
+            ``embeddings`` (B, T + N, D) float32; with a teacher ``teacher``, its own; ``labels`` (B, T, N).
+        """
+        # validation batches are not paired between processes
+        gather: Callable[[Tensor], Tensor] = all_gather if self.training else _unchanged
         features = pooled_views(backbone, prepared["inputs"])  # (B, T + N, channels)
-        outputs = {}
+        outputs = {"labels": gather(prepared["labels"])}
         if self.teacher is not None:
             with torch.no_grad():
-                outputs["teacher"] = project(self.teacher, features)
+                outputs["teacher"] = self.teacher(gather(features))
         if self.training and self.feature_dropout:
             features = features * prepared["kept"] / (1.0 - self.feature_dropout)
-        outputs["embeddings"] = project(self.projector, features)
+        outputs["embeddings"] = self.projector(gather(features))
         return outputs
 
     def loss(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See the class; over the regions of all processes (in validation, whose batches are not paired, of this one).
+        """See the class.
 
         Returns:
             ``loss``, its parts ``positive``, ``negative``, ``regularisation`` (and ``inter``); ``trivial``: what
@@ -137,10 +143,7 @@ class VoCo(nn.Module):
         Raises:
             UserError: training with a teacher on batches of one region, which has no other volume to compare with.
         """
-        gathered = {**outputs, "labels": prepared["labels"]}
-        if self.training:
-            gathered = {name: all_gather(value) for name, value in gathered.items()}
-        labels, embeddings = gathered["labels"], gathered["embeddings"].float()
+        labels, embeddings = outputs["labels"], outputs["embeddings"]
         targets, bases = embeddings.tensor_split([self.targets], dim=1)  # (B, T, D), (B, N, D)
         distance = torch.square if self.teacher is None else _log_distance
         if self.teacher is None:
@@ -148,7 +151,7 @@ class VoCo(nn.Module):
             parts = terms(labels, similarities, distance)
             parts["regularisation"] = between(bases).mean()
         else:
-            teacher_targets, teacher_bases = gathered["teacher"].float().tensor_split([self.targets], dim=1)
+            teacher_targets, teacher_bases = outputs["teacher"].tensor_split([self.targets], dim=1)
             similarities = similarity(targets, teacher_bases)
             parts = terms(labels, similarities, distance)
             parts["inter"] = self._inter(targets, bases, teacher_targets, teacher_bases)
@@ -179,13 +182,17 @@ class VoCo(nn.Module):
         Returns:
             ``target``: the first; ``nearest_base``: what it overlaps most; ``chosen_base``: what it is most similar to.
         """
-        embeddings = outputs["embeddings"][:1].float()
+        embeddings = outputs["embeddings"][:1]
         targets, bases = embeddings.tensor_split([self.targets], dim=1)
         chosen = int(similarity(targets, bases)[0, 0].argmax())
         nearest = int(prepared["labels"][0, 0].argmax())
         slices = prepared["inputs"][0, :, 0, :, :, self.view_size[2] // 2].float().cpu().numpy()
         rows = {"target": 0, "nearest_base": self.targets + nearest, "chosen_base": self.targets + chosen}
         return {name: slices[row] for name, row in rows.items()}
+
+
+def _unchanged(value: Tensor) -> Tensor:
+    return value
 
 
 def similarity(targets: Tensor, bases: Tensor) -> Tensor:

@@ -221,7 +221,9 @@ def as_images(pictures: Mapping[str, Any]) -> dict[str, Image.Image]:
 
 
 class Throughput(Callback):
-    """Logs ``perf/patches_per_second`` (training only, all processes) and ``perf/seconds_left`` (everything)."""
+    """Logs ``perf/patches_per_second`` (training only, all processes), ``perf/seconds_left`` (everything) and
+    ``perf/samples_seen`` (since the start of the run, all processes).
+    """
 
     def __init__(self) -> None:
         self._first: tuple[float, int] | None = None  # time and step at the end of this session's first step
@@ -253,6 +255,8 @@ class Throughput(Callback):
         elif step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             seconds = max(now - self._since - self._paused, 1e-9)
             pl_module.log("perf/patches_per_second", self._patches / seconds)
+            per_step = len(batch["image"]) * trainer.world_size * trainer.accumulate_grad_batches
+            pl_module.log("perf/samples_seen", float(step * per_step))
             start, first_step = self._first
             if trainer.max_steps >= 0:
                 pl_module.log("perf/seconds_left", (trainer.max_steps - step) * (now - start) / (step - first_step))
