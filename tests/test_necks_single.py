@@ -61,7 +61,7 @@ def test_maps_have_the_promised_shapes_and_no_parameter_is_dead() -> None:
 
 def test_a_map_that_cannot_be_halved_is_named() -> None:
     pyramid = SimplePyramid(Level(8, (8, 8, 8)), finest=1, coarsest=4)
-    with pytest.raises(UserError, match=r"48 x 48 x 48.*multiple of 32 x 32 x 32.*detection_levels=\[1, 2\]"):
+    with pytest.raises(UserError, match=r"48 x 48 x 48.*multiple of 32 x 32 x 32.*detection_levels=\[1, 2, 3\]"):
         pyramid([torch.randn(1, 8, 6, 6, 6)])
     assert SimplePyramid(Level(8, (8, 8, 8)), 1, 3)([torch.randn(1, 8, 6, 6, 6)])[3] is not None
 

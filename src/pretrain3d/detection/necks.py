@@ -147,14 +147,16 @@ class SimplePyramid(nn.Module):
         return maps
 
     def _check(self, size: Sequence[int]) -> None:
-        halvings = self.coarsest - self.base
-        if halvings > 0 and any(n % 2**halvings for n in size):
+        last = self.base
+        while last < self.coarsest and all(n % 2 ** (last + 1 - self.base) == 0 for n in size):
+            last += 1
+        if last < self.coarsest:
             image = [n * s for n, s in zip(size, self.levels[self.base].stride, strict=True)]
             needed = self.levels[self.coarsest].stride
             raise UserError(
                 f"the image or patch size is {by_text(image)}; the detector's coarsest level needs a multiple of "
                 f"{by_text(needed)}. Change data.patch_size, or leave coarse levels out: "
-                f"+module.detector.detection_levels={list(range(min(1, self.base), self.base + 1))}"
+                f"+module.detector.detection_levels={list(range(min(1, last), last + 1))}"
             )
 
 
