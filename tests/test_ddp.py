@@ -8,6 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, distributed, nn
+
+from pretrain3d.backbones.decoders import UNetDecoder
+from pretrain3d.backbones.resenc import ResEnc
+from pretrain3d.objectives.simclr import SimCLR
+from pretrain3d.objectives.voco import VoCo
 
 COMMON = [
     "data.patch_size=[32,32,32]", "data.num_workers=0", "trainer.max_steps=20", "module.warmup_steps=2",
@@ -56,3 +63,70 @@ def test_batches_without_any_object_do_not_hang(phantom_store: Path, tmp_path: P
         "trainer.devices=2", "trainer.strategy=ddp", "trainer.precision=bf16-mixed",
     )  # fmt: skip
     assert len([row for row in rows if row["train/loss"]]) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["phantom_simclr", "phantom_voco_v2"])
+def test_two_processes_contrast_what_one_would(config: str, phantom_store: Path, tmp_path: Path) -> None:
+    """Negatives, partners of volumes and the projector's statistics are those of the global batch."""
+    more = ["data.patch_size=[96,96,32]", "trainer.max_steps=6", "trainer.val_every_n_steps=6", "module.optimizer=sgd",
+            "+module.optimizer.lr=1.0e-3", "module.schedule=constant", "+data.num_val_patches=4"]  # fmt: skip
+    path = f"configs/pretrain/{config}.yaml"
+    one = fit(path, phantom_store, tmp_path, "one", "data.batch_size=4", *more)
+    two = fit(
+        path, phantom_store, tmp_path, "two", "data.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp", *more
+    )
+    columns = [key for key in one[0] if key.startswith("train/")]
+    assert "train/loss" in columns and len(one) == 6
+    for key in [*columns, "val/feature_std", "val/effective_rank"]:  # validation losses are of one process' batches
+        values = [[float(row[key]) for row in rows if row[key]] for rows in (one, two)]
+        assert values[0] and values[1] == pytest.approx(values[0], rel=1e-3, abs=1e-4), key
+
+
+class Contrast(nn.Module):
+    """A backbone and a method as one network, for `DistributedDataParallel`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = ResEnc([4, 6], [1, 1], [1, 2])
+        given = (self.backbone.levels, 1, (16, 8, 8), UNetDecoder)
+        widths = {"hidden": 16, "embedding": 8}
+        self.method: nn.Module = SimCLR(*given, crop_size=8, **widths)
+        if name != "simclr":
+            self.method = VoCo(*given, grid=(2, 1, 1), targets=2, bases=name, feature_dropout=0.2, **widths)  # type: ignore[arg-type]
+
+    def forward(self, image: Tensor, samples: list[int]) -> Tensor:
+        draws = [torch.Generator().manual_seed(sample) for sample in samples]
+        prepared = self.method.prepare({"image": image}, draws)
+        return self.method.loss(self.method(self.backbone, prepared), prepared)["loss"]
+
+
+def gradients(network: nn.Module, rank: int, processes: int) -> tuple[Tensor, list[Tensor]]:
+    """The loss and its gradients on this process' part of a batch of 4."""
+    images = torch.randn(4, 1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    samples = list(range(rank, 4, processes))
+    loss = network(images[samples], samples)
+    loss.backward()
+    return loss.detach(), [p.grad for p in network.parameters() if p.requires_grad]
+
+
+def work(rank: int, folder: str, name: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    network = nn.parallel.DistributedDataParallel(Contrast(name))
+    torch.save(gradients(network, rank, 2), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["simclr", "stop_gradient", "teacher"])
+def test_contrastive_gradients_are_those_of_one_process_with_the_whole_batch(name: str, tmp_path: Path) -> None:
+    loss, expected = gradients(Contrast(name), 0, 1)
+    torch.multiprocessing.spawn(work, (str(tmp_path), name), nprocs=2)
+    for rank in range(2):
+        value, found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(value, loss)
+        assert len(found) == len(expected) and any(gradient.abs().max() > 1e-4 for gradient in expected)
+        for one, two in zip(expected, found, strict=True):
+            torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-6)
