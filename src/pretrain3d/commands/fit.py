@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,14 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> None:
     import lightning
     import torch
 
+    from pretrain3d.planning.memory import is_out_of_memory, out_of_memory_advice
+
     check_arguments(settings)
     quieten()
     lightning.seed_everything(settings["seed"], verbose=False)
     torch.set_float32_matmul_precision("high")
     asked = settings
+    settings = of_plan(settings)
     if settings["data"]["intensity"] == "pretrained":
         settings = intensity_of_transfer(settings)
     datamodule = build(DATA, {"name": "data", **settings["data"]}, "data", seed=settings["seed"])
@@ -62,9 +66,45 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> None:
     trainer = make_trainer(settings, folder)
     if trainer.is_global_zero:
         folder.open(asked)
-    trainer.fit(module, datamodule=datamodule, ckpt_path=str(folder.last) if resume else None, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=str(folder.last) if resume else None, weights_only=True)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+        training = "validation_step" not in functions
+        raise UserError(out_of_memory_advice(settings, datamodule.patch_size, training)) from error
     if trainer.is_global_zero:
         print(f"{folder.path}: {trainer.global_step} steps")
+
+
+def of_plan(settings: dict[str, Any]) -> dict[str, Any]:
+    """The config with the plan's batch size and accumulation where it says null.
+
+    Raises:
+        UserError: the store's plan has none, or was made for another backbone.
+    """
+    from pretrain3d.data.store import Store
+
+    data, trainer = dict(settings["data"]), dict(settings["trainer"])
+    wanted = [
+        (section, key)
+        for section, key in ((data, "batch_size"), (trainer, "accumulate_grad_batches"))
+        if key in section and section[key] is None
+    ]
+    if not wanted:
+        return settings
+    plan, backbone = Store(Path(data["store"])).plan, settings["backbone"]["name"]
+    planned = (plan.get("planned_for") or {}).get("backbone")
+    for section, key in wanted:
+        if planned != backbone or plan.get(key) is None:
+            said = f"is for {planned}" if planned else f"has no {key}"
+            raise UserError(
+                f"{key}=null takes the plan's, but {data['store']}/plan.yaml {said}; call `pretrain3d plan "
+                f"{data['store']} backbone={backbone}` or give a number"
+            )
+        section[key] = plan[key]
+    return {**settings, "data": data, "trainer": trainer}
 
 
 def quieten() -> None:
@@ -89,7 +129,8 @@ def check_arguments(settings: dict[str, Any]) -> None:
     from pretrain3d.objectives import PRETRAINING
 
     module = settings["module"]
-    check(DATA, {"name": "data", **settings["data"]}, "data", given=("seed",))
+    planned = [key for key in ("batch_size",) if settings["data"].get(key, 0) is None]
+    check(DATA, {"name": "data", **settings["data"]}, "data", given=("seed", *planned))
     check(BACKBONES, settings["backbone"], "backbone", given=("in_channels",))
     given = ["backbone", "patch_size", "note"]
     if module["name"] == "detection":
@@ -108,7 +149,8 @@ def check_arguments(settings: dict[str, Any]) -> None:
     if module.get("views"):
         checked_arguments(ViewAugmentation, module["views"], "module.views")
     known = {key: value for key, value in settings["trainer"].items() if key not in OWN_TRAINER_KEYS}
-    check(TRAINER, {"name": "trainer", **known}, "trainer")
+    planned = [key for key in ("accumulate_grad_batches",) if known.get(key, 0) is None]
+    check(TRAINER, {"name": "trainer", **known}, "trainer", given=tuple(planned))
 
 
 def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> Any:
@@ -126,7 +168,8 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
     given: dict[str, Any] = {"backbone": backbone, "patch_size": tuple(datamodule.patch_size)}
     method = module_node.get("method", {}).get("name", "")
     if module_node["name"] == "detection":
-        detector = with_anchors(module_node["detector"], store.plan.get("anchors"))
+        detector = with_levels(module_node["detector"], store.plan, settings["backbone"]["name"])
+        detector = with_anchors(detector, store.plan.get("anchors"))
         module_node["detector"] = detector
         given |= {"classes": store.classes, "mirror_classes": store.mirror_classes}
         method = detector["name"]
@@ -155,6 +198,21 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         note["transfer"] = report.to_dict()
         print(f"{folder.path}: {report}")
     return build(MODULES, module_node, "module", note=note, **given)
+
+
+def with_levels(detector: dict[str, Any], plan: dict[str, Any], backbone: str) -> dict[str, Any]:
+    """The node of a detector with the planned pyramid levels, when it takes levels and anchors and names neither.
+
+    Levels are indices into the pyramid of the backbone that they were planned for; another one ignores them.
+    """
+    from pretrain3d.detection import DETECTORS
+
+    takes_both = all(takes(DETECTORS, detector, "module.detector", key) for key in ("detection_levels", "anchors"))
+    named = any(detector.get(key) is not None for key in ("detection_levels", "anchors"))
+    levels = plan.get("detection_levels")
+    if not takes_both or named or levels is None or (plan.get("planned_for") or {}).get("backbone") != backbone:
+        return dict(detector)
+    return {**detector, "detection_levels": levels}
 
 
 def with_anchors(detector: dict[str, Any], planned: dict[str, Any] | None) -> dict[str, Any]:

@@ -56,7 +56,12 @@ def run(paths: list[str], options: dict[str, object]) -> int:
     path = store.path / "plan.yaml"
     old = read_plan(path) if path.is_file() else {}
     plan = make_plan(
-        store, None if patch is None else tuple(patch), given["backbone"], given["detector"], memory, given["batch_size"]
+        store,
+        None if patch is None else tuple(patch),
+        given["backbone"],
+        given["detector"],
+        memory,
+        given["batch_size"],
     )
     plan |= {key: old[key] for key in KEPT if key in old}
     write_plan(path, plan, store)

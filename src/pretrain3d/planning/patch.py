@@ -34,8 +34,9 @@ def plan_patch(
     """The largest patch that fits.
 
     It starts as the median shape of the cases, rounded up, within ``largest``. While a step does not fit, the batch is
-    lowered to 2 (or less); then the axis that sees most of the volume is shortened, as long as the patch holds ``objects``; then
-    the batch is lowered to 1; then the patch is shortened further. What the batch lost is accumulated.
+    lowered to 2 (or less); then the axis that sees most of the volume is shortened, as long as the patch holds
+    ``objects``; then the batch is lowered to 1; then the patch is shortened further. What the batch lost is
+    accumulated.
 
     Args:
         shape: (3,) median shape of the cases.

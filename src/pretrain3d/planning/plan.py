@@ -63,7 +63,7 @@ def make_plan(
     budget = patch_budget(patch_size, need.multiple)
     memory, device = (memory_gb, "named") if memory_gb is not None else device_memory_gb()
     cases = _pool(store, store.cases.values())
-    shape = np.median([case.shape for case in cases], axis=0)
+    shape = np.median([case.shape for case in cases], axis=0).tolist()
     training = [case for case in cases if case.id in _first_fold(store)]
     boxes = np.concatenate([case.boxes for case in training]) if training else np.zeros((0, 6), np.float32)
     sizes = torch.from_numpy(boxes[:, 3:] - boxes[:, :3])
@@ -113,8 +113,8 @@ def write_plan(path: Path, plan: dict[str, Any], store: Store) -> None:
         "intensity:",
         *(f"  {key}: {_flow(value)}" for key, value in plan["intensity"].items()),
         "",
-        "# What the rest was planned for; `pretrain3d plan` plans it again for another backbone or memory. The estimate",
-        "# is of the tensors of a training step in bf16-mixed.",
+        "# What the rest was planned for; `pretrain3d plan` plans it again for another backbone or memory. The",
+        "# estimate is of the tensors of a training step in bf16-mixed.",
         "planned_for:",
         *(f"  {key}: {_flow(value)}" for key, value in plan["planned_for"].items()),
         "",
@@ -126,7 +126,8 @@ def write_plan(path: Path, plan: dict[str, Any], store: Store) -> None:
         f"batch_size: {flow['batch_size']}",
         f"accumulate_grad_batches: {flow['accumulate_grad_batches']}",
         "",
-        "# Levels of the pyramid that predict boxes (0 is the finest), taken for this backbone where a config names none.",
+        "# Levels of the pyramid that predict boxes, 0 the finest; taken for this backbone where a config names",
+        "# neither levels nor anchors.",
         f"detection_levels: {flow['detection_levels']}",
         "",
         "# Anchor sizes in voxels along x, y, z on the finest of these levels; a coarser one multiplies them by its",
