@@ -1,0 +1,196 @@
+"""One file and a NIfTI are enough: the Python object and the `predict` command on an untrained detector."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from raw_folder import affine_of, ct_phantom, save
+from tiny_detector import tiny_checkpoint
+
+from pretrain3d.__main__ import main
+from pretrain3d.api import Detector
+from pretrain3d.config import UserError
+from pretrain3d.detection.merge import Merging
+from pretrain3d.modules.base import NOTE
+from pretrain3d.modules.checkpoint import read_checkpoint, store_inference
+from pretrain3d.reporting.formats.found import Found
+
+AFFINE = affine_of("LPS", (1.0, 1.0, 1.5))
+OPERATING = {"false_positives_per_case": 1.0, "threshold": 0.4, "sensitivity": 0.5, "measured": 1.0}
+SWEPT = {"merging": Merging(view_iou=0.2, tile_iou=0.3).to_dict(), "operating": OPERATING, "cases": ["a"]}
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return ct_phantom(np.random.default_rng(0), (26, 24, 16))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, image: np.ndarray) -> Path:
+    """A checkpoint, another one, and an image file."""
+    path = tmp_path_factory.mktemp("api")
+    tiny_checkpoint(path / "one.ckpt")
+    tiny_checkpoint(path / "other.ckpt", seed=1)
+    save(path / "scan.nii.gz", image, AFFINE)
+    return path
+
+
+def same(a: Found, b: Found, atol: float = 1e-5) -> bool:
+    one, other = a.restored(), b.restored()
+    return len(a) == len(b) > 0 and all(
+        np.allclose(one[key], other[key], atol=atol) for key in ("boxes", "scores", "labels", "center_mm")
+    )
+
+
+def test_a_file_and_an_array_give_the_same(folder: Path, image: np.ndarray) -> None:
+    detector = Detector(folder / "one.ckpt")
+    found = detector.predict(folder / "scan.nii.gz", threshold=0.0)
+    assert detector.classes == ["nodule", "lesion"] and 20 < len(found) <= 200
+    assert same(found, detector.predict(image, AFFINE, threshold=0.0))
+    assert same(found, detector.predict(image[None], AFFINE, threshold=0.0))
+    boxes = found.restored()["boxes"]
+    assert (boxes[:, :3] > -1e-3).all() and (boxes[:, 3:] < np.array(image.shape) + 1e-3).all()
+    least = float(np.median(found.scores))
+    assert len(detector.predict(image, AFFINE, threshold=least)) == (found.scores >= least).sum()
+    picture = detector.predict(image, AFFINE, keep_image=True).image
+    assert picture is not None and picture.shape == (1, *found.frame.cached_shape)
+
+
+def test_neither_the_tile_batch_nor_the_number_of_equal_folds_changes_anything(folder: Path, image: np.ndarray) -> None:
+    once = Detector(folder / "one.ckpt").predict(image, AFFINE, threshold=0.0)
+    assert same(once, Detector(folder / "one.ckpt", tile_batch=1).predict(image, AFFINE, threshold=0.0))
+    thrice = Detector(*[folder / "one.ckpt"] * 3).predict(image, AFFINE, threshold=0.0)
+    assert same(once, thrice, atol=1e-4)
+    both = Detector(folder / "one.ckpt", folder / "other.ckpt").predict(image, AFFINE, threshold=0.0)
+    assert len(both) and not same(once, both)
+
+
+def test_an_ensemble_may_see_the_image_at_two_spacings(folder: Path, image: np.ndarray) -> None:
+    coarse = tiny_checkpoint(folder / "coarse.ckpt", spacing_mm=(1.5, 1.5, 1.5), seed=2)
+    found = Detector(folder / "one.ckpt", coarse).predict(image, AFFINE, threshold=0.0)
+    boxes = found.restored()["boxes"]
+    assert len(found) and tuple(found.frame.spacing_mm) == pytest.approx((1, 1, 1), abs=0.05)
+    assert (boxes[:, :3] > -1e-3).all() and (boxes[:, 3:] < np.array(image.shape) + 1e-3).all()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_close(folder: Path, image: np.ndarray, precision: str) -> None:
+    full = Detector(folder / "one.ckpt").predict(image, AFFINE, threshold=0.0)
+    half = Detector(folder / "one.ckpt", precision=precision).predict(image, AFFINE, threshold=0.0)
+    assert not np.array_equal(full.scores, half.scores)  # it did happen
+    assert np.abs(np.sort(full.scores)[-5:] - np.sort(half.scores)[-5:]).max() < 0.03
+
+
+def test_mirrored_views_are_merged(folder: Path, image: np.ndarray) -> None:
+    mirrored = Detector(folder / "one.ckpt", mirror_axes=(0,))
+    assert not same(mirrored.predict(image, AFFINE), Detector(folder / "one.ckpt").predict(image, AFFINE))
+    with pytest.raises(UserError, match=r"mirror_axes is \[3\]"):
+        Detector(folder / "one.ckpt", mirror_axes=[3])
+
+
+def test_what_a_sweep_stored_is_used(folder: Path, image: np.ndarray, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "swept.ckpt")
+    with pytest.raises(UserError, match="no operating point"):
+        Detector(checkpoint).predict(image, AFFINE, threshold="operating")
+    before = read_checkpoint(checkpoint)
+    store_inference(checkpoint, SWEPT)
+    after = read_checkpoint(checkpoint)
+    assert after[NOTE] == {**before[NOTE], "inference": SWEPT}
+    assert all(torch.equal(after["state_dict"][key], value) for key, value in before["state_dict"].items())
+    assert [file.name for file in tmp_path.iterdir()] == ["swept.ckpt"]
+    detector = Detector(checkpoint)
+    assert detector.members[0].merging == Merging(view_iou=0.2, tile_iou=0.3)
+    assert detector.operating_threshold == 0.4
+    found = detector.predict(image, AFFINE, threshold="operating")
+    assert len(found) == (detector.predict(image, AFFINE, threshold=0.0).scores >= 0.4).sum()
+    with pytest.raises(UserError, match=r"one\.ckpt merges with .*`pretrain3d sweep RUN RUN \.\.\.` makes them one"):
+        Detector(checkpoint, folder / "one.ckpt")
+
+
+def test_what_does_not_fit_is_named(folder: Path, image: np.ndarray, tmp_path: Path) -> None:
+    detector = Detector(folder / "one.ckpt")
+    flat = save(tmp_path / "flat.nii.gz", image[..., 0], AFFINE)
+    with pytest.raises(UserError, match=r"flat\.nii\.gz: expected a 3D volume, got shape \(26, 24\)"):
+        detector.predict(flat)
+    with pytest.raises(UserError, match=r"image: 2 channels; 1 are needed: CT"):
+        detector.predict(np.stack([image, image]), AFFINE)
+    with pytest.raises(UserError, match=r"scan\.nii\.gz: 2 channels; 1 are needed: CT"):
+        detector.predict([folder / "scan.nii.gz"] * 2)
+    with pytest.raises(UserError, match="an array needs its affine"):
+        detector.predict(image)
+    with pytest.raises(UserError, match="precision is 'fp8'"):
+        Detector(folder / "one.ckpt", precision="fp8")
+    with pytest.raises(UserError, match=r"organs\.ckpt finds \['liver'\], .*one\.ckpt \['nodule', 'lesion'\]"):
+        Detector(folder / "one.ckpt", tiny_checkpoint(tmp_path / "organs.ckpt", classes=("liver",)))
+
+
+def test_a_network_that_gives_nan_is_said_so(folder: Path, tmp_path: Path) -> None:
+    broken = read_checkpoint(folder / "one.ckpt")
+    broken["state_dict"]["detector.classifier.output.bias"][0] = float("nan")
+    torch.save(broken, tmp_path / "broken.ckpt")
+    with pytest.raises(UserError, match=r"scan\.nii\.gz: the network's outputs are NaN in precision 32"):
+        Detector(tmp_path / "broken.ckpt").predict(folder / "scan.nii.gz")
+
+
+def test_the_command_writes_every_format(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "found"
+    formats = "json,csv,coco,nndetection,nifti,slicer,png"
+    line = ["predict", str(folder / "one.ckpt"), str(folder / "other.ckpt"), str(folder / "scan.nii.gz")]
+    assert main([*line, f"out={out}", f"format={formats}", "threshold=0.1", "tile_batch=2"]) == 0
+    assert "in 1 of 1 images" in capsys.readouterr().out
+    written = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
+    assert written == {"predictions.json", "predictions.csv", "coco.json", "nndetection/scan_boxes.npz",
+                       "nifti/scan.nii.gz", "nifti/scan.json", "slicer/scan.mrk.json", "png/scan.png"}  # fmt: skip
+    case = json.loads((out / "predictions.json").read_text())["cases"]["scan"]
+    assert len(case["boxes"]) and min(case["scores"]) >= 0.1 and case["scores"] == sorted(case["scores"], reverse=True)
+
+
+def test_channels_are_files_and_bad_files_do_not_stop_the_rest(
+    image: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "two.ckpt", modality=("CT", "CT"))
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    for case in ("a", "b"):
+        for channel in range(2):
+            save(scans / f"{case}_{channel:04d}.nii.gz", image, AFFINE)
+    (scans / "b_0001.nii.gz").write_bytes(b"nothing")
+    assert main(["predict", str(checkpoint), str(scans), f"out={out}"]) == 1
+    assert list(json.loads((out / "predictions.json").read_text())["cases"]) == ["a"]
+    printed = capsys.readouterr()
+    assert "in 1 of 2 images" in printed.out and "b_0001.nii.gz: not a readable NIfTI file" in printed.err
+    (scans / "b_0001.nii.gz").unlink()
+    assert main(["predict", str(checkpoint), str(scans), f"out={out}"]) == 2
+    assert "b_0001.nii.gz: no such file, a channel of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["format=jsn"], "unknown format 'jsn', did you mean 'json'?"),
+        (["format=luna16"], "format=luna16 is for one class, this detector has nodule, lesion"),
+        (["threshold=high"], "threshold=high: expected a score from 0 to 1, or operating"),
+        (["threshold=operating"], "no operating point"),
+        (["precision=64"], "precision is '64'; expected one of 32, bf16, fp16"),
+        (["mirror_axes=3"], "mirror_axes is 3; expected a list of some of 0, 1, 2"),
+        (["tile_batch=0"], "tile_batch is 0; expected a whole number from 1 on"),
+    ],
+)
+def test_mistakes_are_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], line: str
+) -> None:
+    paths = [str(folder / "one.ckpt"), str(folder / "scan.nii.gz")]
+    assert main(["predict", *paths, f"out={tmp_path / 'out'}", *options]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert line in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_package_alone_stays_light() -> None:
+    script = "import pretrain3d, sys; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
