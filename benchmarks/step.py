@@ -1,0 +1,130 @@
+"""A training step of Retina U-Net, and how much of it is not the network.
+
+ResEnc-S, patches of 96^3, two at a time, 27 anchors per position on strides 4 to 32. Not the network: drawing and
+reading the patches, collating, augmenting, assigning anchors, the losses and their gradient, the optimiser. On a CPU
+the times are processor seconds, so that other processes on the machine do not count, and the network is run less often.
+
+    python benchmarks/step.py STORE [profile]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Target, report
+
+from pretrain3d.backbones.resenc import resenc_s
+from pretrain3d.data.augment import Augmentation
+from pretrain3d.data.batch import collate
+from pretrain3d.data.normalise import normalisation_for
+from pretrain3d.data.patches import PatchDataset
+from pretrain3d.data.store import Store
+from pretrain3d.detection.retina import RetinaUNet
+from pretrain3d.modules.optim import adamw, parameter_groups
+
+PATCH, BATCH, LEVELS, ANCHORS = 96, 2, (2, 3, 4, 5), {"sizes": [[4.0, 8.0, 16.0]] * 3}
+REPEATS, NETWORK_REPEATS_ON_CPU = 5, 1
+NETWORK = ("forward", "backward")
+
+
+class Stopwatch:
+    """Milliseconds by name: of the processor on a CPU, of the wall around a finished GPU."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda = cuda
+        self.times: dict[str, list[float]] = {}
+
+    def __call__(self, name: str, run: Callable[[], Any]) -> Any:
+        start = self._now()
+        result = run()
+        self.times.setdefault(name, []).append(1e3 * (self._now() - start))
+        return result
+
+    def _now(self) -> float:
+        if not self.cuda:
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class Step:
+    """One training step, piece by piece."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        torch.manual_seed(0)
+        store = Store(path)
+        cases = [case.id for case in store.cases.values() if len(case.boxes)]
+        size = (PATCH,) * 3
+        self.dataset = PatchDataset(store, cases, size, 0, normalisation_for(store, {"scheme": "zscore"}, 0))
+        self.augmentation, self.device = Augmentation(), device
+        self.backbone = resenc_s().to(device)
+        self.detector = RetinaUNet(self.backbone.levels, len(store.classes), ANCHORS, LEVELS).to(device)
+        networks = {"backbone": self.backbone, "detector": self.detector}
+        self.optimizer = adamw(parameter_groups(networks, 1e-2), lr=1e-4)
+        self.outputs: dict[str, torch.Tensor] = {}
+        self.gradients: list[torch.Tensor] = []
+
+    def data(self, index: int) -> dict[str, Any]:
+        return collate([self.dataset[BATCH * index + i] for i in range(BATCH)])
+
+    def augment(self, raw: dict[str, Any]) -> dict[str, Any]:
+        for key in ("image", "slots"):
+            raw[key] = [None if source is None else source.to(self.device) for source in raw[key]]
+        return self.augmentation(raw)
+
+    def forward(self, batch: dict[str, Any]) -> None:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            self.outputs = self.detector(self.backbone(batch["image"]), (PATCH,) * 3)
+
+    def loss(self, batch: dict[str, Any]) -> None:
+        """The losses, and their gradient down to the network's outputs."""
+        leaves = {key: value.detach().requires_grad_() for key, value in self.outputs.items()}
+        self.detector.loss(leaves, batch)["loss"].backward()
+        self.gradients = [leaf.grad for leaf in leaves.values()]  # type: ignore[misc]
+
+    def backward(self) -> None:
+        torch.autograd.backward(list(self.outputs.values()), self.gradients)
+
+    def optimise(self) -> None:
+        self.optimizer.step()
+
+
+def main() -> int:
+    """Runs the benchmark; 1 when the target is missed."""
+    cuda = torch.cuda.is_available()
+    step = Step(Path(sys.argv[1]), torch.device("cuda" if cuda else "cpu"))
+    watch = Stopwatch(cuda)
+    for index in range(-1, REPEATS):  # the first one warms up
+        watch.times = {} if index == 0 and cuda else watch.times
+        raw = watch("draw, read, collate", lambda index=index: step.data(index + 1))
+        batch = watch("augment", lambda raw=raw: step.augment(raw))
+        network = cuda or index < NETWORK_REPEATS_ON_CPU - 1
+        if network:
+            watch("forward", lambda batch=batch: step.forward(batch))
+        watch("assign, losses", lambda batch=batch: step.loss(batch))
+        if network:
+            watch("backward", step.backward)
+        watch("optimise", step.optimise)
+    if "profile" in sys.argv[2:]:
+        with torch.profiler.profile() as record:
+            step.augment(step.data(REPEATS + 1))
+            step.loss(batch)
+        print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+    bound = 0.05 if cuda else 0.1
+    target = Target("share of what is not the network", _rest, bound, at_most=True)
+    inputs = f"resenc_s, {BATCH} patches of {PATCH}^3, {len(step.detector.anchors.base)} anchors per position"
+    return report("Training step", "ms", inputs, (), watch.times, [target])
+
+
+def _rest(medians: Any) -> float:
+    total = sum(medians.values())
+    return (total - sum(medians[name] for name in NETWORK)) / total
+
+
+if __name__ == "__main__":
+    sys.exit(main())
