@@ -13,7 +13,8 @@ USAGE = """\
 pretrain3d prepare RAW_FOLDER out=STORE reader=nndetection|openkbp|images [spacing_mm=null patch_size=null workers=2]
 
 Reads every case of RAW_FOLDER, turns it to RAS axes, crops it to the body, resamples it and writes it to STORE with its
-boxes and statistics; then plans patch size and anchors in STORE/plan.yaml. Intensities stay as they are.
+boxes and statistics; then plans patch, batch, levels and anchors in STORE/plan.yaml, for the small default backbone
+and the memory here: `pretrain3d plan` does that again for others. Intensities stay as they are.
 A repeated call does only what is missing or has changed, so an interrupted one is continued. A case that cannot be
 read is named with its reason, the rest goes on, and the exit status is 1.
 
