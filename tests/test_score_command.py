@@ -11,8 +11,10 @@ import pytest
 from test_matching import random_cases
 
 from pretrain3d.__main__ import main
+from pretrain3d.evaluation.matching import match
 from pretrain3d.evaluation.protocol import KEYS, evaluate
 from pretrain3d.evaluation.scorefile import write
+from pretrain3d.evaluation.statistics import bootstrap
 
 
 @pytest.fixture
@@ -42,6 +44,41 @@ def test_table_and_file(files: tuple[str, str], tmp_path: Path, capsys: pytest.C
     assert lines[4].split() == ["absent", "0", "-", "-", "-", "-", "-"]
 
 
+def test_sizes_patients_and_a_case_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    predictions, targets = random_cases(0, cases=8, boxes=20, objects=4, classes=2)
+    for index, entry in enumerate(targets.values()):
+        entry.update(spacing_mm=[1, 1, 2], group=f"patient {index // 2}")  # type: ignore[call-overload]
+    write(tmp_path / "p.json", ["a", "b"], predictions)
+    write(tmp_path / "t.json", ["a", "b"], targets)
+    table = tmp_path / "cases.tsv"
+    table.write_text("case\tsite\n" + "".join(f"{case}\t{'NS'[i % 2]}\n" for i, case in enumerate(targets)))
+    out = tmp_path / "out.json"
+    files = [f"predictions={tmp_path / 'p.json'}", f"targets={tmp_path / 't.json'}", f"out={out}", "samples=30"]
+    assert main(["score", *files, "sizes=[500, 2000]", f"cases={table}", "by=site"]) == 0
+    written = json.loads(out.read_text())
+    groups = {case: f"patient {index // 2}" for index, case in enumerate(targets)}
+    expected = bootstrap(match(predictions, targets, ["a", "b"]), samples=30, groups=groups)["metrics"]["mAP"]
+    assert [written["mAP"], *written["intervals"]["mAP"]] == pytest.approx(list(expected.values()))
+    assert list(written["by_size"]) == ["0-500", "500-2000", "2000-"]
+    assert sum(row["objects"] for row in written["by_size"].values()) == sum(len(t["labels"]) for t in targets.values())
+    south = [case for index, case in enumerate(targets) if index % 2]
+    alone = evaluate({i: predictions[i] for i in south}, {i: targets[i] for i in south}, ["a", "b"])
+    assert written["by"]["site"]["S"]["mAP"] == pytest.approx(alone["mAP"])
+    assert written["by"]["site"]["S"]["num_cases"] == 4
+    assert set(written["curves"]["froc_per_class"]) == {"a", "b"}
+    shown = capsys.readouterr().out
+    for text in ("by site", "by size in mm3", "500-2000", "95 % intervals over patients", "cases without: AUROC"):
+        assert text in shown
+    for arguments, said in [
+        (["sizes=[5,3]"], "expected ascending volumes"),
+        (["sizes=big"], "expected ascending volumes"),
+        (["by=site"], "by=site needs cases=TABLE as well"),
+        ([f"cases={table}", "by=scanner"], "no column 'scanner'"),
+    ]:
+        assert main(["score", *files, *arguments]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_mistakes_are_one_line_and_status_2(
     files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,6 +87,7 @@ def test_mistakes_are_one_line_and_status_2(
         ([*files, "sample=3"], "did you mean 'samples'"),
         ([*files, "samples=-1"], "samples=-1"),
         ([*files, "boxes.json"], "boxes.json"),
+        ([*files, "sizes=[9]"], "case 'case0' has no spacing_mm"),
         ([files[0], f"targets={tmp_path / 'none.json'}"], "none.json"),
     ]:
         assert main(["score", *arguments]) == 2

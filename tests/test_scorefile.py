@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pretrain3d.config import UserError
-from pretrain3d.evaluation.scorefile import read, read_pair, write
+from pretrain3d.evaluation.scorefile import groups_of, read, read_pair, write
 
 BOX = [1, 2, 3, 4, 5, 6.5]
 
@@ -53,6 +53,16 @@ def test_targets_say_what_was_annotated(tmp_path: Path) -> None:
     assert [entry["annotated"] for entry in read(path, "targets").cases.values()] == [(0, 1), (0,), ()]
 
 
+def test_targets_may_say_sizes_and_patients(tmp_path: Path) -> None:
+    about = {"volumes_mm3": np.array([12.5]), "spacing_mm": np.array([1.0, 1.0, 2.5]), "group": "patient 7"}
+    write(tmp_path / "t.json", ["nodule"], {"a": case(**about), "b": case(group="patient 7"), "c": case()})
+    cases = read(tmp_path / "t.json", "targets").cases
+    assert cases["a"]["volumes_mm3"].tolist() == [12.5] and cases["a"]["spacing_mm"].tolist() == [1, 1, 2.5]
+    assert "spacing_mm" not in cases["b"]
+    assert groups_of(cases) == {"a": "patient 7", "b": "patient 7", "c": "case c"}
+    assert groups_of({"c": cases["c"]}) is None
+
+
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
@@ -88,6 +98,11 @@ def test_a_bad_prediction_is_named(tmp_path: Path, entry: Any, said: str) -> Non
         (case([[1, 2, 3, 4, 2, 6]]), "is empty: y2 = y1"),
         (case(annotated=[5]), "annotated must list class indices of 0..1, not [5]"),
         (case(annotated=1), "annotated must list class indices"),
+        (case(volumes_mm3=[]), "volumes_mm3 must be 1 positive numbers, not []"),
+        (case(volumes_mm3=[0]), "volumes_mm3 must be 1 positive numbers, not [0]"),
+        (case(spacing_mm=[1, 1]), "spacing_mm must be 3 positive numbers, not [1, 1]"),
+        (case(spacing_mm=1), "spacing_mm must be 3 positive numbers, not 1"),
+        (case(group=7), "group must be a name, not 7"),
         (case(labels=[1], annotated=[0]), "has objects of class 1, which its annotated [0] leaves out"),
     ],
 )

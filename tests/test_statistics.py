@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from test_matching import Case, random_cases
@@ -9,7 +11,16 @@ from test_matching import Case, random_cases
 from pretrain3d.config import UserError
 from pretrain3d.evaluation.matching import match
 from pretrain3d.evaluation.protocol import KEYS, evaluate, values
-from pretrain3d.evaluation.statistics import bootstrap, evaluate_with_intervals, paired_difference, resample
+from pretrain3d.evaluation.statistics import (
+    bootstrap,
+    bootstrap_runs,
+    evaluate_with_intervals,
+    holm,
+    paired_difference,
+    resample,
+    row_samples,
+    sample_weights,
+)
 
 CLASSES = ["a", "b"]
 
@@ -118,6 +129,73 @@ def test_pairs_need_the_same_cases_and_classes() -> None:
         paired_difference(whole, part)
     with pytest.raises(UserError, match="different classes"):
         paired_difference(whole, match(predictions, targets, ["a", "c"]))
+
+
+def shifted(predictions: dict[str, Case], share: float) -> dict[str, Case]:
+    """The predictions of the lower scores moved away."""
+    return {
+        name: {**entry, "boxes": entry["boxes"] + np.where(entry["scores"] < share, 50.0, 0.0)[:, None]}
+        for name, entry in predictions.items()
+    }
+
+
+def test_runs_of_one_method_are_averaged_and_drawn() -> None:
+    """One patient, so that only the seeds vary: a quarter of the samples holds one of them only."""
+    predictions, targets = distinct(3, 6)
+    a, b = (match(shifted(predictions, share), targets, CLASSES) for share in (0.0, 0.6))
+    low, high = sorted(bootstrap(run, 0)["metrics"]["mAP"]["value"] for run in (a, b))
+    entry = bootstrap_runs([a, b], samples=200, groups=dict.fromkeys(targets, "one"))["metrics"]["mAP"]
+    assert entry == pytest.approx({"value": (low + high) / 2, "low": low, "high": high}) and low < high
+    assert bootstrap_runs([a], 50)["metrics"]["mAP"] == bootstrap(a, 50)["metrics"]["mAP"]
+    twice = bootstrap_runs([a, a], 50)["metrics"]["mAP"]  # two equal runs know no more than one
+    assert twice == pytest.approx(bootstrap(a, 50)["metrics"]["mAP"])
+
+
+def test_several_runs_see_the_same_patients_in_every_sample() -> None:
+    """The mean of the drawn runs, sample by sample: between the runs' own values on that sample's cases."""
+    predictions, targets = distinct(3, 6)
+    runs = [match(shifted(predictions, share), targets, [*CLASSES, "absent"]) for share in (0.0, 0.4, 0.8)]
+    ((overall, per_class),) = row_samples([runs], 60, seed=4)
+    own = np.stack([values(run, sample_weights(run, 60, 4, None))[0]["AP@0.10"] for run in runs])
+    assert overall["AP@0.10"][0] == pytest.approx(own[:, 0].mean())
+    thirds = np.array([[i, j, 3 - i - j] for i in range(4) for j in range(4 - i)]) / 3  # every draw of three runs
+    for sample in range(1, 61):
+        assert np.isclose(thirds @ own[:, sample], overall["AP@0.10"][sample]).any()
+    assert np.isnan(per_class["absent"]["mAP"]).all()
+
+
+def test_folds_are_drawn_the_same_for_both_rows() -> None:
+    """Two folds of one patient each: fold 0 gains nothing, fold 1 something, so samples hold 0, half or all of it."""
+    predictions, targets = distinct(4, 6)
+    parts = [sorted(targets)[:3], sorted(targets)[3:]]
+    groups = {name: str(number) for number, part in enumerate(parts) for name in part}
+
+    def fold(part: list[str], share: float) -> Any:
+        found = shifted({name: predictions[name] for name in part}, share)
+        return match(found, {name: targets[name] for name in part}, CLASSES)
+
+    a = [fold(parts[0], 0.0), fold(parts[1], 0.95)]
+    b = [fold(parts[1], 0.0), fold(parts[0], 0.0)]  # in any order
+    gain = bootstrap(b[0], 0)["metrics"]["mAP"]["value"] - bootstrap(a[1], 0)["metrics"]["mAP"]["value"]
+    entry = paired_difference(a, b, samples=200, groups=groups)["metrics"]["mAP"]
+    assert gain > 0 and [entry["low"], entry["difference"], entry["high"]] == pytest.approx([0, gain / 2, gain])
+    with pytest.raises(UserError, match="'p' is among the cases of two folds"):
+        paired_difference(a, b, groups=dict.fromkeys(targets, "p"))
+    with pytest.raises(UserError, match="cannot be paired"):
+        paired_difference(a, b[:1])
+
+
+def test_holm() -> None:
+    """A worked example; None is no comparison; adjusted values keep the order and end at 1."""
+    assert holm([0.01, 0.04, None, 0.03, 0.005]) == pytest.approx([0.03, 0.06, None, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([None]) == [None] and holm([0.2]) == [0.2]
+
+
+def test_a_difference_without_objects_has_no_p() -> None:
+    predictions, targets = distinct(1, 6)
+    one = match(predictions, targets, [*CLASSES, "absent"])
+    entry = paired_difference(one, one, 20)["per_class"]["absent"]["mAP"]
+    assert entry == {"a": None, "b": None, "difference": None, "low": None, "high": None, "p": None}
 
 
 def test_rows_per_case_add_up() -> None:
