@@ -128,7 +128,8 @@ class BaseModule(lightning.LightningModule):
         for parameter in chosen:
             parameter.requires_grad_(not frozen)
         self._frozen = chosen if frozen else []
-        self.train(self.training)
+        if chosen:
+            self.backbone.train(self.training and not frozen)
 
     def _rebuild_ddp(self) -> None:
         """Wraps the module in a new `DistributedDataParallel`.
@@ -142,7 +143,7 @@ class BaseModule(lightning.LightningModule):
             UserError: the strategy shards the parameters.
         """
         strategy = self.trainer.strategy
-        if isinstance(strategy, DDPStrategy):
+        if type(strategy) is DDPStrategy:  # DeepSpeed's is one of its heirs
             strategy.model = self
             gc.collect()  # the old wrapper's buckets are as large as all gradients
             strategy.configure_ddp()
