@@ -140,6 +140,21 @@ def test_every_tap_of_every_kernel_learns():
             assert module.weight.grad is not None and (module.weight.grad.abs().amax((0, 1)) > 0).all()
 
 
+@pytest.mark.parametrize("masking", ["zero", "sparse"])
+def test_checkpointing_changes_nothing(masking):
+    torch.manual_seed(0)
+    backbone, method = make("slice_mae", SHAPE, block=4)
+    state, gradients = backbone.state_dict(), []
+    for checkpointing in (False, True):
+        other = ResEnc([4, 6, 8], [1, 1, 1], [1, 2, 2], masking=masking, checkpointing=checkpointing)
+        other.load_state_dict(state)
+        prepared = method.prepare({**make_batch(SHAPE), "image": torch.ones(2, 1, *SHAPE).cumsum(2)}, generators(0, 1))
+        method.loss(method(other, prepared), prepared)["loss"].backward()
+        gradients.append([p.grad for p in other.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_loss_voxels_are_hidden_and_hidden_voxels_are_not_read():
     check_hidden_is_scored("slice_mae", SHAPE, block=4)
 

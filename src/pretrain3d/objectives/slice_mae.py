@@ -21,8 +21,8 @@ from pretrain3d.objectives.masking import slice_mask
 class SliceMAE(nn.Module):
     """A sample is the stack of slices of its patch across an axis drawn at random; the stack becomes the batch.
 
-    In every slice the same share of square blocks is hidden; no two slices share a mask or see each other. The loss is
-    `mae.MAE`'s. The backbone gets images of size 1 along the axis. It takes such a slice for a volume that does not
+    In every slice the same share of square blocks is hidden, each by a draw of its own, and no slice sees another one.
+    The loss is `mae.MAE`'s. The backbone gets images of size 1 along the axis. It takes such a slice for a volume that does not
     change along the axis (`backbones.convolution.slice_axis`): kernels act by their sum over it and strides along it do
     nothing. So every weight learns, whichever axis is drawn, and the weights fit volumes as they are.
 
