@@ -22,9 +22,9 @@ class SliceMAE(nn.Module):
     """A sample is the stack of slices of its patch across an axis drawn at random; the stack becomes the batch.
 
     In every slice the same share of square blocks is hidden, each by a draw of its own, and no slice sees another one.
-    The loss is `mae.MAE`'s. The backbone gets images of size 1 along the axis. It takes such a slice for a volume that does not
-    change along the axis (`backbones.convolution.slice_axis`): kernels act by their sum over it and strides along it do
-    nothing. So every weight learns, whichever axis is drawn, and the weights fit volumes as they are.
+    The loss is `mae.MAE`'s. The backbone gets images of size 1 along the axis, and takes such a slice for a volume that
+    does not change along it (`backbones.convolution.slice_axis`): kernels act by their sum over the axis, strides along
+    it do nothing. So every weight learns, whichever axis is drawn, and the weights fit volumes as they are.
 
     Args:
         levels: of the backbone, finest first.
