@@ -21,15 +21,15 @@ def tiny_checkpoint(
     seed: int = 0,
     **more: Any,
 ) -> Path:
-    """Two levels, tiles of 16^3, random weights of a ``seed``; ``more`` goes into the note."""
+    """Two levels, tiles of 16^3 that find 20 boxes each, random weights of a ``seed``; ``more`` goes into the note."""
     torch.manual_seed(seed)
     backbone = {
         "name": "resenc", "channels": [8, 16], "blocks": [1, 1], "strides": [1, 2],
         "in_channels": len(modality),
     }  # fmt: skip
     detector = {"name": "retinanet", "detection_levels": [1], "anchors": {"boxes": [[6, 6, 6], [3, 3, 3]]},
-                "fpn_channels": 16, "num_convs": 0}  # fmt: skip
-    module = {"name": "detection", "detector": detector, "optimizer": {"name": "adamw", "lr": 0.001}}
+                "fpn_channels": 16, "num_convs": 0, "detections_per_patch": 20}  # fmt: skip
+    module = {"name": "detection", "detector": detector, "optimizer": {"name": "adamw", "lr": 0.001}, "overlap": 0.25}
     intensity = {"scheme": "window", "low": -1000.0, "high": 300.0, "mean": -350.0, "std": 650.0}
     note = {
         "kind": "detection", "backbone": backbone, "module": module, "classes": list(classes), "mirror_classes": {},

@@ -42,10 +42,11 @@ def sweep_runs(folders: list[RunFolder], checkpoint: str, metric: str, false_pos
     Raises:
         UserError: the runs have different classes, or there is no object to find.
     """
-    from pretrain3d.detection.sweep import SweepCase, sweep
+    from pretrain3d.detection.sweep import SweepCase, check_metric, sweep
     from pretrain3d.modules.checkpoint import store_inference
     from pretrain3d.reporting.results import write_json
 
+    check_metric(metric)
     runs = [load_run(folder, checkpoint) for folder in folders]
     classes = runs[0][0].classes
     for folder, (module, _) in zip(folders, runs, strict=True):

@@ -100,10 +100,12 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
     settings = folder.config()
     case_ids = held_out({"test": datamodule.test_ids, "val": datamodule.val_ids}, split)
     chosen = unswept(module, case_ids)
+    threshold = chosen["operating"]["threshold"] if chosen else None
     backbone_fingerprint = fingerprint(module.best_networks()[0].state_dict())
     step = module.note["source"]["step"]
     asked = {"checkpoint": checkpoint, "split": split, "samples": samples, "step": step,
-             "fingerprint": fingerprint(module.state_dict()), "merging": module.merging.to_dict()}  # fmt: skip
+             "fingerprint": fingerprint(module.state_dict()), "merging": module.merging.to_dict(),
+             "threshold": threshold}  # fmt: skip
     if is_current(folder.path / "result.json", asked):
         print(f"{folder.path / 'result.json'} is of these weights already, nothing to do")
         return
@@ -132,7 +134,6 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
             "transfer": transfer,
         },
     }
-    threshold = chosen["operating"]["threshold"] if chosen else None
     score_cases(folder.path, settings["name"], datamodule.store, case_ids, predict, about, samples, threshold)
     log_to_wandb(folder, settings)
 

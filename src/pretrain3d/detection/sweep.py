@@ -69,6 +69,12 @@ class Sweep:
         return {**values, "operating_points": self.operating_points, "merging": self.merging.to_dict()}
 
 
+def check_metric(metric: str) -> None:
+    """Raises `UserError` unless ``metric`` is a key of `evaluation.protocol.KEYS`."""
+    if metric not in KEYS:
+        raise UserError(f"metric={metric} is unknown{suggestion(metric, KEYS) or '.'} Known: {', '.join(KEYS)}")
+
+
 def sweep(
     cases: Mapping[str, SweepCase],
     classes: Sequence[str],
@@ -86,10 +92,9 @@ def sweep(
         false_positives: per case, of the operating point.
 
     Raises:
-        UserError: an unknown metric, or no case has an object.
+        UserError: an unknown metric, one that these cases do not define, or no case has an object.
     """
-    if metric not in KEYS:
-        raise UserError(f"metric={metric} is unknown{suggestion(metric, KEYS) or '.'} Known: {', '.join(KEYS)}")
+    check_metric(metric)
     if not any(len(case.target["labels"]) for case in cases.values()):
         raise UserError(f"none of the {len(cases)} validation cases has an object to find; a sweep needs some")
     targets = {case_id: case.target for case_id, case in cases.items()}
@@ -99,6 +104,8 @@ def sweep(
         if merging not in seen:
             matches = match(_predictions(cases, merging), targets, classes)
             seen[merging] = float(values(matches, np.ones((1, len(cases))))[0][metric][0])
+            if np.isnan(seen[merging]):
+                raise UserError(f"{metric} is not defined on these {len(cases)} validation cases; take another metric")
         return seen[merging]
 
     best = Merging()

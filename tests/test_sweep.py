@@ -1,0 +1,188 @@
+"""The search for merge settings, and operating points, against their definitions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_tiles import PerfectDetector, coordinates, spread_objects
+from tiny_detector import tiny_checkpoint
+from tiny_store import tiny_store
+
+from pretrain3d import boxes as box_ops
+from pretrain3d.__main__ import main
+from pretrain3d.config import UserError, to_yaml
+from pretrain3d.detection.contract import Detections
+from pretrain3d.detection.merge import Merging, merge
+from pretrain3d.detection.sweep import GRID, SweepCase, measure_at, operating_points, sweep
+from pretrain3d.detection.tiles import predict_views
+from pretrain3d.evaluation.protocol import evaluate
+from pretrain3d.modules.base import NOTE
+from pretrain3d.modules.checkpoint import read_checkpoint
+
+SHAPE = (40, 36, 34)
+
+
+class Doubting:
+    """Sees every object twice, the second time shifted by a third of its size, and is sure of small specks."""
+
+    def __init__(self, boxes: torch.Tensor, specks: torch.Tensor) -> None:
+        self.perfect = PerfectDetector(boxes, torch.zeros(len(boxes), dtype=torch.long))
+        self.specks = PerfectDetector(specks, torch.zeros(len(specks), dtype=torch.long))
+
+    def __call__(self, patches: torch.Tensor) -> list[Detections]:
+        pairs = zip(self.perfect(patches), self.specks(patches), strict=True)
+        return [self.look(found, specks) for found, specks in pairs]
+
+    def look(self, found: Detections, specks: Detections) -> Detections:
+        shift = torch.zeros(len(found), 6)
+        shift[:, [0, 3]] = (box_ops.sizes(found.boxes)[:, :1] / 3).expand(-1, 2)
+        boxes = torch.cat([found.boxes, (found.boxes + shift).clamp(0, 32), specks.boxes])
+        scores = torch.cat([found.scores, found.scores - 0.05, specks.scores + 0.05])
+        keep = (box_ops.sizes(boxes) > 0.5).all(dim=1)
+        return Detections(boxes, scores, torch.zeros(len(boxes), dtype=torch.long))[keep]
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[str, SweepCase]:
+    result = {}
+    for index in range(3):
+        every = spread_objects(SHAPE, 6, 9, seed=index)
+        boxes, specks = every[::5], every[2::5].clone()
+        specks[:, 3:] = specks[:, :3] + 2
+        views = predict_views(Doubting(boxes, specks), coordinates(SHAPE), (32, 32, 32), 0.5, 8, -1.0, mirror_axes=(2,))
+        target: dict[str, Any] = {"boxes": boxes.numpy(), "labels": np.zeros(len(boxes), np.int64)}
+        result[f"case_{index}"] = SweepCase(views, target)
+    return result
+
+
+def predictions(cases: dict[str, SweepCase], merging: Merging) -> dict[str, Any]:
+    merged = {case: merge(each.views, merging) for case, each in cases.items()}
+    return {case: {"boxes": found.boxes.numpy(), "scores": found.scores.numpy(), "labels": found.labels.numpy()}
+            for case, found in merged.items()}  # fmt: skip
+
+
+def test_a_sweep_finds_what_hides_specks(cases: dict[str, SweepCase]) -> None:
+    found = sweep(cases, ["object"], "AP@0.50", false_positives=0.5)
+    assert found.value > found.value_before + 0.02
+    assert found.merging.min_size > 2  # specks of 2^3 are gone, at no cost
+    targets = {case: each.target for case, each in cases.items()}
+    assert found.value == evaluate(predictions(cases, found.merging), targets, ["object"])["AP@0.50"]
+    assert found.value_before == evaluate(predictions(cases, Merging()), targets, ["object"])["AP@0.50"]
+    assert found.value == max(trial["AP@0.50"] for trial in found.trials)
+    tried = [Merging(**{key: value for key, value in trial.items() if key != "AP@0.50"}) for trial in found.trials]
+    assert len(set(tried)) == len(tried) and Merging() in tried and found.merging in tried
+    for name, values in GRID.items():
+        assert {getattr(merging, name) for merging in tried} >= set(values)
+    assert found.operating["false_positives_per_case"] == 0.5 and len(found.operating_points) == 7
+    assert json.loads(json.dumps(found.to_dict()))["merging"] == found.merging.to_dict()
+
+
+def test_settings_that_make_no_difference_stay(cases: dict[str, SweepCase]) -> None:
+    """With one view neither the method nor its threshold matters: a tie is no reason to leave the default."""
+    perfect = {}
+    for case, each in cases.items():
+        boxes = torch.from_numpy(each.target["boxes"])
+        detector = PerfectDetector(boxes, torch.zeros(len(boxes), dtype=torch.long))
+        perfect[case] = SweepCase(predict_views(detector, coordinates(SHAPE), (32, 32, 32), 0.5, 8, -1.0), each.target)
+    found = sweep(perfect, ["object"])
+    assert found.merging == Merging() and found.value == found.value_before == 1.0
+    assert found.operating["sensitivity"] == 1.0 and found.operating["threshold"] == 0.0
+
+
+def slow_operating_point(found: dict[str, Any], targets: dict[str, Any], rate: float) -> tuple[float, float]:
+    """The lowest of all cuts between scores that keeps the rate: false positives per case, and sensitivity."""
+    scores = sorted({score for each in found.values() for score in each["scores"].tolist()})
+    cuts = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(scores)), 2.0]
+    for cut in cuts:
+        measured = measure_at(cut, found, targets, ["a", "b"])
+        if measured["false_positives_per_case"] <= rate:
+            return measured["false_positives_per_case"], measured["sensitivity"]
+    raise AssertionError("a cut above all scores keeps every rate")
+
+
+@pytest.mark.parametrize("rate", [0.0, 1 / 8, 0.5, 1.0, 2.0, 50.0])
+def test_operating_points_keep_their_rate_and_no_less(rate: float) -> None:
+    rng = np.random.default_rng(4)
+    found, targets = {}, {}
+    for case in ("x", "y", "z"):
+        true = np.array([[i * 10.0, 0, 0, i * 10 + 5, 5, 5] for i in range(4)])
+        boxes = np.vstack([true[:3] + rng.normal(0, 0.3, (3, 6)), true[:3] + 40])
+        found[case] = {"boxes": boxes, "scores": np.round(rng.random(6), 1), "labels": np.array([0, 0, 1, 0, 1, 1])}
+        targets[case] = {"boxes": true, "labels": np.array([0, 0, 1, 1])}
+    (row,) = operating_points(found, targets, ["a", "b"], [rate])
+    measured = measure_at(row["threshold"], found, targets, ["a", "b"])
+    assert (row["measured"], row["sensitivity"]) == (measured["false_positives_per_case"], measured["sensitivity"])
+    assert (row["measured"], row["sensitivity"]) == slow_operating_point(found, targets, rate)
+
+
+def test_operating_points_of_nothing() -> None:
+    none = {"boxes": np.zeros((0, 6)), "scores": np.zeros(0), "labels": np.zeros(0, np.int64)}
+    (row,) = operating_points({"a": none}, {"a": none}, ["object"], [1.0])
+    assert row == {"false_positives_per_case": 1.0, "threshold": 0.0, "sensitivity": 0.0, "measured": 0.0}
+
+
+def test_mistakes_are_named(cases: dict[str, SweepCase]) -> None:
+    with pytest.raises(UserError, match=r"metric=mAPP is unknown, did you mean 'mAP'"):
+        sweep(cases, ["object"], "mAPP")
+    bare = {case: SweepCase(each.views, {"boxes": np.zeros((0, 6)), "labels": np.zeros(0)})
+            for case, each in cases.items()}  # fmt: skip
+    with pytest.raises(UserError, match="none of the 3 validation cases has an object"):
+        sweep(bare, ["object"])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a finished run: an untrained detector on a small store."""
+    store = tiny_store(tmp_path / "store", num_train=3, num_pretrain=0)
+    folder = tmp_path / "run"
+    tiny_checkpoint(folder / "checkpoints" / "last.ckpt", transfer=None, processes=1)
+    data = {"store": str(store.path), "fold": 1, "num_folds": 3, "batch_size": 1}
+    settings = {"name": "run", "seed": 0, "data": data, "backbone": {"name": "resenc"},
+                "trainer": {"accumulate_grad_batches": 1}}  # fmt: skip
+    (folder / "config.yaml").write_text(to_yaml(settings))
+    (folder / "state.json").write_text('{"status": "finished", "step": 1, "seconds": 1.0}')
+    return folder
+
+
+def test_the_command_keeps_what_it_found_and_test_uses_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    assert main(["test", str(run), "samples=5", "pictures=0"]) == 0
+    before = json.loads((run / "result.json").read_text())
+    assert before["operating"] is None and before["asked"]["merging"] == Merging().to_dict()
+    assert main(["sweep", str(run), "metric=FROC@0.10", "false_positives=2"]) == 0
+    stored = read_checkpoint(checkpoint)[NOTE]["inference"]
+    assert stored["metric"] == "FROC@0.10" and stored["operating"]["false_positives_per_case"] == 2
+    assert stored["cases"] and all(case.startswith("train") for case in stored["cases"])
+    record = json.loads((run / "sweep.json").read_text())
+    assert record["merging"] == stored["merging"] and len(record["trials"]) > 20
+    written = checkpoint.read_bytes()
+    capsys.readouterr()
+    assert main(["sweep", str(run), "metric=FROC@0.10", "false_positives=2"]) == 0
+    assert "nothing to do" in capsys.readouterr().out and checkpoint.read_bytes() == written
+
+    assert main(["test", str(run), "samples=5", "pictures=0"]) == 0  # not current any more: other settings
+    after = json.loads((run / "result.json").read_text())
+    assert after["asked"]["merging"] == stored["merging"]
+    assert after["operating"]["threshold"] == stored["operating"]["threshold"]
+    assert main(["test", str(run), "split=val", "samples=5", "pictures=0"]) == 0  # the cases that were swept on
+    assert "chosen on these cases: the defaults are used" in capsys.readouterr().out
+    result = json.loads((run / "result.json").read_text())
+    assert result["operating"] is None and result["asked"]["merging"] == Merging().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [(["metric=mAPP"], "metric=mAPP is unknown"), (["false_positives=0"], "expected a number above 0"),
+     (["checkpoint=best"], "holds no checkpoints/best.ckpt")],
+)  # fmt: skip
+def test_mistakes_of_the_command(run: Path, capsys: pytest.CaptureFixture[str], options: list[str], line: str) -> None:
+    assert main(["sweep", str(run), *options]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert line in errors[-1] and errors[-1].startswith("pretrain3d: error:")
+    assert "inference" not in read_checkpoint(run / "checkpoints" / "last.ckpt")[NOTE]
