@@ -1,0 +1,98 @@
+"""`test`: what it leaves for others to read, and the way of a result to W&B."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_store import blocks, make_case, write_store
+
+from pretrain3d.__main__ import main
+from pretrain3d.commands.test import log_to_wandb
+from pretrain3d.config import to_yaml
+from pretrain3d.reporting import wandb_logger
+from pretrain3d.reporting.results import read_result, write_result
+from pretrain3d.reporting.run_folder import RunFolder
+
+BOXES = [(2, 2, 2, 6, 6, 6), (8, 8, 8, 12, 12, 12)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Five training cases and four test cases of two patients, the same objects in all."""
+    cases = []
+    for index in range(9):
+        mask = blocks((16, 16, 16), BOXES)
+        image = np.zeros((1, 16, 16, 16), np.float32)
+        split, group = ("train", f"t{index}") if index < 5 else ("test", f"patient {index // 7}")
+        cases.append((make_case(f"c{index}", image, mask, [0, 1], split, group), image, mask))
+    write_store(tmp_path / "store", cases)
+    return tmp_path / "store"
+
+
+def test_files_say_sizes_and_patients(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["test", "baseline=mean_box", f"store={store}", f"out={out}", "samples=20"]) == 0
+    cases = json.loads((out / "targets.json").read_text())["cases"]
+    assert list(cases) == ["c5", "c6", "c7", "c8"]
+    assert cases["c5"]["group"] == "patient 0" and cases["c8"]["group"] == "patient 1"
+    assert cases["c5"]["spacing_mm"] == [1, 1, 1] and cases["c5"]["volumes_mm3"] == [1, 1]
+    result = read_result(out)
+    assert sum(row["objects"] for row in result["by_size"].values()) == 8
+    assert {"case_AUROC", "case_AP"} <= set(result["metrics"])
+    # every case is the same, so that the score command finds `test`'s number in every sample of patients
+    files = [f"predictions={out / 'predictions.json'}", f"targets={out / 'targets.json'}"]
+    assert main(["score", *files, f"out={tmp_path / 'again.json'}", "samples=20"]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    for key in ("mAP", "FROC@0.50"):
+        assert [again[key], *again["intervals"][key]] == pytest.approx(list(result["metrics"][key].values()))
+    assert again["by_size"].keys() == result["by_size"].keys()
+
+
+def a_run(folder: Path, logger: Any, used: bool) -> tuple[RunFolder, dict[str, Any]]:
+    settings = {"name": "r", "logger": logger}
+    write_result(folder, run="r", metrics={"mAP": {"value": 0.5, "low": None, "high": None}}, per_class={}, curves={},
+                 cases=[], config=settings, seed=0, data={})  # fmt: skip
+    (folder / "config.yaml").write_text(to_yaml(settings))
+    if used:
+        (folder / "wandb").mkdir()
+        (folder / "wandb" / "run-id.txt").write_text("abc\n")
+    return RunFolder(folder), settings
+
+
+@pytest.mark.parametrize(
+    ("logger", "used", "logs"),
+    [
+        ({"wandb": {"mode": "offline"}}, True, True),
+        ({"wandb": {"mode": "offline"}}, False, False),  # asked for, but training left no W&B run
+        ({"wandb": None}, True, False),
+        (None, True, False),
+    ],
+)
+def test_a_result_goes_to_the_wandb_run_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logger: Any, used: bool, logs: bool
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(wandb_logger, "log_result", lambda *arguments: calls.append(arguments))
+    folder, settings = a_run(tmp_path / "r", logger, used)
+    log_to_wandb(folder, settings)
+    expected = [(logger["wandb"], folder.path, settings, read_result(folder.path))] if logs else []
+    assert calls == expected
+
+
+def test_a_wandb_that_fails_does_not_stop_a_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def init(**_: Any) -> None:
+        raise RuntimeError("no service")
+
+    monkeypatch.setattr(wandb, "init", init)
+    folder, settings = a_run(tmp_path / "r", {"wandb": {"mode": "offline"}}, True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log_to_wandb(folder, settings)
+    assert any("no W&B log of this run: RuntimeError: no service" in str(each.message) for each in caught)
