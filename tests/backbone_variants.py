@@ -35,7 +35,6 @@ VARIANTS = {
     "resenc": Variant("resenc", (8, 24, 16), STAGES),
     "resenc-sparse": Variant("resenc", (8, 24, 16), {**STAGES, "masking": "sparse"}),
     "resenc_xs": Variant("resenc_xs", (32, 32, 48)),
-    "resenc_xs-sparse": Variant("resenc_xs", (32, 32, 48), {"masking": "sparse"}),
     "primus": Variant("primus", (8, 24, 16), PRIMUS),
     "primus-deep": Variant("primus", (8, 24, 16), {**PRIMUS, "drop_path": 0.2, "checkpointing": True}),
     "vit": Variant("vit", (16, 24, 8), VIT),

@@ -11,7 +11,7 @@ from pretrain3d.backbones.decoders import image_decoder
 from pretrain3d.config import UserError, build
 
 EMBEDDING = [name for name in VARIANTS if name.split("-")[0] in ("primus", "vit", "swin")]
-CHECKPOINTING = ("resenc", "resenc_xs-sparse", "primus", "vit", "swin")
+CHECKPOINTING = ("resenc", "resenc-sparse", "primus", "vit", "swin")
 
 
 def node(name: str) -> dict[str, object]:
