@@ -78,6 +78,8 @@ def test_loss_by_loops():
     assert losses["loss"].item() == pytest.approx(entropy + dice(chances), rel=1e-5)
     even = np.full_like(chances, 1 / 3)
     assert losses["uniform"].item() == pytest.approx(math.log(3) + dice(even), rel=1e-5)
+    shares = [np.mean([targets[v] == k for v in voxels]) for k in range(3)]
+    assert losses["prior"].item() == pytest.approx(-sum(p * math.log(p) for p in shares if p), rel=1e-5)
     found = chances.argmax(-1)
     assert losses["accuracy"].item() == pytest.approx(np.mean([found[v] == targets[v] for v in voxels]), rel=1e-5)
     ious = []

@@ -119,8 +119,9 @@ class VolumeFusion(nn.Module):
 
         Returns:
             ``loss``; its parts ``cross_entropy`` and ``dice`` (1 - the mean over samples and classes of the soft Dice);
-            ``uniform``, the loss when every class is equally likely everywhere; ``accuracy``; ``mIoU``, the mean over
-            the classes that were there or predicted, each over the whole batch.
+            ``uniform``, the loss when every class is equally likely everywhere; ``prior``, the cross-entropy when the
+            shares of the classes in the batch are predicted everywhere; ``accuracy``; ``mIoU``, the mean over the
+            classes that were there or predicted, each over the whole batch.
         """
         logits, inside = outputs["logits"].float(), prepared["inside"]  # (B, K, X, Y, Z), (B, 1, X, Y, Z)
         classes = torch.arange(self.classes, device=logits.device).view(1, -1, 1, 1, 1)
@@ -134,12 +135,13 @@ class VolumeFusion(nn.Module):
             inside.sum().float(),
             logits.new_full((), len(logits)),
         ]
-        hits, unions = ((found & truth).sum((0, 2, 3, 4)), (found | truth).sum((0, 2, 3, 4)))  # (K) each
-        totals = torch.cat([torch.stack(sums), hits.float(), unions.float()])
+        counted = [mask.sum((0, 2, 3, 4)).float() for mask in (found & truth, found | truth, truth)]  # (K) each
+        totals = torch.cat([torch.stack(sums), *counted])
         if self.training:  # validation batches are not paired between processes
             totals = all_sum(totals)
         entropy, dice, uniform_dice, voxels, samples = totals[:5]
-        hits, unions = totals[5:].detach().view(2, -1)
+        hits, unions, counts = totals[5:].detach().view(3, -1)
+        shares = counts / counts.sum().clamp(min=1.0)
         cross_entropy, dice = entropy / voxels.clamp(min=1.0), 1 - dice / samples
         uniform_entropy = math.log(self.classes) * (voxels > 0)
         return {
@@ -147,6 +149,7 @@ class VolumeFusion(nn.Module):
             "cross_entropy": cross_entropy.detach(),
             "dice": dice.detach(),
             "uniform": (uniform_entropy + 1 - uniform_dice / samples).detach(),
+            "prior": -torch.xlogy(shares, shares).sum(),
             "accuracy": hits.sum() / voxels.detach().clamp(min=1.0),
             "mIoU": (hits / unions.clamp(min=1.0)).sum() / (unions > 0).sum().clamp(min=1),
         }
