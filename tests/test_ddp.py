@@ -69,15 +69,17 @@ def test_batches_without_any_object_do_not_hang(phantom_store: Path, tmp_path: P
 @pytest.mark.parametrize("config", ["phantom_simclr", "phantom_voco_v2"])
 def test_two_processes_contrast_what_one_would(config: str, phantom_store: Path, tmp_path: Path) -> None:
     """Negatives, partners of volumes and the projector's statistics are those of the global batch."""
-    more = ["data.patch_size=[96,96,32]", "trainer.max_steps=6", "trainer.val_every_n_steps=6", "module.optimizer=sgd",
-            "+module.optimizer.lr=1.0e-3", "module.schedule=constant", "+data.num_val_patches=4"]  # fmt: skip
+    more = ["data.patch_size=[64,64,32]", "trainer.max_steps=4", "trainer.val_every_n_steps=4", "module.optimizer=sgd",
+            "+module.optimizer.lr=1.0e-4", "module.schedule=constant", "+data.num_val_patches=4"]  # fmt: skip
+    more += ["+module.method.grid=[2,2,1]"] if "voco" in config else ["module.method.pairs=1"]
     path = f"configs/pretrain/{config}.yaml"
     one = fit(path, phantom_store, tmp_path, "one", "data.batch_size=4", *more)
     two = fit(
         path, phantom_store, tmp_path, "two", "data.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp", *more
     )
-    columns = [key for key in one[0] if key.startswith("train/")]
-    assert "train/loss" in columns and len(one) == 6
+    # a nearest neighbour among equals may change with the rounding
+    columns = [key for key in one[0] if key.startswith("train/") and key != "train/top1"]
+    assert "train/loss" in columns and len(one) == 4
     for key in [*columns, "val/feature_std", "val/effective_rank"]:  # validation losses are of one process' batches
         values = [[float(row[key]) for row in rows if row[key]] for rows in (one, two)]
         assert values[0] and values[1] == pytest.approx(values[0], rel=1e-3, abs=1e-4), key

@@ -37,7 +37,8 @@ class SimCLR(nn.Module):
 
     Source: Chen et al., "A simple framework for contrastive learning of visual representations" (2020), equation 1; in
     3D Wald et al., "An OpenMind for 3D medical vision" (2024): regions of 192 x 192 x 64, crops of 64, two pairs. Its
-    code takes negatives from one process only; here they come from all processes, with gradient, as in the paper.
+    code takes negatives from one process only; here they come from all processes, with gradient, as in the paper (of
+    gradients that are accumulated, each batch for itself).
     """
 
     def __init__(
