@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ class Augmentation:
     validation batch is one for which nothing was drawn. No step waits for the device.
 
     Returns (from ``__call__``): the batch of docs/design.md section 3, with ``annotated`` (B, K) bool: the classes
-    whose absence in this case means something. ``mask`` is there when every case with objects has an instance mask.
+    whose absence in this case means something. ``mask`` is there when every case with objects has an instance mask,
+    ``semantic`` and ``semantic_annotated`` when the data set brings its maps of organs.
     """
 
     @torch.no_grad()
@@ -29,13 +31,17 @@ class Augmentation:
         channels = len(raw["normalisation"][0]["low"])  # more than the source has where windows become channels
         image = torch.empty(len(sources), channels, *patch, device=device)
         inside = torch.zeros(len(sources), 1, *patch, dtype=torch.bool, device=device)
-        slots = []
+        slots: list[Tensor | None] = []
+        semantic = torch.zeros(len(sources), *patch, dtype=torch.int16, device=device) if "semantic" in raw else None
         for row in range(len(sources)):
             finish = _resample if raw["geometry"][row]["resample"] else _flip
-            slots.append(finish(raw, row, image[row], inside[row, 0]))
+            move = finish(raw, row, image[row], inside[row, 0])
+            slots.append(None if raw["slots"][row] is None else move(raw["slots"][row]))
+            if semantic is not None:
+                semantic[row] = move(raw["semantic"][row])
             drawn = raw["intensity"][row]
             intensity.apply(image[row], drawn["drawn"], drawn["seed"], raw["sample_index"][row])
-        return {
+        batch = {
             "image": image,
             "inside": inside,
             **_objects(raw, slots, device),
@@ -43,11 +49,17 @@ class Augmentation:
             "sample_index": raw["sample_index"],
             "case_ids": raw["case_ids"],
         }
+        if semantic is not None:
+            batch |= {"semantic": semantic, "semantic_annotated": _to_device(raw["semantic_annotated"], device)}
+        return batch | ({"set_index": raw["set_index"]} if "set_index" in raw else {})
 
 
-def _flip(raw: dict[str, Any], row: int, image: Tensor, inside: Tensor) -> Tensor | None:
-    """Fills ``image`` (C, X, Y, Z) and ``inside`` (X, Y, Z) without resampling; slots (X, Y, Z) int16 or None."""
-    source, slots, geometry, values = (raw[key][row] for key in ("image", "slots", "geometry", "normalisation"))
+Move = Callable[[Tensor], Tensor]  # a label map of the source (x, y, z) -> of the patch (X, Y, Z) int16, 0 outside
+
+
+def _flip(raw: dict[str, Any], row: int, image: Tensor, inside: Tensor) -> Move:
+    """Fills ``image`` (C, X, Y, Z) and ``inside`` (X, Y, Z) without resampling; gives what moves label maps along."""
+    source, geometry, values = (raw[key][row] for key in ("image", "geometry", "normalisation"))
     offset, flips = geometry["offset"], geometry["flips"]
     source = source.expand(len(image), *source.shape[1:])
     if source.shape != image.shape:
@@ -56,16 +68,18 @@ def _flip(raw: dict[str, Any], row: int, image: Tensor, inside: Tensor) -> Tenso
     spatial.place(source, offset, flips, image)
     _normalise(image, values)
     spatial.place(torch.ones((), dtype=torch.bool, device=image.device).expand(source.shape[1:]), offset, flips, inside)
-    if slots is None:
-        return None
-    flipped = torch.zeros(image.shape[1:], dtype=torch.int16, device=image.device)
-    spatial.place(slots, offset, flips, flipped)
-    return flipped
+
+    def move(labels: Tensor) -> Tensor:
+        flipped = torch.zeros(image.shape[1:], dtype=torch.int16, device=image.device)
+        spatial.place(labels, offset, flips, flipped)
+        return flipped
+
+    return move
 
 
-def _resample(raw: dict[str, Any], row: int, image: Tensor, inside: Tensor) -> Tensor | None:
-    """`_flip` with rotation and scaling: image linear, slots nearest."""
-    source, slots, geometry, values = (raw[key][row] for key in ("image", "slots", "geometry", "normalisation"))
+def _resample(raw: dict[str, Any], row: int, image: Tensor, inside: Tensor) -> Move:
+    """`_flip` with rotation and scaling: image linear, label maps nearest."""
+    source, geometry, values = (raw[key][row] for key in ("image", "geometry", "normalisation"))
     points = spatial.coordinates(geometry["matrix"], raw["patch_size"], image.device)  # (3, X, Y, Z)
     inside.copy_(spatial.points_inside(points, geometry["low"], geometry["high"]))
     source = source.float().expand(len(image), *source.shape[1:]).clone(memory_format=torch.contiguous_format)
@@ -74,7 +88,7 @@ def _resample(raw: dict[str, Any], row: int, image: Tensor, inside: Tensor) -> T
     pads = _normalise(torch.tensor(values["pad"]).view(-1, 1, 1, 1), values).flatten().tolist()
     for channel, pad in enumerate(pads):
         image[channel].masked_fill_(~inside, pad)
-    return None if slots is None else spatial.sample_nearest(slots.to(torch.int16), points, inside)
+    return lambda labels: spatial.sample_nearest(labels.to(torch.int16), points, inside)
 
 
 def _normalise(image: Tensor, values: dict[str, tuple[float, ...]]) -> Tensor:

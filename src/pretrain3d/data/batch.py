@@ -42,7 +42,8 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         ``image`` list of (C, x, y, z) and ``slots`` list of (x, y, z) or None, tensors; ``boxes`` list of (n, 6) or
         None (only for cases without an instance mask), ``labels`` (B, N) int64, ``annotated`` (B, K) bool, arrays; and
-        per-sample plain values in ``geometry``, ``normalisation``, ``intensity``.
+        per-sample plain values in ``geometry``, ``normalisation``, ``intensity``. Where the samples have them:
+        ``semantic`` list of (x, y, z), tensors, ``semantic_annotated`` (B, K) bool, array; ``set_index`` list of int.
     """
     num_objects = max(1, *(len(sample["labels"]) for sample in samples))
     labels = np.zeros((len(samples), num_objects), dtype=np.int64)
@@ -52,6 +53,11 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         key: [sample[key] for sample in samples]
         for key in ("image", "slots", "boxes", "geometry", "normalisation", "intensity", "sample_index")
     }
+    if samples[0]["semantic"] is not None:
+        batch["semantic"] = [sample["semantic"] for sample in samples]
+        batch["semantic_annotated"] = np.stack([sample["semantic_annotated"] for sample in samples])
+    if "set_index" in samples[0]:
+        batch["set_index"] = [sample["set_index"] for sample in samples]
     return batch | {
         "labels": labels,
         "annotated": np.stack([sample["annotated"] for sample in samples]),

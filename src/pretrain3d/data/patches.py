@@ -17,6 +17,7 @@ from pretrain3d.config import UserError
 from pretrain3d.data import intensity, spatial
 from pretrain3d.data.batch import generator
 from pretrain3d.data.normalise import Normalisation
+from pretrain3d.data.semantic import SemanticMaps, mirror_table
 from pretrain3d.data.store import Case, Store
 from pretrain3d.geometry import transform_boxes
 
@@ -42,6 +43,9 @@ class PatchSampler:
     share ``foreground`` of every few consecutive samples is placed on objects (half of every two, by default), in an
     order that is random: batches are even, and no process of a distributed run gets only background.
 
+    With ``voxel`` the same share is placed on organs instead: a case uniformly, then a voxel of it, then a place such
+    that the voxel lies inside the patch.
+
     Args:
         cases: to draw from.
         patch_size: voxels.
@@ -49,6 +53,7 @@ class PatchSampler:
         foreground: share of patches placed on objects, rounded to a fraction with a denominator of at most 100; where
             no case has an object, every patch is placed at random.
         settings: of the spatial transform.
+        voxel: draws a voxel (3,) of an organ of a case; None where it has none.
 
     Raises:
         UserError: no case, or a share outside 0..1.
@@ -61,6 +66,7 @@ class PatchSampler:
         seed: int,
         foreground: float = 0.5,
         settings: spatial.SpatialSettings | None = None,
+        voxel: Callable[[Case, np.random.Generator], np.ndarray | None] | None = None,
     ):
         if not cases:
             raise UserError("there is no case to take patches from")
@@ -69,6 +75,7 @@ class PatchSampler:
         self.patch = np.asarray(patch_size, dtype=np.int64)
         self.seed = seed
         self.settings = settings or spatial.SpatialSettings()
+        self.voxel = voxel
         self._spacing = [np.asarray(case.frame.spacing_mm, dtype=np.float64) for case in self.cases]
         self._shapes = np.asarray([case.shape for case in self.cases], dtype=np.int64)
         owners = np.concatenate([np.full(len(case.labels), row) for row, case in enumerate(self.cases)]).astype(int)
@@ -81,9 +88,15 @@ class PatchSampler:
         """The sample ``index``: a pure function of it and the seed."""
         rng = generator(self.seed, index, "position")
         chosen: int | None = None
-        if self._objects and self._on_object(index):
+        box: np.ndarray | None = None
+        if self.voxel is not None and self._on_object(index):
+            row = int(rng.integers(len(self.cases)))
+            found = self.voxel(self.cases[row], rng)
+            box = None if found is None else np.concatenate([found, found + 1]).astype(np.float64)
+        elif self.voxel is None and self._objects and self._on_object(index):
             objects = self._objects[rng.integers(len(self._objects))]
             row, chosen = (int(value) for value in objects[rng.integers(len(objects))])
+            box = np.asarray(self.cases[row].boxes[chosen], dtype=np.float64)
         else:
             row = int(rng.integers(len(self.cases)))
         linear = spatial.draw(generator(self.seed, index, "spatial"), self.settings, self._spacing[row])
@@ -91,10 +104,9 @@ class PatchSampler:
         half = self.patch / 2
         # where the patch lies within the volume; on axes where the volume is smaller, where it holds the volume
         low, high = np.minimum(half, shape - half), np.maximum(half, shape - half)
-        if chosen is None:
+        if box is None:
             center = low + rng.random(3) * (high - low)
         else:
-            box = np.asarray(self.cases[row].boxes[chosen], dtype=np.float64)
             center = self._around(box, linear.matrix, low, high, rng)
         if not linear.resample:
             center = np.rint(center - half) + half
@@ -137,6 +149,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
             store's ``mirror_classes``; where classes are lateral and none are given, that axis is not flipped and a
             warning says so.
         intensities: of `intensity.settings_from_config`; {} for none.
+        semantic: the samples bring the map of organs along, and are placed on organs; every case must have a map.
     """
 
     def __init__(
@@ -149,11 +162,14 @@ class PatchDataset(Dataset[dict[str, Any]]):
         foreground: float = 0.5,
         settings: spatial.SpatialSettings | None = None,
         intensities: dict[str, dict[str, Any]] | None = None,
+        semantic: bool = False,
     ):
         cases = [store.cases[case_id] for case_id in case_ids]
-        settings = _lateral_settings(settings or spatial.SpatialSettings(), store)
+        settings = _lateral_settings(settings or spatial.SpatialSettings(), store, semantic)
         self.store = store
-        self.sampler = PatchSampler(cases, patch_size, seed, foreground, settings)
+        self.maps = SemanticMaps(store, cases) if semantic else None
+        voxel = None if self.maps is None else self.maps.voxel
+        self.sampler = PatchSampler(cases, patch_size, seed, foreground, settings, voxel)
         self.patch_size = tuple(int(size) for size in patch_size)
         self.seed = seed
         self.intensities = intensity.settings_from_config(None) if intensities is None else intensities
@@ -189,6 +205,9 @@ class PatchDataset(Dataset[dict[str, Any]]):
         annotated = self._annotated[case.id]
         if linear.flips[0]:
             labels, annotated = self.mirrored[labels], annotated[self.mirrored]
+        semantic = semantic_annotated = None
+        if self.maps is not None:
+            semantic, semantic_annotated = self.maps.read(case, start, stop, linear.flips[0])
         rng = generator(self.seed, index, "intensity")
         return {
             "image": torch.from_numpy(np.ascontiguousarray(image)),
@@ -196,6 +215,8 @@ class PatchDataset(Dataset[dict[str, Any]]):
             "boxes": boxes,
             "labels": labels,
             "annotated": annotated,
+            "semantic": semantic,
+            "semantic_annotated": semantic_annotated,
             "geometry": _geometry(drawn, start, case.shape, patch),
             "normalisation": self._normalisations[case.id],
             "intensity": {"drawn": intensity.draw(rng, self.intensities, self.channels), "seed": self.seed},
@@ -244,19 +265,27 @@ def _geometry(drawn: Draw, start: tuple[int, ...], shape: tuple[int, ...], patch
 
 
 def mirrored_labels(store: Store) -> np.ndarray:
-    """(K,) int64: the class that each class becomes when left and right are exchanged."""
-    names = {name: label for label, name in enumerate(store.classes)}
-    table = np.arange(len(store.classes))
-    for name, other in store.mirror_classes.items():
-        if name not in names or other not in names:
-            raise UserError(f"mirror_classes maps {name!r} to {other!r}; the classes are {', '.join(store.classes)}")
-        table[names[name]], table[names[other]] = names[other], names[name]
-    return table
+    """(K,) int64: the class that each class becomes when left and right are exchanged.
+
+    Raises:
+        UserError: a name in ``mirror_classes`` is neither a class of objects nor a semantic one.
+    """
+    for pair in store.mirror_classes.items():
+        if not all(name in store.classes for name in pair) and not all(name in store.semantic_classes for name in pair):
+            raise UserError(
+                f"mirror_classes maps {pair[0]!r} to {pair[1]!r}; the classes are {', '.join(store.classes)}"
+            )
+    return mirror_table(store.classes, store.mirror_classes)
 
 
-def _lateral_settings(settings: spatial.SpatialSettings, store: Store) -> spatial.SpatialSettings:
+def _lateral_settings(settings: spatial.SpatialSettings, store: Store, semantic: bool) -> spatial.SpatialSettings:
     """The settings, without flips on axis 0 where a class is left or right and has no counterpart."""
-    unpaired = [name for name in store.classes if LATERAL.search(name) and not _paired(name, store)]
+    unpaired = [
+        name
+        for names in (store.classes, store.semantic_classes if semantic else [])
+        for name, other in zip(names, mirror_table(names, store.mirror_classes), strict=True)
+        if LATERAL.search(name) and names[other] == name
+    ]
     if not unpaired or 0 not in settings.flip_axes:
         return settings
     warnings.warn(
@@ -265,7 +294,3 @@ def _lateral_settings(settings: spatial.SpatialSettings, store: Store) -> spatia
         stacklevel=3,
     )
     return replace(settings, flip_axes=tuple(axis for axis in settings.flip_axes if axis != 0))
-
-
-def _paired(name: str, store: Store) -> bool:
-    return name in store.mirror_classes or name in store.mirror_classes.values()

@@ -30,7 +30,7 @@ from pretrain3d.data.splits import SPLITS
 from pretrain3d.data.store import KINDS, Case, StoreWriter, array_path, case_path, write_json
 from pretrain3d.geometry import Frame, boxes_of_instances
 
-VERSION = 1  # of what is done to a case: goes up whenever the same input gives other arrays or records
+VERSION = 2  # of what is done to a case: goes up whenever the same input gives other arrays or records
 MARGIN_MM = 5.0
 MAX_SIDE = 4096  # cached voxels per axis; more is a mistyped spacing
 
@@ -177,6 +177,7 @@ def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], w
         **_objects(volume, cached.frame), annotated=tuple(volume.annotated), content_hash=content_hash(volume.image),
         histograms=image_histograms(cached.image, foreground, reader.modality),
         has_instances="instances" in cached.maps, has_semantic="semantic" in cached.maps,
+        semantic_annotated=None if volume.semantic_annotated is None else tuple(volume.semantic_annotated),
     )  # fmt: skip
     if problem := record.problem(len(reader.classes)):
         raise UserError(f"{case.files[0]}: case {case.id}: {problem}")

@@ -52,6 +52,7 @@ class Case:
         histograms: "body" and "objects" -> one histogram per channel.
         has_instances: an instance mask is stored.
         has_semantic: a semantic map is stored.
+        semantic_annotated: indices of the semantic classes that were annotated in this case; None: all of them.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Case:
     histograms: dict[str, tuple[Histogram, ...]]
     has_instances: bool
     has_semantic: bool
+    semantic_annotated: tuple[int, ...] | None = None
 
     def problem(self, num_classes: int) -> str:
         """What no case may have: a box that is not finite, empty, inverted or outside the volume, an unknown label.
@@ -109,6 +111,8 @@ class Case:
         values["frame"] = Frame.from_dict(values["frame"])
         values["shape"] = tuple(values["shape"])
         values["annotated"] = tuple(values["annotated"])
+        if values.get("semantic_annotated") is not None:
+            values["semantic_annotated"] = tuple(values["semantic_annotated"])
         values["boxes"] = np.asarray(values["boxes"], dtype=np.float32).reshape(-1, 6)
         values["labels"] = np.asarray(values["labels"], dtype=np.int64)
         values["instances"] = np.asarray(values["instances"], dtype=np.int64)

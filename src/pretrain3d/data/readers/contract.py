@@ -39,6 +39,7 @@ class RawVolume:
         labels: instance id -> class index, for exactly the ids in ``instances``.
         annotated: the classes that were annotated in this case.
         semantic: (X, Y, Z) labels of `Reader.semantic_classes` from 1; None when there is no map.
+        semantic_annotated: indices into `Reader.semantic_classes` that were annotated in this case; None: all of them.
     """
 
     image: np.ndarray
@@ -47,6 +48,7 @@ class RawVolume:
     labels: dict[int, int] = field(default_factory=dict)
     annotated: tuple[int, ...] = ()
     semantic: np.ndarray | None = None
+    semantic_annotated: tuple[int, ...] | None = None
 
 
 class Reader:

@@ -63,6 +63,7 @@ class OpenKbp(Reader):
     """One box per organ label, however many components it has; an organ that was not contoured is not annotated.
 
     The 186 others are in the split "pretrain": they have no boxes, but their organs as the semantic map.
+    Every organ that a map lacks was not contoured.
 
     Args:
         folder: holds ``openkbp`` and/or ``openkbp_pretrain``, or ``provided-data``.
@@ -139,11 +140,12 @@ class OpenKbp(Reader):
             organs = nifti.read_mask(case.files[1], case.files[0])
             if organs.max() > len(ORGANS):
                 raise UserError(f"{case.files[1]}: label {organs.max()}, expected at most {len(ORGANS)}")
-        if case.split == "pretrain":
-            return RawVolume(image[None], affine, semantic=organs)
         present = (np.flatnonzero(np.bincount(organs.reshape(-1), minlength=len(ORGANS) + 1)[1:]) + 1).tolist()
         labels = {label: label - 1 for label in present}
-        return RawVolume(image[None], affine, organs, labels, tuple(labels.values()), organs)
+        annotated = tuple(labels.values())
+        if case.split == "pretrain":
+            return RawVolume(image[None], affine, semantic=organs, semantic_annotated=annotated)
+        return RawVolume(image[None], affine, organs, labels, annotated, organs, annotated)
 
 
 def _number(name: str) -> int:
