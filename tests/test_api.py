@@ -155,7 +155,8 @@ def test_channels_are_files_and_bad_files_do_not_stop_the_rest(
     image: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "two.ckpt", modality=("CT", "CT"))
-    scans, out = tmp_path / "scans", tmp_path / "out"
+    scans = tmp_path / "scans"
+    out = scans / "found"
     for case in ("a", "b"):
         for channel in range(2):
             save(scans / f"{case}_{channel:04d}.nii.gz", image, AFFINE)
@@ -164,6 +165,10 @@ def test_channels_are_files_and_bad_files_do_not_stop_the_rest(
     assert list(json.loads((out / "predictions.json").read_text())["cases"]) == ["a"]
     printed = capsys.readouterr()
     assert "in 1 of 2 images" in printed.out and "b_0001.nii.gz: not a readable NIfTI file" in printed.err
+    (scans / "b_0001.nii.gz").write_bytes((scans / "b_0000.nii.gz").read_bytes())
+    for _ in range(2):  # what the first call wrote is no image for the second
+        assert main(["predict", str(checkpoint), str(scans), f"out={out}", "format=json,nifti"]) == 0
+        assert list(json.loads((out / "predictions.json").read_text())["cases"]) == ["a", "b"]
     (scans / "b_0001.nii.gz").unlink()
     assert main(["predict", str(checkpoint), str(scans), f"out={out}"]) == 2
     assert "b_0001.nii.gz: no such file, a channel of" in capsys.readouterr().err

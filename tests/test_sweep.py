@@ -166,6 +166,9 @@ def test_the_command_keeps_what_it_found_and_test_uses_it(run: Path, capsys: pyt
     assert main(["sweep", str(run), "metric=FROC@0.10", "false_positives=2"]) == 0
     assert "nothing to do" in capsys.readouterr().out and checkpoint.read_bytes() == written
 
+    assert main(["show", str(checkpoint)]) == 0
+    (shown,) = [line for line in capsys.readouterr().out.splitlines() if "sweep.operating.threshold" in line]
+    assert shown.split()[1] == str(stored["operating"]["threshold"])
     assert main(["test", str(run), "samples=5", "pictures=0"]) == 0  # not current any more: other settings
     after = json.loads((run / "result.json").read_text())
     assert after["asked"]["merging"] == stored["merging"]

@@ -35,7 +35,7 @@ def tiny_checkpoint(
         "kind": "detection", "backbone": backbone, "module": module, "classes": list(classes), "mirror_classes": {},
         "preprocessing": {"modality": list(modality), "spacing_mm": list(spacing_mm), "patch_size": [16, 16, 16],
                           "intensity": intensity},
-        "precision": "32-true", "seed": 0, "source": {"run": "tiny", "step": 0}, **more,
+        "precision": "32-true", "weights": "online", "seed": 0, "source": {"run": "tiny", "step": 0}, **more,
     }  # fmt: skip
     built = build(
         MODULES, module, "module", backbone=build(BACKBONES, backbone, "backbone"), note=note, patch_size=(16, 16, 16),

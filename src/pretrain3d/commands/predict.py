@@ -75,7 +75,7 @@ def predict(
         threshold = detector.operating_threshold
     if "luna16" in formats and len(detector.classes) != 1:
         raise UserError(f"format=luna16 is for one class, this detector has {', '.join(detector.classes)}")
-    cases = image_files(images, len(detector.modality))
+    cases = image_files(images, len(detector.modality), out)
     found: dict[str, Found] = {}
     failed: list[str] = []
     for case, files in tqdm(cases.items(), desc="predict", unit="case"):
@@ -98,10 +98,11 @@ def predict(
     return 1 if failed else 0
 
 
-def image_files(images: Path, channels: int) -> dict[str, list[Path]]:
+def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]:
     """The files of each case, one per channel, by case id: the path below the folder with ``-`` for ``/``.
 
-    A name that ends in ``_0000`` is the first channel of the case before it, as in nnDetection and nnU-Net.
+    A name that ends in ``_0000`` is the first channel of the case before it, as in nnDetection and nnU-Net. What lies
+    in ``out`` was written by an earlier call and is no image.
 
     Raises:
         UserError: no NIfTI file, a channel is missing, or two cases of one name.
@@ -110,6 +111,7 @@ def image_files(images: Path, channels: int) -> dict[str, list[Path]]:
 
     folder = images if images.is_dir() else images.parent
     files = nifti.files_in(images, "**/*") if images.is_dir() else [images]
+    files = [path for path in files if out.resolve() not in path.resolve().parents]
     if not files or not files[0].name.endswith(nifti.SUFFIXES):
         raise UserError(f"{images} is not a NIfTI file (.nii or .nii.gz), nor a folder with any")
     cases: dict[str, list[Path]] = {}

@@ -212,12 +212,14 @@ def _checkpoint(path: Path) -> list[str]:
     note, state = checkpoint[NOTE], checkpoint["state_dict"]
     prefix = "backbone." if note["weights"] == "online" else "averaged.backbone."
     weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    swept = note.get("inference") or {}
     rows: Rows = [
         ("module", " ".join(_names(note["module"]))),
         ("classes", ", ".join(note["classes"]) if note["kind"] == "detection" else ""),
         ("step", checkpoint.get("global_step", "unknown")),
         ("weights", f"{note['weights']} are used"),
         *_travelling(note, weights),
+        *_flat({key: swept[key] for key in ("metric", "value", "merging", "operating") if key in swept}, "sweep."),
     ]
     return _lines(f"{path}: checkpoint of a {note['kind']} module", rows)
 
