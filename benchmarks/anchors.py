@@ -1,7 +1,8 @@
 """Anchor sizes of OpenKBP's organs and LUNA16's nodules: the mean best IoU and the time, beside nnDetection's search.
 
 nnDetection v0.1 searches by evolution: nevergrad's TwoPointsDE, whole numbers from (4, 8, 16) per axis, 5,000
-evaluations in each of 3 restarts (of which its code keeps the last one *evaluated*; here the best counts).
+evaluations in each of 3 restarts (of which its code keeps the last one *evaluated*; here the best counts). Times are
+processor seconds.
 
     python benchmarks/anchors.py STORE annotations.csv
 """
@@ -81,9 +82,9 @@ def main() -> int:
         results: dict[str, list[float]] = {}
         seconds: dict[str, list[float]] = {}
         for owner, search in (("ours", search_anchors), ("TwoPointsDE", theirs)):
-            start = time.perf_counter()
+            start = time.process_time()
             found = search(boxes)
-            seconds[owner] = [time.perf_counter() - start]
+            seconds[owner] = [time.process_time() - start]
             results[owner] = [quality(found, boxes)]
         inputs = f"{len(boxes)} {name}, 27 anchors on 4 levels"
         at_least = Target("ours minus theirs", lambda m: m["ours"] - m["TwoPointsDE"], 0.0)

@@ -51,7 +51,7 @@ def plan_patch(
     """
     multiple, usable = need.multiple, usable_bytes(memory_gb)
     patch = [min(b, math.ceil(s / m) * m) for s, b, m in zip(shape, largest, multiple, strict=True)]
-    patch = _more_than_one_position(patch, multiple, shape)
+    patch = _more_than_one_position(patch, multiple, shape, largest)
     batch, *smaller = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]  # the effective batch stays exact
     while need.bytes(patch, batch) > usable:
         shorter = _shortened(patch, multiple, shape)
@@ -81,9 +81,12 @@ def _shortened(patch: list[int], multiple: Sequence[int], shape: Sequence[float]
     return None
 
 
-def _more_than_one_position(patch: list[int], multiple: Sequence[int], shape: Sequence[float]) -> list[int]:
-    """Doubles the longest axis of a patch that would be one position on the coarsest level."""
-    if any(n > m for n, m in zip(patch, multiple, strict=True)):
+def _more_than_one_position(
+    patch: list[int], multiple: Sequence[int], shape: Sequence[float], largest: Sequence[int]
+) -> list[int]:
+    """Doubles the longest axis of a patch that would be one position on the coarsest level, if that may be."""
+    may = [axis for axis in range(3) if 2 * patch[axis] <= largest[axis]]
+    if not may or any(n > m for n, m in zip(patch, multiple, strict=True)):
         return patch
-    longest = max(range(3), key=lambda axis: shape[axis])
+    longest = max(may, key=lambda axis: shape[axis])
     return [2 * n if axis == longest else n for axis, n in enumerate(patch)]
