@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from itertools import chain, zip_longest
 from typing import Any, Literal
 
 import lightning
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -15,14 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from pretrain3d.config import UserError
 from pretrain3d.data import intensity as intensities
 from pretrain3d.data.augment import Augmentation
-from pretrain3d.data.batch import collate, generator, is_raw
-from pretrain3d.data.normalise import normalisation_for
+from pretrain3d.data.batch import collate, is_raw
 from pretrain3d.data.patches import PatchDataset
+from pretrain3d.data.sets import DataSet, LabelMap, Labels, PatchMixture, Pool, open_stores, set_names
 from pretrain3d.data.spatial import SpatialSettings
-from pretrain3d.data.splits import fold_cases
-from pretrain3d.data.store import Case, Store
-
-Pool = Literal["train", "pretrain", "all"]
+from pretrain3d.data.store import Case
 
 
 class GlobalBatches:
@@ -61,7 +59,8 @@ class DataModule(lightning.LightningDataModule):
     batches need ``max_steps`` and ``val_check_interval`` with ``check_val_every_n_epoch=None``.
 
     Args:
-        store: folder that `prepare` wrote.
+        store: folder that `prepare` wrote, or several: then a training sample comes from a set of n cases with a
+            probability proportional to sqrt(n), and a case is named ``<set>/<case>``.
         fold, num_folds: which part of the training cases is validated on (a store with its own split ignores both).
         patch_size: voxels; None: the plan's.
         batch_size: per process and step; a global batch is this times the number of processes.
@@ -78,9 +77,12 @@ class DataModule(lightning.LightningDataModule):
         validation: "volumes" (whole cases) or "patches" (the same ones every time, not augmented).
         num_val_patches: over all processes.
         val_fraction: of the unlabelled cases, held out for validation where the pool has them (at least one, by group).
+        labels: what is learned voxel by voxel, see `data.sets.DataSet`.
 
     Attributes:
-        store, classes, in_channels, patch_size: for building the model.
+        sets: what the run takes of each store.
+        store, normalisation: of the first set.
+        classes, label_classes, in_channels, patch_size: for building the model.
         train_ids, val_ids, test_ids: case ids.
 
     Raises:
@@ -89,7 +91,7 @@ class DataModule(lightning.LightningDataModule):
 
     def __init__(
         self,
-        store: str,
+        store: str | list[str],
         fold: int = 0,
         num_folds: int = 5,
         patch_size: Sequence[int] | None = None,
@@ -105,9 +107,11 @@ class DataModule(lightning.LightningDataModule):
         validation: Literal["volumes", "patches"] = "volumes",
         num_val_patches: int = 32,
         val_fraction: float = 0.1,
+        labels: Labels | None = None,
     ):
         super().__init__()
-        self.store = Store(Path(store))
+        stores = open_stores(store)
+        self.store = stores[0]
         self.seed = _at_least(0, "seed", seed)
         self.batch_size = _at_least(1, "batch_size", batch_size)
         self.num_workers = _at_least(0, "num_workers", num_workers)
@@ -117,22 +121,28 @@ class DataModule(lightning.LightningDataModule):
         plan = self.store.plan
         self.patch_size = _patch_size(plan["patch_size"] if patch_size is None else patch_size)
         self.spatial, self.intensities = _augmentation(augment, tuple(flip_axes))
-        self.train_ids, self.val_ids, self.test_ids = _cases_of_pool(
-            self.store, fold, num_folds, pool, label_fraction, val_fraction, seed
+        pools = (pool, label_fraction, val_fraction)
+        self.labels = labels
+        self.sets = [
+            DataSet(name, one, fold, num_folds, intensity, *pools, seed, labels)
+            for name, one in zip(set_names(stores), stores, strict=True)
+        ]
+        self.normalisation = self.sets[0].normalisation
+        self._channels = _same_channels(self.sets)
+        self.train_ids, self.val_ids, self.test_ids = (
+            self._named([getattr(part, f"{split}_ids") for part in self.sets]) for split in ("train", "val", "test")
         )
-        scheme = plan["intensity"] if intensity is None else intensity
-        if not isinstance(scheme, dict):
-            raise UserError(
-                f"data.intensity={scheme}: expected null (the plan's) or {{scheme: ct | zscore | window, ...}}"
-            )
-        self.normalisation = normalisation_for(self.store, scheme, fold, num_folds)
-        self._channels = len(self.normalisation(next(iter(self.store.cases.values()))).low)
         self.augmentation = Augmentation()
 
     @property
     def classes(self) -> list[str]:
         """Names of the classes, by label."""
-        return list(self.store.classes)
+        return [name for part in self.sets for name in part.store.classes]
+
+    @property
+    def label_classes(self) -> dict[str, list[str]]:
+        """Names of what is learned voxel by voxel, by set."""
+        return {part.name: list(part.label_classes) for part in self.sets}
 
     @property
     def in_channels(self) -> int:
@@ -140,15 +150,40 @@ class DataModule(lightning.LightningDataModule):
         return self._channels
 
     def volume(self, case_id: str) -> tuple[Tensor, Case]:
-        """A whole case: (C, X, Y, Z) float32, normalised, on the CPU; and what the store knows about it."""
-        case = self.store.cases[case_id]
-        raw = self.store.read(case_id, "image", (0, 0, 0), case.shape)
-        return self.normalisation(case)(torch.from_numpy(raw)), case
+        """A whole case: (C, X, Y, Z) float32, normalised, on the CPU; and what its store knows about it."""
+        part, case = self._find(case_id)
+        raw = part.store.read(case.id, "image", (0, 0, 0), case.shape)
+        return part.normalisation(case)(torch.from_numpy(raw)), case
 
     def pad_value(self, case_id: str) -> tuple[float, ...]:
         """Per channel, the normalised intensity that stands for outside the volume."""
-        normalisation = self.normalisation(self.store.cases[case_id])
+        part, case = self._find(case_id)
+        normalisation = part.normalisation(case)
         return tuple(normalisation(torch.tensor(normalisation.pad_value).view(-1, 1, 1, 1)).flatten().tolist())
+
+    def label_map(self, case_id: str) -> LabelMap:
+        """What a whole case teaches voxel by voxel; only with ``labels``."""
+        part, case = self._find(case_id)
+        assert self.labels is not None
+        return part.label_map(case, self.labels)
+
+    def set_of(self, case_id: str) -> int:
+        """The index of the set that a case belongs to."""
+        return self.sets.index(self._find(case_id)[0])
+
+    def _find(self, case_id: str) -> tuple[DataSet, Case]:
+        if len(self.sets) == 1:
+            return self.sets[0], self.store.cases[case_id]
+        name = max((part.name for part in self.sets if case_id.startswith(f"{part.name}/")), key=len)
+        part = next(part for part in self.sets if part.name == name)
+        return part, part.store.cases[case_id.removeprefix(f"{name}/")]
+
+    def _named(self, ids: Sequence[Sequence[str]]) -> list[str]:
+        """The ids of all sets in one list, of each set in turn: the first few are of all."""
+        if len(self.sets) == 1:
+            return list(ids[0])
+        named = [[f"{part.name}/{case_id}" for case_id in own] for part, own in zip(self.sets, ids, strict=True)]
+        return [case_id for case_id in chain.from_iterable(zip_longest(*named)) if case_id is not None]
 
     def train_dataloader(self) -> DataLoader:
         """Batches from the trainer's current step on, without end."""
@@ -156,7 +191,7 @@ class DataModule(lightning.LightningDataModule):
         first = 0
         if self.trainer is not None:
             first = self.trainer.global_step * self.trainer.accumulate_grad_batches * self.batch_size * world_size
-        dataset = self._patches(self.train_ids, self.seed, self.spatial, self.intensities)
+        dataset = self._patches("train", self.seed, self.spatial, self.intensities)
         return DataLoader(
             dataset,
             batch_sampler=GlobalBatches(first, self.batch_size, rank, world_size),
@@ -172,7 +207,7 @@ class DataModule(lightning.LightningDataModule):
             return self._volumes(self.val_ids)
         rank, world_size = self._process()
         still = SpatialSettings(flip_axes=(), rotation_p=0.0, scale_p=0.0)
-        dataset = self._patches(self.val_ids, 0, still, {})  # seed 0: the same patches for all runs
+        dataset = self._patches("val", 0, still, {})  # seed 0: the same patches for all runs
         indices = list(range(rank, self.num_val_patches, world_size))
         batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
         return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available())
@@ -190,11 +225,16 @@ class DataModule(lightning.LightningDataModule):
         return self.augmentation(batch) if is_raw(batch) else batch
 
     def _patches(
-        self, case_ids: Sequence[str], seed: int, settings: SpatialSettings, drawn: dict[str, dict[str, Any]]
-    ) -> PatchDataset:
-        return PatchDataset(
-            self.store, case_ids, self.patch_size, seed, self.normalisation, self.foreground, settings, drawn
-        )
+        self, split: str, seed: int, settings: SpatialSettings, drawn: dict[str, dict[str, Any]]
+    ) -> Dataset[dict[str, Any]]:
+        parts = {
+            part.name: PatchDataset(
+                part.store, getattr(part, f"{split}_ids"), self.patch_size, seed, part.normalisation, self.foreground,
+                settings, drawn, semantic=self.labels == "semantic",
+            )
+            for part in self.sets
+        }  # fmt: skip
+        return PatchMixture(parts, seed) if len(parts) > 1 else parts[self.sets[0].name]
 
     def _volumes(self, case_ids: Sequence[str]) -> DataLoader:
         rank, world_size = self._process()
@@ -236,42 +276,23 @@ def _augmentation(
     return settings, intensities.settings_from_config(node.get("intensity"))
 
 
-def _cases_of_pool(
-    store: Store, fold: int, num_folds: int, pool: Pool, label_fraction: float, val_fraction: float, seed: int
-) -> tuple[list[str], list[str], list[str]]:
-    """Case ids to train on, to validate on, to test on."""
-    for name, value in (("label_fraction", label_fraction), ("val_fraction", val_fraction)):
-        if not 0 < value <= 1:
-            raise UserError(f"data.{name}={value}: expected more than 0 and at most 1")
-    _one_of(("train", "pretrain", "all"), "pool", pool)
-    parts = fold_cases(store, fold, num_folds)
-    train: list[str] = []
-    val: list[str] = []
-    if pool in ("train", "all"):
-        kept = math.ceil(label_fraction * len(parts["train"]))
-        order = generator(seed, 0, "label_fraction").permutation(len(parts["train"]))
-        train += sorted(parts["train"][position] for position in order[:kept])
-        val += parts["val"]
-    if pool in ("pretrain", "all"):
-        held_out = _held_out(store, parts["pretrain"], val_fraction)
-        train += [case_id for case_id in parts["pretrain"] if case_id not in held_out]
-        val += [case_id for case_id in parts["pretrain"] if case_id in held_out]
-    if not train:
-        raise UserError(f"data.pool={pool}: {store.path} has no case left to train on")
-    return train, val, list(parts["test"])
+def _same_channels(sets: Sequence[DataSet]) -> int:
+    """The number of input channels, which all sets share; says so where they differ in their voxels' size."""
+    first = sets[0]
+    for other in sets[1:]:
+        if other.in_channels != first.in_channels:
+            raise UserError(
+                f"data.store: {first.name} has {first.in_channels} input channels and {other.name} "
+                f"{other.in_channels}; one network needs the same number"
+            )
+        if not np.allclose(other.store.spacing_mm, first.store.spacing_mm, rtol=0.01):
+            warnings.warn(
+                f"data.store: the voxels of {first.name} are {_mm(first)} and those of {other.name} {_mm(other)}; "
+                "`pretrain3d prepare` with spacing_mm= makes them the same",
+                stacklevel=3,
+            )
+    return first.in_channels
 
 
-def _held_out(store: Store, case_ids: Sequence[str], fraction: float) -> set[str]:
-    """Whole groups of cases, the same ones for all seeds, until ``fraction`` of the cases is reached."""
-    groups: dict[str, list[str]] = {}
-    for case_id in case_ids:
-        groups.setdefault(store.cases[case_id].group, []).append(case_id)
-    if case_ids and len(groups) < 2:
-        raise UserError(f"{store.path}: one group of unlabelled cases cannot be split into training and validation")
-    held_out: set[str] = set()
-    names = sorted(groups)
-    for position in generator(0, 0, "val_fraction").permutation(len(names))[:-1]:
-        if len(held_out) >= max(1, fraction * len(case_ids)):
-            break
-        held_out |= set(groups[names[position]])
-    return held_out
+def _mm(part: DataSet) -> str:
+    return " x ".join(f"{value:g}" for value in part.store.spacing_mm) + " mm"

@@ -104,10 +104,7 @@ class PatchSampler:
         half = self.patch / 2
         # where the patch lies within the volume; on axes where the volume is smaller, where it holds the volume
         low, high = np.minimum(half, shape - half), np.maximum(half, shape - half)
-        if box is None:
-            center = low + rng.random(3) * (high - low)
-        else:
-            center = self._around(box, linear.matrix, low, high, rng)
+        center = low + rng.random(3) * (high - low) if box is None else self._around(box, linear.matrix, low, high, rng)
         if not linear.resample:
             center = np.rint(center - half) + half
         return Draw(self.cases[row].id, center, linear, chosen)
