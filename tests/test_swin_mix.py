@@ -9,7 +9,7 @@ import pytest
 import torch
 from method_checks import check_bf16_gradients, check_empty_batch, check_pictures, generators, make, make_batch
 
-from pretrain3d.config import UserError
+from pretrain3d.config import UserError, load
 from pretrain3d.objectives import corruptions
 
 SHAPE = (16, 16, 8)
@@ -140,3 +140,9 @@ def test_contract():
 def test_mistakes(shape, arguments, message):
     with pytest.raises(UserError, match=message):
         make("swin_mix", shape, **arguments)
+
+
+def test_shipped_configs_do_not_mirror_rotations_away():
+    """Mirrors of x and of y together turn a patch by half: quarters 0 and 2 would look the same."""
+    for name in ("swin_mix", "phantom_swin_mix"):
+        assert not {0, 1} <= set(load(f"configs/pretrain/{name}.yaml", ["data.store=x"])["data"]["flip_axes"])

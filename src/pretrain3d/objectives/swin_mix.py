@@ -28,7 +28,8 @@ class SwinMix(nn.Module):
     A view is the patch turned by a random number of quarters; then boxes of it become noise, and boxes of it become
     those of another sample's view (not of its own: a draw of itself leaves the view as it is). Three losses are added:
     L1 between the decoded view and the turned patch, everywhere; cross-entropy of the quarters; NT-Xent between the
-    views of a patch, over the batch of all processes.
+    views of a patch, over the batch of all processes. Patches must not be mirrored along both x and y beforehand
+    (``data.flip_axes``): that is half a turn, and the quarters could be told from each other only up to it.
 
     Args:
         levels: of the backbone, finest first.
