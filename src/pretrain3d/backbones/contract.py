@@ -58,7 +58,8 @@ class Backbone(Protocol):
             image: (B, C, X, Y, Z).
             keep: (B, 1, X, Y, Z) bool, False = hidden: such voxels change no feature. ``None`` = everything visible.
                 A backbone with ``takes_slices = True`` also takes an image of size 1 along one axis, whatever its
-                ``size_multiple`` there, as in `convolution.slice_axis`.
+                ``size_multiple`` there, as in `convolution.slice_axis`. One with ``takes_stem = True`` has a module
+                ``stem``, and a third argument may take its place.
 
         Returns:
             per level (B, channels, X / stride x, Y / stride y, Z / stride z).

@@ -25,8 +25,9 @@ class UNetDecoder(nn.Module):
         out_channels: of the output.
         kernels: of the convolution block at each level, finest first (the coarsest level's is not used); one number
             for all levels.
-        deep_supervision: an output at every level but the coarsest. The released networks have these heads, and their
-            102,348,965 parameters count them, although pretraining uses only the finest.
+        deep_supervision: an output at every level but the coarsest; a number: at so many of the finest levels. The
+            released networks have all these heads, and their 102,348,965 parameters count them, although pretraining
+            uses only the finest.
 
     Raises:
         AssertionError: a level's stride is no multiple of the next finer one's.
@@ -37,7 +38,7 @@ class UNetDecoder(nn.Module):
         levels: Sequence[Level],
         out_channels: int,
         kernels: int | Sequence[int | Sequence[int]] = 3,
-        deep_supervision: bool = False,
+        deep_supervision: bool | int = False,
     ) -> None:
         super().__init__()
         kernels = [kernels] * len(levels) if isinstance(kernels, int) else kernels
@@ -51,7 +52,8 @@ class UNetDecoder(nn.Module):
             heads.append(Conv3d(fine.channels, out_channels, 1))
         self.ups = nn.ModuleList(ups)  # finest first, like the levels
         self.blocks = nn.ModuleList(blocks)
-        self.heads = nn.ModuleList(heads if deep_supervision else heads[:1])
+        count = len(heads) if deep_supervision is True else max(1, deep_supervision)
+        self.heads = nn.ModuleList(heads[:count])
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """From the features of each level to the outputs, finest first: one, or with deep supervision one per level.
@@ -143,7 +145,9 @@ class TokenDecoder(nn.Module):
         return self.patches([tokens.transpose(1, 2).unflatten(2, features[0].shape[2:])])
 
 
-def image_decoder(backbone: nn.Module, levels: Sequence[Level], out_channels: int, blocks: int = 0) -> nn.Module:
+def image_decoder(
+    backbone: nn.Module, levels: Sequence[Level], out_channels: int, blocks: int = 0, outputs: int = 1
+) -> nn.Module:
     """A decoder whose first output has the resolution of the image, for any backbone.
 
     One level: `PatchDecoder`, after ``blocks`` Transformer blocks of the backbone's kind. More: `UNetDecoder`, followed
@@ -154,15 +158,18 @@ def image_decoder(backbone: nn.Module, levels: Sequence[Level], out_channels: in
         levels: of its features, finest first.
         out_channels: of the output.
         blocks: number of Transformer blocks; only for a backbone of tokens.
+        outputs: at so many of the finest levels, less than there are levels; more than 1 only where the finest level is
+            at the resolution of the image.
     """
     finest = levels[0]
+    assert outputs == 1 or (set(finest.stride) == {1} and outputs < len(levels)), outputs
     if blocks:
         assert isinstance(backbone, TokenBackbone), type(backbone)
         return TokenDecoder(backbone.make_stack(blocks), finest, out_channels)
     if len(levels) == 1:
         return PatchDecoder(finest.channels, finest.stride, out_channels)
     if set(finest.stride) == {1}:
-        return UNetDecoder(levels, out_channels)
+        return UNetDecoder(levels, out_channels, deep_supervision=outputs)
     coarse = UNetDecoder(levels, finest.channels)
     return nn.Sequential(coarse, PatchDecoder(finest.channels, finest.stride, out_channels))
 

@@ -5,7 +5,7 @@ Weights are named as in released files, each tensor once: ``stem.conv``, ``stage
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -137,6 +137,7 @@ class ResEnc(nn.Module):
     runtime_arguments = frozenset({"masking", "checkpointing"})
     input_weights = ("stem.conv.weight",)
     takes_slices = True
+    takes_stem = True
 
     def __init__(
         self,
@@ -175,8 +176,13 @@ class ResEnc(nn.Module):
             Stage(*stage) for stage in zip(inputs, channels, blocks, stage_kernels, stage_strides, strict=True)
         )
 
-    def forward(self, image: Tensor, keep: Tensor | None = None) -> list[Tensor]:
+    def forward(
+        self, image: Tensor, keep: Tensor | None = None, stem: Callable[..., Tensor] | None = None
+    ) -> list[Tensor]:
         """See `contract.Backbone`.
+
+        Args:
+            stem: takes the place of the network's own, for data sets that have one of their own.
 
         Raises:
             UserError: channels or size do not fit.
@@ -195,7 +201,7 @@ class ResEnc(nn.Module):
                 active = keep
                 masks = [active_voxels(keep, without(level.stride, flat)) for level in self.levels]
         recompute = self.checkpointing and self.training and torch.is_grad_enabled()
-        x = self.stem(image, active, flat)  # (B, c0, X, Y, Z)
+        x = (stem or self.stem)(image, active, flat)  # (B, c0, X, Y, Z)
         features = []
         for stage, mask in zip(self.stages, masks, strict=True):
             x = stage(x, mask, flat, recompute)
