@@ -30,8 +30,9 @@ class DetectionModule(BaseModule):
         detector: ``{"name": a name in DETECTORS, ...}``.
         classes: names of the classes, in the order of the labels.
         mirror_classes: left/right pairs, by name, for mirrored views.
-        patch_size: (3,) voxels of a training patch; also the tile of the inference.
+        patch_size: (3,) voxels of a training patch.
         note, optimizer, schedule, warmup_steps, ema, finetune, swa: see `BaseModule`.
+        tile_size: (3,) voxels of a tile of the inference, as the backbone takes them; ``None`` = the training patch.
         overlap: share of a tile that its neighbour repeats, in [0, 1).
         tile_batch: tiles predicted at once; bounds the memory of the inference.
         mirror_axes: axes of the mirrored views that are predicted too and merged, () for none.
@@ -51,6 +52,7 @@ class DetectionModule(BaseModule):
         schedule: str = "poly",
         warmup_steps: int = 0,
         ema: float | None = None,
+        tile_size: tuple[int, int, int] | None = None,
         overlap: float = 0.5,
         tile_batch: int = 4,
         mirror_axes: tuple[int, ...] = (),
@@ -61,7 +63,7 @@ class DetectionModule(BaseModule):
         super().__init__(backbone, head, "detector", note, optimizer, schedule, warmup_steps, ema, finetune, swa)
         self.classes = list(classes)
         self.mirror_classes = dict(mirror_classes)
-        self.patch_size = tuple(patch_size)
+        self.tile_size = tuple(patch_size if tile_size is None else tile_size)
         self.overlap = overlap
         self.tile_batch = tile_batch
         self.mirror_axes = tuple(mirror_axes)
@@ -107,7 +109,7 @@ class DetectionModule(BaseModule):
         views = predict_views(
             predict_patches,
             image,
-            self.patch_size,
+            self.tile_size,
             overlap=self.overlap,
             batch_size=self.tile_batch,
             pad_value=pad_value,
