@@ -35,7 +35,8 @@ def test_it_learns(name: str, phantom_store: Path, tmp_path: Path) -> None:
     line = ["fit", "--config", f"configs/pretrain/phantom_{name}.yaml", "name=run", f"out={tmp_path}",
             f"data.store={phantom_store}", "data.num_workers=0", "data.pool=all", f"trainer.max_steps={steps}",
             f"trainer.val_every_n_steps={steps}", f"trainer.checkpoint_every_n_steps={steps}",
-            "trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "module.optimizer.lr=3.0e-3", *SETTINGS.get(name, [])]  # fmt: skip
+            "trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "module.optimizer.lr=3.0e-3",
+            *SETTINGS.get(name, [])]  # fmt: skip
     assert main(line) == 0
     with open(tmp_path / "run" / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
