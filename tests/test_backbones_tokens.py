@@ -12,7 +12,8 @@ from backbone_variants import VARIANTS, half_hidden
 from torch import nn
 
 from pretrain3d.backbones.decoders import PatchDecoder, image_decoder, prime_factors
-from pretrain3d.backbones.primus import Primus, primus_b, primus_l, primus_m, primus_s, released
+from pretrain3d.backbones.checkpoints.released_primus import ours
+from pretrain3d.backbones.primus import Primus, primus_b, primus_l, primus_m, primus_s
 from pretrain3d.backbones.tokens import DropPath, PatchEmbedding, rotate, rotation_table, visible_first
 from pretrain3d.backbones.vit import ViT, vit_b
 from pretrain3d.config import UserError
@@ -215,7 +216,7 @@ def test_released_weights_give_the_official_features(testdata):
         tuple(about["patch_embed_size"]),
         tuple(about["input_shape"]),
     ).eval()
-    state = released(weights, backbone.grid, about["eva_numheads"], plan["key_to_encoder"], plan["key_to_stem"])
+    state = ours(weights, backbone.grid, about["eva_numheads"], plan["key_to_encoder"], plan["key_to_stem"])
     backbone.load_state_dict(state)
     expected = np.load(testdata / "golden" / "checkpoints" / "nnssl_primus_expected.npz")
     with torch.no_grad():
@@ -226,7 +227,7 @@ def test_released_weights_give_the_official_features(testdata):
 
 def test_released_weights_need_a_square_grid():
     with pytest.raises(UserError, match="as many tokens along x as along y; the grid is 2 x 3 x 2"):
-        released({}, (2, 3, 2), 2)
+        ours({}, (2, 3, 2), 2)
 
 
 @pytest.mark.parametrize(

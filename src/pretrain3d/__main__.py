@@ -7,6 +7,7 @@ mistakes are answered at once.
 from __future__ import annotations
 
 import importlib
+import keyword
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ COMMANDS = {
     "sweep": "choose how a detector's boxes are merged, and its operating point, on validation cases",
     "test": "evaluate a trained detector on the held-out cases of its store",
     "predict": "find objects in NIfTI files with one checkpoint",
+    "import": "turn a checkpoint of another framework into a file that a detector starts from",
     "export": "write the pretrained backbone of a run to one file",
     "score": "compare predicted boxes with true ones, from any detector",
     "table": "tabulate the results of runs",
@@ -44,7 +46,7 @@ class _Arguments:
 def main(argv: Sequence[str]) -> int:
     """Runs one command.
 
-    A command is a module ``pretrain3d.commands.NAME`` with the text ``USAGE`` and ``run(paths: list[str], options:
+    A command is a module ``pretrain3d.commands.NAME`` (``NAME_`` where Python keeps the word for itself) with the text ``USAGE`` and ``run(paths: list[str], options:
     dict[str, object]) -> int``, whose options are text for `config.read_options`. One that sets ``TAKES_CONFIG = True``
     has ``run(config_path: str | None, paths: list[str], overrides: list[str]) -> int``.
 
@@ -97,7 +99,8 @@ def _run(argv: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{suggestion(name, COMMANDS) or '.'} Commands: {', '.join(COMMANDS)}")
     arguments = _parse(argv[1:])
-    command = importlib.import_module(f"pretrain3d.commands.{name}")
+    module = f"{name}_" if keyword.iskeyword(name) else name
+    command = importlib.import_module(f"pretrain3d.commands.{module}")
     if arguments.help:
         print(f"{name}: {COMMANDS[name]}\n\n{command.USAGE.strip()}")
         return 0

@@ -1,5 +1,10 @@
 """Backbones: networks from an image to a pyramid of features. What they promise is in `contract`."""
 
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
 BACKBONES = {
     "resenc": "pretrain3d.backbones.resenc:ResEnc",
     "resenc_xs": "pretrain3d.backbones.resenc:resenc_xs",
@@ -17,3 +22,10 @@ BACKBONES = {
     "resnet50": "pretrain3d.backbones.monai_encoders:resnet50",
     "segresnet": "pretrain3d.backbones.monai_encoders:SegResNet",
 }
+
+
+def load_backbone(path: str | PathLike[str]) -> Any:
+    """The pretrained backbone of a file, an `nn.Module` in eval mode: see `transfer.load_backbone`, imported on use."""
+    from pretrain3d.backbones import transfer
+
+    return transfer.load_backbone(path)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain3d.backbones.contract import by_text
 from pretrain3d.backbones.tokens import (
     DropPath,
     Rotation,
@@ -19,7 +16,6 @@ from pretrain3d.backbones.tokens import (
     initialise,
     triple,
 )
-from pretrain3d.config import UserError
 
 NORM_EPS = 1e-5  # as the released networks
 LAYER_SCALE = 0.1
@@ -100,7 +96,8 @@ class Primus(TokenBackbone):
         UserError: a width that the heads do not divide, or an image size that is no multiple of the patch.
 
     Source: Wald et al., "Primus: Enforcing attention usage for 3D medical image segmentation" (2025); the blocks are
-    those of Fang et al., "EVA-02" (2023). The order of tokens is x, y, z; released files have another, see `released`.
+    those of Fang et al., "EVA-02" (2023). The order of tokens is x, y, z; released files have another, see
+    `checkpoints.released_primus`.
     """
 
     def __init__(
@@ -165,44 +162,3 @@ def primus_l(
 ) -> Primus:
     """24 blocks of width 1056, 16 heads; 331,823,761 parameters with its decoder at 160^3."""
     return Primus(1056, 24, 16, 8, image_size, in_channels, drop_path, checkpointing)
-
-
-def released(
-    weights: Mapping[str, Tensor], grid: Sequence[int], heads: int, encoder: str = "eva", stem: str = "down_projection"
-) -> dict[str, Tensor]:
-    """The state dict of `Primus` from the weights of a released file.
-
-    Released networks flatten the tokens with the second image axis first but number their rotary positions with the
-    first one first. Exchanging the first two axes of the learned positions, and with them the first two thirds of the
-    channels of each head's query and key (which leaves every product of the two as it was), gives the same network in
-    the order x, y, z. The exchange is its own inverse.
-
-    Args:
-        weights: name -> tensor; others than the encoder's and the stem's are left out.
-        grid: (3,) tokens along x, y, z of the learned positions.
-        heads: of the attention.
-        encoder, stem: prefixes, ``key_to_encoder`` and ``key_to_stem`` of the file's plan.
-
-    Raises:
-        UserError: the grid is not square in x and y: the two orders then name different places.
-    """
-    x, y, z = grid
-    if x != y:
-        raise UserError(f"released Primus weights need as many tokens along x as along y; the grid is {by_text(grid)}")
-    state = {}
-    for name, tensor in weights.items():
-        part, _, rest = name.removeprefix(f"{encoder}.").partition(".") if name.startswith(f"{encoder}.") else ("",) * 3
-        if name.startswith(f"{stem}.proj."):
-            state[f"embedding.{name.removeprefix(f'{stem}.proj.')}"] = tensor
-        elif part == "pos_embed":
-            state["encoder.positions"] = tensor[0].view(y, x, z, -1).permute(3, 1, 0, 2).contiguous()
-        elif part:
-            turned = rest.split(".")[-2:-1] in (["q_proj"], ["k_proj"])
-            state[f"encoder.{name.removeprefix(f'{encoder}.')}"] = _exchanged(tensor, heads) if turned else tensor
-    return state
-
-
-def _exchanged(tensor: Tensor, heads: int) -> Tensor:
-    """The first and second third of each head's rows exchanged: (C, ...) -> (C, ...)."""
-    first, second, third = tensor.unflatten(0, (heads, 3, -1)).unbind(1)
-    return torch.stack([second, first, third], 1).flatten(0, 2)

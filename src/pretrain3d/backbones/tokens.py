@@ -209,6 +209,7 @@ class TokenBackbone(nn.Module, ABC):
 
     runtime_arguments = frozenset({"drop_path", "checkpointing"})
     input_weights = ("embedding.weight",)
+    position_weights = ("encoder.positions",)  # learned for the grid of image_size
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         super().__init__()

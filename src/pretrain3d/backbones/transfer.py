@@ -1,7 +1,8 @@
 """The file in which a backbone travels from pretraining to detection: written whole, loaded strictly.
 
-``{"format", "version", "backbone": {"name", **arguments}, "preprocessing", "source", "weights": {name: tensor},
-"fingerprint": of the weights}``, plain values throughout, readable with ``torch.load(path, weights_only=True)``.
+``{"format", "version", "backbone": {"name", **arguments}, "preprocessing", "source", "corpus": of the cases trained on
+or None, "weights": {name: tensor}, "fingerprint": of the weights}``, plain values throughout, readable with
+``torch.load(path, weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -9,19 +10,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain3d.backbones import BACKBONES
+from pretrain3d.backbones.checkpoints.hub import local
 from pretrain3d.config import UserError, build, suggestion
 from pretrain3d.files import replacing
 
 FORMAT = "pretrain3d-backbone"
 VERSION = 1
-ADAPTATIONS = ("channels",)
+ADAPTATIONS = ("channels", "positions")
 SHOWN = 3  # names in an error
 
 
@@ -35,6 +39,7 @@ class Report:
         tensors, parameters: how many were loaded.
         adaptations: what was changed to fit, one sentence each; empty when nothing was.
         preprocessing, source: as the file states them.
+        corpus: of the file, for `data.leakage`; not part of `to_dict`.
     """
 
     path: str
@@ -44,10 +49,11 @@ class Report:
     adaptations: list[str] = field(default_factory=list)
     preprocessing: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
+    corpus: dict[str, Any] | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values, those that a result shows."""
+        return {key: value for key, value in asdict(self).items() if key != "corpus"}
 
     def __str__(self) -> str:
         changes = "; ".join(self.adaptations) or "nothing adapted"
@@ -73,6 +79,7 @@ def export_weights(
     weights: Mapping[str, Tensor],
     preprocessing: Mapping[str, Any],
     source: Mapping[str, Any],
+    corpus: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes the file, atomically.
 
@@ -82,6 +89,7 @@ def export_weights(
         weights: the state dict of that backbone.
         preprocessing: spacing, intensity, channels, patch size; plain values.
         source: run, commit, step, method, data hash, licence; plain values.
+        corpus: which cases the weights have seen, `data.leakage.Corpus.to_dict`; None where nobody knows.
 
     Returns:
         What was written, as `load_export` gives it back.
@@ -90,13 +98,14 @@ def export_weights(
         UserError: the weights are not those of that backbone.
     """
     path = Path(path)
-    _check_names(_meta_backbone(backbone_node).state_dict(), weights, f"cannot export to {path}", "the checkpoint")
+    check_names(meta_backbone(backbone_node).state_dict(), weights, f"cannot export to {path}", "the checkpoint")
     content = {
         "format": FORMAT,
         "version": VERSION,
         "backbone": dict(backbone_node),
         "preprocessing": dict(preprocessing),
         "source": dict(source),
+        "corpus": None if corpus is None else dict(corpus),
         # clones: a view would drag its whole storage into the file
         "weights": {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()},
         "fingerprint": fingerprint(weights),
@@ -107,23 +116,27 @@ def export_weights(
     return content
 
 
-def load_export(path: str | Path) -> dict[str, Any]:
+def load_export(path: str | PathLike[str]) -> dict[str, Any]:
     """Reads a file of `export_weights` on the CPU; executes nothing that is stored in it.
+
+    Args:
+        path: the file, or ``hf://owner/name[/file]`` on the hub.
 
     Raises:
         UserError: no such file, not an export, of a newer version, or damaged.
     """
-    path = Path(path)
-    if not path.is_file():
+    file = local(path)
+    if not file.is_file():
         raise UserError(f"{path}: no such file; `pretrain3d export RUN out={path}` writes one")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file makes the unpickler raise has no common class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read as a backbone file: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         keys = f"it holds {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else "it is no table"
-        raise UserError(f"{path} is not a file of `pretrain3d export` ({keys})")
+        hint = f"; `pretrain3d import {path} out=FILE` may read it" if isinstance(content, dict) else ""
+        raise UserError(f"{path} is not a file of `pretrain3d export` ({keys}){hint}")
     if content.get("version") != VERSION:
         raise UserError(f"{path} has format version {content.get('version')}, this release reads version {VERSION}")
     missing = [key for key in ("backbone", "preprocessing", "source", "weights", "fingerprint") if key not in content]
@@ -135,7 +148,7 @@ def load_export(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def load_backbone(path: str | Path) -> nn.Module:
+def load_backbone(path: str | PathLike[str]) -> nn.Module:
     """The backbone of an export, with its weights, on the CPU, in eval mode.
 
     Raises:
@@ -143,19 +156,20 @@ def load_backbone(path: str | Path) -> nn.Module:
     """
     content = load_export(path)
     backbone = build(BACKBONES, content["backbone"], "backbone")
-    _check_names(backbone.state_dict(), content["weights"], str(path), "the file")
+    check_names(backbone.state_dict(), content["weights"], str(path), "the file")
     backbone.load_state_dict(content["weights"])
     return backbone.eval()
 
 
-def transfer_into(backbone: nn.Module, path: str | Path, adapt: Sequence[str] = ()) -> Report:
+def transfer_into(backbone: nn.Module, path: str | PathLike[str], adapt: Sequence[str] = ()) -> Report:
     """Loads the weights of an export into a backbone, all of them or none.
 
     Args:
         backbone: fulfils `contract.Backbone`; it is changed in place.
         path: a file of `export_weights`.
         adapt: what may be changed to fit. ``"channels"``: a file of one input channel for an image of C channels;
-            the first kernels are repeated over the channels and divided by C.
+            the first kernels are repeated over the channels and divided by C. ``"positions"``: learned positions of
+            another ``image_size`` are interpolated, trilinearly.
 
     Raises:
         UserError: the file and the backbone differ; names the first differences with both values.
@@ -165,12 +179,13 @@ def transfer_into(backbone: nn.Module, path: str | Path, adapt: Sequence[str] = 
             hint = f"{suggestion(name, ADAPTATIONS) or ';'} Known: {', '.join(ADAPTATIONS)}"
             raise UserError(f"transfer: unknown adaptation {name!r}{hint}")
     content = load_export(path)
-    stored = _meta_backbone(content["backbone"])
+    stored = meta_backbone(content["backbone"])
     weights = dict(content["weights"])
-    _check_names(stored.state_dict(), weights, str(path), "the file")
+    check_names(stored.state_dict(), weights, str(path), "the file")
     _check_arguments(stored, backbone, path)
     adaptations = _adapt_channels(stored, backbone, weights, path, adapt)
-    _check_names(backbone.state_dict(), weights, f"{path} does not fit", "the file")
+    adaptations += _adapt_positions(stored, backbone, weights, path, adapt)
+    check_names(backbone.state_dict(), weights, f"{path} does not fit", "the file")
     backbone.load_state_dict(weights)
     return Report(
         path=str(path),
@@ -180,19 +195,20 @@ def transfer_into(backbone: nn.Module, path: str | Path, adapt: Sequence[str] = 
         adaptations=adaptations,
         preprocessing=content["preprocessing"],
         source=content["source"],
+        corpus=content.get("corpus"),
     )
 
 
-def _meta_backbone(node: Mapping[str, Any]) -> Any:
+def meta_backbone(node: Mapping[str, Any]) -> Any:
     with torch.device("meta"):  # names and shapes only
         return build(BACKBONES, node, "backbone")
 
 
-def _check_arguments(stored: Any, backbone: Any, path: str | Path) -> None:
+def _check_arguments(stored: Any, backbone: Any, path: object) -> None:
     """Weights of equal shape can still mean another network (strides, say): the arguments must agree too."""
     if type(stored) is not type(backbone):
         raise UserError(f"{path} holds a {type(stored).__name__}, the model's backbone is a {type(backbone).__name__}")
-    free = stored.runtime_arguments | {"in_channels"}
+    free = stored.runtime_arguments | {"in_channels", "image_size"}  # the last two can be adapted
     differing = [
         f"{key} is {value} in the file and {backbone.arguments[key]} in the model"
         for key, value in stored.arguments.items()
@@ -203,7 +219,7 @@ def _check_arguments(stored: Any, backbone: Any, path: str | Path) -> None:
 
 
 def _adapt_channels(
-    stored: Any, backbone: Any, weights: dict[str, Tensor], path: str | Path, adapt: Sequence[str]
+    stored: Any, backbone: Any, weights: dict[str, Tensor], path: object, adapt: Sequence[str]
 ) -> list[str]:
     """Changes ``weights`` in place where the image has more channels and that is allowed; says what it did."""
     old, new = stored.in_channels, backbone.in_channels
@@ -220,7 +236,27 @@ def _adapt_channels(
     return [f"channels: {', '.join(backbone.input_weights)} repeated over {new} channels and divided by {new}"]
 
 
-def _check_names(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str, giver: str) -> None:
+def _adapt_positions(
+    stored: Any, backbone: Any, weights: dict[str, Tensor], path: object, adapt: Sequence[str]
+) -> list[str]:
+    """Changes ``weights`` in place where learned positions are for another grid; says what it did."""
+    old, new = stored.arguments.get("image_size"), backbone.arguments.get("image_size")
+    if old == new:
+        return []
+    if "positions" not in adapt:
+        raise UserError(
+            f"{path} does not fit: image_size is {old} in the file and {new} in the model; set backbone.image_size as "
+            "in the file, or transfer.adapt=[positions] interpolates the learned positions"
+        )
+    wanted = backbone.state_dict()
+    for name in backbone.position_weights:
+        grid = wanted[name].shape[1:]  # the weight is (C, x, y, z)
+        resized = F.interpolate(weights[name][None].float(), size=grid, mode="trilinear", align_corners=False)[0]
+        weights[name] = resized.to(weights[name].dtype)
+    return [f"positions: {', '.join(backbone.position_weights)} interpolated from image_size {old} to {new}"]
+
+
+def check_names(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str, giver: str) -> None:
     """Strict: the same names, the same shapes."""
     missing = [name for name in wanted if name not in given]
     unexpected = [name for name in given if name not in wanted]

@@ -2,63 +2,111 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pretrain3d.config import REQUIRED, UserError, read_options
 from pretrain3d.reporting.run_folder import RunFolder
 
 USAGE = """\
-pretrain3d export RUN out=FILE [checkpoint=last]
+pretrain3d export RUN out=FILE [checkpoint=last format=pretrain3d axes=xyz]
 
 Writes the backbone of a run to one file: name and arguments, weights (the averaged ones where the run has them),
 preprocessing, and where they come from. A detector starts from it with transfer.path=FILE.
+RUN may also be such a file, to write it in the other format.
 
   out=FILE               the file to write
-  checkpoint=last|best   which weights of the run"""
+  checkpoint=last|best   which weights of the run
+  format=pretrain3d      or nnssl: a file for nnDetection's finetuning branch and nnU-Net's pretrained trainers (ResEnc,
+                         Primus); `pretrain3d import` reads it back
+  axes=xyz               nnssl only: zyx turns the network for their arrays, which are z, y, x"""
+
+FORMATS = ("pretrain3d", "nnssl")
 
 
 def run(paths: list[str], options: dict[str, object]) -> int:
     """Exports one run; returns the exit status."""
     if len(paths) != 1:
         raise UserError(f"export takes one run folder, got {len(paths)}: {' '.join(paths) or 'none'}")
-    given = read_options(options, {"out": REQUIRED, "checkpoint": "last"})
-    export(RunFolder(Path(paths[0])), Path(str(given["out"])), given["checkpoint"])
+    given = read_options(options, {"out": REQUIRED, "checkpoint": "last", "format": "pretrain3d", "axes": "xyz"})
+    for key, known in (("format", FORMATS), ("axes", ("xyz", "zyx"))):
+        if given[key] not in known:
+            raise UserError(f"{key}={given[key]}: it is {' or '.join(known)}")
+    if given["axes"] != "xyz" and given["format"] != "nnssl":
+        raise UserError("axes=zyx is for format=nnssl; files of pretrain3d are always x, y, z")
+    out = Path(str(given["out"]))
+    if out.is_dir():
+        raise UserError(f"out={out} is a folder; name the file, for example out={out / 'backbone.pt'}")
+    export(Path(paths[0]), out, given["checkpoint"], given["format"], given["axes"])
     return 0
 
 
-def export(folder: RunFolder, out: Path, which: str) -> None:
+def export(source: Path, out: Path, which: str, form: str, axes: str) -> None:
     """Writes the file, unless it holds exactly this already.
 
     Raises:
-        UserError: no such run or checkpoint, or ``out`` is a folder or a file of another kind.
+        UserError: no such run or checkpoint, or ``out`` is a file of another kind.
     """
-    source = folder.checkpoint(which)
-    if out.is_dir():
-        raise UserError(f"out={out} is a folder; name the file, for example out={out / 'backbone.pt'}")
+    content = backbone_of(source, which)
+    about = f"{content['backbone']['name']}, {content['source'].get('weights', 'online')} weights of {source}"
+    if form == "nnssl":
+        from pretrain3d.backbones.checkpoints import nnssl
+        from pretrain3d.backbones.checkpoints.importing import read_foreign
 
-    from pretrain3d.backbones.transfer import export_weights, fingerprint, load_export
+        if out.exists() and not nnssl.recognises(read_foreign(out)):
+            raise UserError(f"out={out} is a file of another kind; choose another name")
+        nnssl.write(out, content, axes)
+        print(f"{out}: {about}, for nnDetection and nnU-Net")
+    else:
+        write_once(out, content, about)
+
+
+def backbone_of(source: Path, which: str) -> dict[str, Any]:
+    """What an export of a run, or a file that is one, holds.
+
+    Raises:
+        UserError: no such run, checkpoint or file.
+    """
+    from pretrain3d.backbones.transfer import load_export
+
+    if source.is_file():
+        return load_export(source)
+    path = RunFolder(source).checkpoint(which)
+
+    from pretrain3d.data.leakage import merged
     from pretrain3d.modules.base import NOTE
     from pretrain3d.modules.checkpoint import read_checkpoint
 
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_checkpoint(path)
     note = checkpoint[NOTE]
     prefix = "backbone." if note["weights"] == "online" else "averaged.backbone."
     state = checkpoint["state_dict"]
-    weights = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
-    about = {
+    return {
         "backbone": note["backbone"],
         "preprocessing": note["preprocessing"],
         "source": {**note["source"], "weights": note["weights"]},
+        "corpus": merged(note.get("pretrained_on"), note.get("corpus")),
+        "weights": {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)},
     }
+
+
+def write_once(out: Path, content: Mapping[str, Any], about: str) -> None:
+    """Writes an export and says so, or that the file holds exactly this already.
+
+    Raises:
+        UserError: ``out`` is a file of another kind.
+    """
+    from pretrain3d.backbones.transfer import export_weights, fingerprint, load_export
+
+    weights = content["weights"]
     mark = fingerprint(weights)
+    keys = ("backbone", "preprocessing", "source", "corpus")
     if out.exists():  # never over a file of another kind: load_export refuses those
         old = load_export(out)
-        if old["fingerprint"] == mark and all(old[key] == value for key, value in about.items()):
+        if old["fingerprint"] == mark and all(old.get(key) == content[key] for key in keys):
             print(f"{out} holds this backbone already (fingerprint {mark}), nothing to do")
             return
-    export_weights(out, about["backbone"], weights, about["preprocessing"], about["source"])
+    export_weights(out, content["backbone"], weights, content["preprocessing"], content["source"], content["corpus"])
     parameters = sum(tensor.numel() for tensor in weights.values())
-    print(
-        f"{out}: {note['backbone']['name']}, {parameters:,} parameters, {note['weights']} weights of step "
-        f"{note['source']['step']} of {folder.path}, fingerprint {mark}"
-    )
+    print(f"{out}: {about}, {parameters:,} parameters, fingerprint {mark}")

@@ -1,12 +1,30 @@
-"""Content hashes: which data a case holds and a run has used."""
+"""Which data a case holds and a run has used: content hashes, and signatures that a resampled copy shares.
+
+A signature describes what an image looks like at low resolution: the patient's bounding box on a 24^3 grid, its cosine
+transform, the frequencies up to 10 weighted by their square (what all patients share is in the lowest), 4 bits each.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.fft import dctn
+
+from pretrain3d.data.resample import resample_image
+
+GRID, RADIUS = 24, 10
+POWER = 2.0  # of the frequency, by which a coefficient is weighted: flattens the spectrum of anatomy
+LEVELS = 7  # a coefficient is quantised to -7..7
+DEVIATIONS = 4.0  # of the coefficients, at which the quantised value ends
+ALIKE = 0.9  # correlation from which on two signatures are of one image; 0.85 was the highest of 435 pairs of patients
+_FREQUENCIES = np.array(
+    [t for t in itertools.product(range(RADIUS + 1), repeat=3) if 0 < sum(i * i for i in t) <= RADIUS**2]
+)  # (F, 3)
 
 
 def content_hash(image: np.ndarray) -> str:
@@ -32,3 +50,66 @@ def files_hash(files: Iterable[Path]) -> str:
         with open(path, "rb") as file:
             digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:32]
+
+
+def signature(image: np.ndarray, body: np.ndarray, step: np.ndarray) -> str:
+    """What an image looks like, the same for any voxel size, header, name, type of number and scale of intensities.
+
+    Args:
+        image: (C, X, Y, Z) in RAS axes; the first channel counts.
+        body: coarse (x, y, z) bool mask of the patient, and
+        step: (3,) voxels of the image per voxel of it, both from `body.body_mask`.
+
+    Returns:
+        text of 432 characters; "" for an image without contrast.
+    """
+    region = []
+    for axis in range(3):
+        where = np.flatnonzero(body.any(axis=tuple(a for a in range(3) if a != axis)))
+        region.append(slice(int(where[0]), int(where[-1]) + 1))
+    coarse = image[0][:: step[0], :: step[1], :: step[2]][tuple(region)].astype(np.float32)
+    low, high = np.percentile(coarse, (1, 99))
+    if low == high:
+        return ""
+    grid = resample_image(np.clip(coarse, low, high), (GRID, GRID, GRID))
+    values = dctn(grid, norm="ortho")[tuple(_FREQUENCIES.T)] * np.linalg.norm(_FREQUENCIES, axis=1) ** POWER
+    codes = np.clip(np.rint(values / values.std() * (LEVELS / DEVIATIONS)), -LEVELS, LEVELS).astype(np.int8) + 8
+    codes = np.append(codes, 0).astype(np.uint8)  # the number of frequencies is odd
+    return base64.b64encode(codes[::2] << 4 | codes[1::2]).decode()
+
+
+def signature_values(signatures: Sequence[str]) -> np.ndarray:
+    """(N, F) float32 rows of unit length, whose products are correlations; a row of zeros for ""."""
+    rows = np.zeros((len(signatures), len(_FREQUENCIES)), dtype=np.float32)
+    for row, text in zip(rows, signatures, strict=True):
+        if text:
+            packed = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
+            values = np.stack([packed >> 4, packed & 15], 1).reshape(-1)[: len(row)].astype(np.float32) - 8
+            row[:] = values / np.linalg.norm(values)
+    return rows
+
+
+def best_matches(values: np.ndarray, corpus: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The most alike image of a corpus, also if one of the two has its axes exchanged or turned round.
+
+    Args:
+        values: (N, F) of `signature_values`.
+        corpus: (M, F), M > 0.
+
+    Returns:
+        (N,) correlation, (N,) row of the corpus.
+    """
+    best, where = np.full(len(values), -1.0, dtype=np.float32), np.zeros(len(values), dtype=np.int64)
+    place = {tuple(t): index for index, t in enumerate(_FREQUENCIES.tolist())}
+    for axes in itertools.permutations(range(3)):
+        order = [place[t[axes[0]], t[axes[1]], t[axes[2]]] for t in _FREQUENCIES.tolist()]
+        for flips in itertools.product((1, -1), repeat=3):
+            signs = np.prod(np.where(_FREQUENCIES % 2, flips, 1), axis=1).astype(np.float32)
+            for first in range(0, len(values), 256):
+                part = slice(first, first + 256)
+                products = (values[part][:, order] * signs) @ corpus.T
+                found = products.argmax(axis=1)
+                score = products[np.arange(len(found)), found]
+                better = score > best[part]
+                best[part], where[part] = np.where(better, score, best[part]), np.where(better, found, where[part])
+    return best, where

@@ -23,14 +23,14 @@ from tqdm import tqdm
 from pretrain3d.config import UserError
 from pretrain3d.data.body import body_mask, body_on_grid, crop_to
 from pretrain3d.data.fingerprint import CT_RANGE, Histogram, target_spacing
-from pretrain3d.data.identity import content_hash, files_hash
+from pretrain3d.data.identity import content_hash, files_hash, signature
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
 from pretrain3d.data.resample import resample_image, resample_labels
 from pretrain3d.data.splits import SPLITS
 from pretrain3d.data.store import KINDS, Case, StoreWriter, array_path, case_path, write_json
 from pretrain3d.geometry import Frame, boxes_of_instances
 
-VERSION = 2  # of what is done to a case: goes up whenever the same input gives other arrays or records
+VERSION = 3  # of what is done to a case: goes up whenever the same input gives other arrays or records
 MARGIN_MM = 5.0
 MAX_SIDE = 4096  # cached voxels per axis; more is a mistyped spacing
 
@@ -122,12 +122,14 @@ class Cached:
         image: (C, X, Y, Z) int16 or float32, raw intensities.
         maps: label maps (X, Y, Z) by name, as far as the volume has them: "instances", "semantic".
         body: (X, Y, Z) bool, the patient.
+        signature: of the whole image as it was read, see `identity.signature`.
     """
 
     frame: Frame
     image: np.ndarray
     maps: dict[str, np.ndarray]
     body: np.ndarray
+    signature: str
 
 
 def prepare_volume(volume: RawVolume, where: Path, modality: list[str], spacing_mm: tuple[float, ...]) -> Cached:
@@ -159,7 +161,8 @@ def prepare_volume(volume: RawVolume, where: Path, modality: list[str], spacing_
     cached_maps = {
         name: resample_labels(labels[region], frame, keep_all=name == "instances") for name, labels in maps.items()
     }
-    return Cached(frame, cached, cached_maps, body_on_grid(body, step, start, frame.factor, frame.cached_shape))
+    cached_body = body_on_grid(body, step, start, frame.factor, frame.cached_shape)
+    return Cached(frame, cached, cached_maps, cached_body, signature(oriented, body, step))
 
 
 def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], writer: StoreWriter) -> Case:

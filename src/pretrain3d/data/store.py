@@ -53,6 +53,7 @@ class Case:
         has_instances: an instance mask is stored.
         has_semantic: a semantic map is stored.
         semantic_annotated: indices of the semantic classes that were annotated in this case; None: all of them.
+        signature: what the image looks like, `identity.signature`; "" in older stores.
     """
 
     id: str
@@ -71,6 +72,7 @@ class Case:
     has_instances: bool
     has_semantic: bool
     semantic_annotated: tuple[int, ...] | None = None
+    signature: str = ""
 
     def problem(self, num_classes: int) -> str:
         """What no case may have: a box that is not finite, empty, inverted or outside the volume, an unknown label.

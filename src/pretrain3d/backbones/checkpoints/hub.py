@@ -1,0 +1,71 @@
+"""``hf://owner/name[/file][@revision]``: checkpoints on the Hugging Face hub, fetched once and kept in its cache."""
+
+from __future__ import annotations
+
+import re
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from pretrain3d.config import UserError
+
+SCHEME = "hf://"
+ENDINGS = (".pth", ".pt", ".ckpt", ".bin")
+USUAL = "checkpoint_final.pth"  # of nnssl's repositories
+_ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([\w./-]+))?")
+
+
+def local(path: str | PathLike[str]) -> Path:
+    """The file on this machine: a path as it is, an ``hf://`` address after its download.
+
+    Raises:
+        UserError: a malformed address, no `huggingface_hub`, no such repository or file, or no network.
+    """
+    if not str(path).startswith(SCHEME):
+        return Path(path)
+    return _fetch(str(path))
+
+
+def name_of(path: str | Path) -> str:
+    """What a checkpoint is called where nothing in it says so: the repository's name, or the file's."""
+    match = _ADDRESS.fullmatch(str(path))
+    return match[1].partition("/")[2] if match else Path(path).stem
+
+
+def _fetch(address: str) -> Path:
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise UserError(f"{address}: expected hf://owner/name, hf://owner/name/file or either with @revision")
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise UserError(f"{address} needs the hub's client: pip install 'pretrain3d[hub]'") from error
+    repository, file, revision = match.groups()
+    try:
+        file = file or _only_checkpoint(huggingface_hub.HfApi(), repository, revision, address)
+        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+    except errors.EntryNotFoundError as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            raise UserError(f"{address} is not in the cache and the hub cannot be reached; try again online") from error
+        raise UserError(f"{address}: {repository} has no file {file}") from error
+    except errors.GatedRepoError as error:
+        raise UserError(f"{address}: accept its terms on the hub first, then `hf auth login`") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise UserError(f"{address}: the hub has no such repository or revision, or it is private") from error
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as error:
+        raise UserError(f"{address}: the hub cannot be reached ({_reason(error)})") from error
+
+
+def _only_checkpoint(api: Any, repository: str, revision: str | None, address: str) -> str:
+    files = [name for name in api.list_repo_files(repository, revision=revision) if name.endswith(ENDINGS)]
+    if USUAL in files:
+        return USUAL
+    if len(files) != 1:
+        known = ", ".join(files[:8]) or f"none of {', '.join(ENDINGS)}"
+        raise UserError(f"{address}: say which file: {address}/FILE; it has {known}")
+    return files[0]
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,104 @@
+"""One door for files of other frameworks: read safely, recognised, converted, every tensor accounted for."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain3d.backbones.checkpoints import FORMATS
+from pretrain3d.backbones.checkpoints.axes import permuted
+from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes
+from pretrain3d.backbones.checkpoints.hub import local, name_of
+from pretrain3d.backbones.transfer import FORMAT, check_names, meta_backbone
+from pretrain3d.config import UserError
+
+AXES = ("xyz", "zyx")
+
+
+def read_foreign(path: str | Path) -> dict[str, Any]:
+    """A file of ``torch.save`` on the CPU; executes nothing that is stored in it.
+
+    Numbers of numpy are let pass, because nnU-Net logs its losses as such; they are values, not code.
+
+    Raises:
+        UserError: no such file, unreadable, or one that would have to run code.
+    """
+    file = local(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals(_numbers()):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged or foreign file makes the unpickler raise has no common class
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code:
+            raise UserError(
+                f"{path} is refused: reading it would run code that it names ({code[1]}); save its tensors and plain "
+                "values alone, where you trust it"
+            ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read as a file of torch.save: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a table of weights")
+    return content
+
+
+def convert(path: str | Path, wishes: Wishes, axes: str = "xyz", kind: str | None = None) -> Imported:
+    """A checkpoint of another framework in our terms, its last note being the account of all tensors.
+
+    Args:
+        path: a file, or ``hf://owner/name[/file]``.
+        wishes: what the user says about the file.
+        axes: "xyz" takes the network as it is, its first axis meeting our x. "zyx" turns it: nnU-Net and nnssl train on
+            arrays in the order z, y, x.
+        kind: a name in FORMATS; None: recognised.
+
+    Raises:
+        UserError: see `read_foreign`; no known format, or weights that are not those of the architecture it states.
+    """
+    content = read_foreign(path)
+    name = kind or _recognised(content, str(path))
+    ledgers: list[Ledger] = []
+
+    def ledger_of(tensors: Mapping[str, Tensor]) -> Ledger:
+        ledgers.append(Ledger(tensors))
+        return ledgers[-1]
+
+    imported: Imported = importlib.import_module(FORMATS[name]).convert(content, ledger_of, wishes, str(path))
+    account = ledgers[0].close(str(path))
+    if axes == "zyx":
+        imported = permuted(imported, imported.permutation)
+    imported.weights = {key: tensor.detach().clone() for key, tensor in imported.weights.items()}  # no shared storage
+    check_names(meta_backbone(imported.backbone).state_dict(), imported.weights, str(path), "the file")
+    imported.source = {
+        **imported.source,
+        "method": imported.source.get("method") or name_of(path),
+        "format": name,
+        "file": str(path) if str(path).startswith("hf://") else Path(path).name,
+    }
+    imported.notes.append(account)
+    return imported
+
+
+def _recognised(content: Mapping[str, Any], path: str) -> str:
+    if content.get("format") == FORMAT:
+        raise UserError(f"{path} is a file of `pretrain3d export` already; give it to transfer.path as it is")
+    for name, module in FORMATS.items():
+        if importlib.import_module(module).recognises(content):
+            return name
+    held = ", ".join(map(str, list(content)[:5]))
+    raise UserError(f"{path} is of no known format ({', '.join(FORMATS)}); it holds {held}")
+
+
+def _numbers() -> list[Any]:
+    """What the unpickler needs for single numbers of numpy, under the names of numpy 1 and 2."""
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
+    return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype, *kinds]

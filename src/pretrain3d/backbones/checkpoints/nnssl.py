@@ -1,0 +1,204 @@
+"""Files of nnssl: OpenMind, the Missing Piece, nnFoundation, MultiTalent; read, and written for their loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain3d.backbones import BACKBONES
+from pretrain3d.backbones.checkpoints import released_primus, released_resenc
+from pretrain3d.backbones.checkpoints.axes import REVERSED, permuted
+from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes, method_of
+from pretrain3d.backbones.primus import Primus
+from pretrain3d.backbones.resenc import ResEnc
+from pretrain3d.config import UserError, build, suggestion
+from pretrain3d.files import replacing
+
+PLAN = "nnssl_adaptation_plan"
+OURS = "pretrain3d"  # where a file that we wrote keeps what the format has no place for
+SCHEMES = {"ZScoreNormalization": {"scheme": "zscore", "low": None, "high": None, "mean": None, "std": None}}
+
+
+def recognises(content: Mapping[str, Any]) -> bool:
+    """Whether this is a file of nnssl."""
+    return PLAN in content and "network_weights" in content
+
+
+def convert(content: Mapping[str, Any], ledger_of: Any, wishes: Wishes, path: str) -> Imported:
+    """Node, weights and preprocessing of a file.
+
+    Args:
+        content: the file.
+        ledger_of: makes the `Ledger` that the caller closes from the tensors.
+        wishes: what the user says.
+        path: for errors.
+
+    Raises:
+        UserError: a plan without what is needed, or an architecture that we do not have.
+    """
+    plan = content[PLAN]
+    ledger: Ledger = ledger_of(content["network_weights"])
+    encoder, stem = _prefixes(plan, ledger, wishes, path)
+    about = plan.get("architecture_plans") or {}
+    name, kwargs = str(about.get("arch_class_name")), about.get("arch_kwargs") or {}
+    mark = content.get(OURS) or {}
+    if "Primus" in name:
+        order = wishes.token_order or mark.get("token_order") or "hwd"
+        sizes = [plan.get("pretrain_patch_size"), _configuration(plan).get("patch_size"),
+                 plan.get("recommended_downstream_patchsize")]  # fmt: skip
+        node, weights, notes = released_primus.take(ledger, encoder, stem, kwargs, sizes, order, path)
+        notes.append(f"order of the tokens: {order}")
+    else:
+        weights, notes = released_resenc.take_weights(ledger, encoder, stem)
+        first = weights.get("stem.conv.weight")
+        channels = plan.get("pretrain_num_input_channels", 1) if first is None else first.shape[1]
+        node = released_resenc.node_of(released_resenc.arguments_of(name, kwargs, int(channels), path))
+    others = [f for f in ledger.under(stem.rpartition(".")[0]) if _is_other_stem(f, stem, plan)]
+    ledger.drop(others, "other stems")
+    ledger.drop(list(ledger.left))  # by contract all that lies outside the two subtrees: decoders, heads, tokens
+    result = Imported(node, weights, _preprocessing(plan, notes), _source(content, plan), notes=notes)
+    if mark:  # a file of ours
+        if mark["axes"] == "zyx":
+            result = permuted(result, REVERSED)
+        result.backbone, result.preprocessing, result.source = mark["backbone"], mark["preprocessing"], mark["source"]
+        result.corpus = mark["corpus"]
+    return result
+
+
+def write(path: str | Path, export: Mapping[str, Any], axes: str = "xyz") -> None:
+    """Writes an export (`transfer.load_export`) as a file for nnDetection's and nnU-Net's loaders, atomically.
+
+    It holds what they load, encoder and stem. Tokens are in the order "whd", that of the networks they build now.
+
+    Args:
+        path: where.
+        export: content of an export.
+        axes: "zyx" turns the network for loaders whose arrays are z, y, x; "xyz" leaves it as it is.
+
+    Raises:
+        UserError: neither a ResEnc nor a Primus.
+    """
+    imported = Imported(export["backbone"], export["weights"], export["preprocessing"], export["source"])
+    if axes == "zyx":
+        imported = permuted(imported, REVERSED)
+    with torch.device("meta"):
+        backbone: Any = build(BACKBONES, imported.backbone, "backbone")
+    if not isinstance(backbone, (ResEnc, Primus)):
+        raise UserError(f"format=nnssl holds a ResEnc or a Primus, not a {imported.backbone['name']}")
+    patch = imported.preprocessing.get("patch_size") or [160, 160, 160]
+    content = {
+        "network_weights": _released(backbone, imported.weights),
+        PLAN: _plan(backbone, imported.preprocessing, imported.source, list(patch)),
+        "citations": [],
+        OURS: {
+            **{key: export[key] for key in ("backbone", "preprocessing", "source")},
+            "corpus": export.get("corpus"),
+            "token_order": "whd",
+            "axes": axes,
+        },
+    }
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
+
+
+def _released(backbone: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if isinstance(backbone, Primus):
+        return released_primus.released_weights(weights)
+    return released_resenc.released_weights(weights, backbone.arguments["strides"])
+
+
+def _plan(
+    backbone: Any, preprocessing: Mapping[str, Any], source: Mapping[str, Any], patch: list[int]
+) -> dict[str, Any]:
+    arguments = backbone.arguments
+    if isinstance(backbone, Primus):
+        names, kwargs, imports = released_primus, released_primus.kwargs_of(arguments), []
+        node = released_primus.node_of(arguments)["name"]
+        class_name = released_primus.CLASSES.get(node, "PrimusX")
+        in_projection, positions = [f"{names.STEM}.proj"], f"{names.ENCODER}.pos_embed"
+        patch = list(arguments["image_size"])  # their loaders take the grid of the learned positions from it
+        encoder, stem = names.ENCODER, names.STEM
+    else:
+        kwargs, imports = released_resenc.kwargs_of(arguments), ["conv_op", "norm_op", "dropout_op", "nonlin"]
+        class_name = "ResidualEncoderUNet"
+        encoder, stem, positions = released_resenc.ENCODER, released_resenc.STEM, None
+        in_projection = [f"{stem}.convs.0.conv", f"{stem}.convs.0.all_modules.0"]
+    spacing = preprocessing.get("spacing_mm")
+    configuration = {
+        "data_identifier": str(source.get("data", "")), "preprocessor_name": "DefaultPreprocessor",
+        "spacing_style": "onemmiso" if spacing == [1.0, 1.0, 1.0] else "median" if spacing else "noresample",
+        "spacing": spacing, "normalization_schemes": ["ZScoreNormalization"] * arguments["in_channels"],
+        "use_mask_for_norm": [False] * arguments["in_channels"], "patch_size": patch,
+    }  # fmt: skip
+    return {
+        "architecture_plans": {
+            "arch_class_name": class_name, "arch_kwargs": kwargs, "arch_kwargs_requiring_import": imports,
+        },
+        "pretrain_plan": {
+            "dataset_name": str(source.get("data", "")), "plans_name": "pretrain3d",
+            "original_median_spacing_after_transp": spacing, "image_reader_writer": "SimpleITKIO",
+            "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2], "experiment_planner_used": "pretrain3d",
+            "configurations": {configuration["spacing_style"]: configuration},
+        },
+        "pretrain_num_input_channels": arguments["in_channels"],
+        "recommended_downstream_patchsize": patch,
+        "key_to_encoder": encoder, "key_to_stem": stem, "keys_to_in_proj": in_projection, "key_to_lpe": positions,
+    }  # fmt: skip
+
+
+def _prefixes(plan: Mapping[str, Any], ledger: Ledger, wishes: Wishes, path: str) -> tuple[str, str]:
+    encoder, stem = plan.get("key_to_encoder"), wishes.stem or plan.get("key_to_stem")
+    if not encoder or not stem:
+        raise UserError(f"{path}: its plan lacks key_to_encoder or key_to_stem, so nothing says where the encoder is")
+    if not ledger.under(encoder):
+        raise UserError(f"{path}: key_to_encoder is {encoder!r}, but no tensor of the file lies there")
+    if not ledger.under(stem):
+        parent = stem.rpartition(".")[0]
+        depth = len(parent.split("."))
+        known = sorted({".".join(n.split(".")[: depth + 1]) for n in ledger.under(parent)}) if parent else []
+        hint, there = suggestion(stem, known) or ";", ", ".join(known[:8]) or "none"
+        raise UserError(f"{path}: no tensor lies under the stem {stem!r}{hint} there are {there}")
+    return str(encoder), str(stem)
+
+
+def _is_other_stem(name: str, stem: str, plan: Mapping[str, Any]) -> bool:
+    """MultiTalent: a stem per data set beside the chosen one, ``encoder.stem.<id>``."""
+    parent = stem.rpartition(".")[0]
+    default = str(plan.get("key_to_stem"))
+    is_one_of_many = parent.endswith("stem") and default.rpartition(".")[0] == parent
+    return is_one_of_many and name.startswith(f"{parent}.")
+
+
+def _configuration(plan: Mapping[str, Any]) -> Mapping[str, Any]:
+    configurations = (plan.get("pretrain_plan") or {}).get("configurations") or {}
+    return next(iter(configurations.values()), {})
+
+
+def _preprocessing(plan: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    configuration = _configuration(plan)
+    spacing, patch = configuration.get("spacing"), configuration.get("patch_size")
+    schemes = set(configuration.get("normalization_schemes") or [])
+    intensity = SCHEMES.get(next(iter(schemes))) if len(schemes) == 1 else None
+    if intensity is None:
+        notes.append(f"normalisation {sorted(schemes) or 'not stated'} has no counterpart here; give intensity=...")
+    if spacing is None:
+        notes.append("pretrained at the spacing of each image (no fixed one)")
+    return {
+        "spacing_mm": None if spacing is None else [float(value) for value in spacing],
+        "patch_size": None if patch is None else [int(value) for value in patch],
+        "intensity": None if intensity is None else dict(intensity),
+    }
+
+
+def _source(content: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
+    data = (plan.get("pretrain_plan") or {}).get("dataset_name") or ""
+    citations = [
+        text
+        for entry in content.get("citations") or plan.get("citations") or []
+        if isinstance(entry, dict)
+        for text in entry.get("apa_citations") or []
+    ]
+    return {"method": method_of(content, ""), "data": str(data), "citations": [str(text) for text in citations]}

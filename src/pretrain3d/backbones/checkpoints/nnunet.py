@@ -1,0 +1,97 @@
+"""Checkpoints of nnU-Net v2: the encoder of a ResEnc U-Net, its size from the plans that the file carries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pretrain3d.backbones.checkpoints import released_resenc
+from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes
+from pretrain3d.config import UserError
+
+
+def recognises(content: Mapping[str, Any]) -> bool:
+    """Whether this is a checkpoint of nnU-Net v2."""
+    init = content.get("init_args")
+    return "network_weights" in content and isinstance(init, Mapping) and "plans" in init
+
+
+def convert(content: Mapping[str, Any], ledger_of: Any, wishes: Wishes, path: str) -> Imported:
+    """Node, weights and preprocessing of a file; arguments as in `nnssl.convert`.
+
+    Raises:
+        UserError: another network than a 3D ResEnc U-Net, or plans without its architecture.
+    """
+    init = content["init_args"]
+    plans = init["plans"]
+    configuration = _configuration(plans, str(init.get("configuration")), path)
+    class_name, kwargs = _architecture(configuration, path)
+    ledger: Ledger = ledger_of(content["network_weights"])
+    weights, notes = released_resenc.take_weights(ledger, released_resenc.ENCODER, released_resenc.STEM)
+    ledger.drop(list(ledger.left))
+    first = weights.get("stem.conv.weight")
+    channels = 1 if first is None else int(first.shape[1])
+    arguments = released_resenc.arguments_of(class_name, kwargs, channels, path)
+    spacing = configuration.get("spacing")
+    intensity = _intensity(configuration, plans, notes)
+    if any(len(set(values)) > 1 for values in [*arguments["kernels"], *arguments["strides"]]):
+        notes.append("its kernels or strides differ between axes, which nnU-Net orders z, y, x: axes=zyx turns them")
+    preprocessing = {
+        "spacing_mm": None if spacing is None else [float(value) for value in spacing],
+        "patch_size": [int(value) for value in configuration["patch_size"]],
+        "intensity": intensity,
+    }
+    trainer = str(content.get("trainer_name") or "nnUNetTrainer")
+    source = {"method": trainer, "data": str(plans.get("dataset_name", "")), "citations": []}
+    forward = [int(axis) for axis in plans.get("transpose_forward", (0, 1, 2))]
+    seen = ["zyx"[axis] for axis in forward]
+    order = (seen.index("x"), seen.index("y"), seen.index("z"))
+    node = released_resenc.node_of(arguments)
+    return Imported(node, weights, preprocessing, source, permutation=order, notes=notes)
+
+
+def _configuration(plans: Mapping[str, Any], name: str, path: str) -> dict[str, Any]:
+    known = plans.get("configurations") or {}
+    chain: list[Mapping[str, Any]] = []
+    while name in known and len(chain) <= len(known):
+        chain.append(known[name])
+        name = str(known[name].get("inherits_from"))
+    if not chain:
+        raise UserError(f"{path}: its plans have no configuration {name!r}; they have {', '.join(known) or 'none'}")
+    merged: dict[str, Any] = {}
+    for node in reversed(chain):
+        merged |= node
+    return merged
+
+
+def _architecture(configuration: Mapping[str, Any], path: str) -> tuple[str, Mapping[str, Any]]:
+    """Class and ``arch_kwargs``; before nnU-Net 2.4 they were spread over the configuration."""
+    node = configuration.get("architecture")
+    if node:
+        return str(node["network_class_name"]), node["arch_kwargs"]
+    try:
+        kernels = configuration["conv_kernel_sizes"]
+        base, top = configuration["UNet_base_num_features"], configuration["unet_max_num_features"]
+        return str(configuration["UNet_class_name"]), {
+            "features_per_stage": [min(base * 2**stage, top) for stage in range(len(kernels))],
+            "kernel_sizes": kernels,
+            "strides": configuration["pool_op_kernel_sizes"],
+            "n_blocks_per_stage": configuration["n_conv_per_stage_encoder"],
+        }
+    except KeyError as error:
+        raise UserError(f"{path}: its plans do not describe the network, {error} is missing") from error
+
+
+def _intensity(configuration: Mapping[str, Any], plans: Mapping[str, Any], notes: list[str]) -> dict[str, Any] | None:
+    schemes = list(configuration.get("normalization_schemes") or [])
+    if schemes and set(schemes) == {"ZScoreNormalization"}:
+        return {"scheme": "zscore", "low": None, "high": None, "mean": None, "std": None}
+    if schemes and set(schemes) == {"CTNormalization"}:
+        known = plans["foreground_intensity_properties_per_channel"]
+        names = {"low": "percentile_00_5", "high": "percentile_99_5", "mean": "mean", "std": "std"}
+        channels = range(len(schemes))
+        return {"scheme": "ct"} | {
+            ours: [float(known[str(c)][theirs]) for c in channels] for ours, theirs in names.items()
+        }
+    notes.append(f"normalisation {schemes or 'not stated'} has no counterpart here; give intensity=...")
+    return None

@@ -1,0 +1,160 @@
+"""ResEnc in released files (nnssl, nnU-Net v2): names, arguments, and both ways between them and ours.
+
+Released files hold every convolution and norm twice, as ``.conv``/``.norm`` and as ``.all_modules.0``/``.1``: two names
+of one tensor, except in files of sparse pretraining, where only the latter was trained.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain3d.backbones.checkpoints.contract import Ledger, reported
+from pretrain3d.backbones.resenc import NORM_EPS, SLOPE, triple
+from pretrain3d.config import UserError
+
+ENCODER, STEM = "encoder.stages", "encoder.stem"
+CLASSES = ("ResidualEncoderUNet", "ResEncL", "NoSkipResEncL")
+SHAPES = {  # channels, blocks, strides; kernels of 3
+    "resenc_l": ([32, 64, 128, 256, 320, 320], [1, 3, 4, 6, 6, 6], [1, 2, 2, 2, 2, 2]),
+    "resenc_s": ([32, 64, 128, 256, 320, 320], [1, 2, 2, 2, 2, 2], [1, 2, 2, 2, 2, 2]),
+    "resenc_xs": ([8, 16, 32, 64, 96], [1, 1, 2, 2, 2], [1, 2, 2, 2, 2]),
+}
+_FREE = {  # arguments of the reference that change no feature of the encoder at inference, or are read elsewhere
+    "n_stages", "features_per_stage", "kernel_sizes", "strides", "n_blocks_per_stage", "n_conv_per_stage_decoder",
+    "norm_op_kwargs", "nonlin_kwargs", "conv_op", "return_skips", "deep_supervision", "stochastic_depth_p",
+    "squeeze_excitation_reduction_ratio", "num_classes", "input_channels", "input_shape", "patch_size", "batch_size",
+    "arch_kwargs_requiring_import", "allow_init", "dropout_op_kwargs",
+}  # fmt: skip
+_FIXED: dict[str, tuple[Any, ...]] = {  # what ours computes, by the end of a dotted name
+    "conv_bias": (True,), "norm_op": (None, "InstanceNorm3d"), "nonlin": (None, "LeakyReLU"), "dropout_op": (None,),
+    "block": (None, "BasicBlockD"), "bottleneck_channels": (None,), "disable_default_stem": (False,),
+    "pool_type": (None, "conv"), "squeeze_excitation": (False,), "stem_channels": (None,),
+}  # fmt: skip
+
+
+def arguments_of(class_name: str, kwargs: Mapping[str, Any] | None, in_channels: int, where: str) -> dict[str, Any]:
+    """Arguments of `ResEnc` from those of the reference; ResEnc-L where a file names its class only.
+
+    Raises:
+        UserError: a class or a setting whose features ours would not reproduce.
+    """
+    kind = class_name.rpartition(".")[2]
+    if kind not in CLASSES:
+        raise UserError(f"{where}: the network is a {class_name}; these can be imported: {', '.join(CLASSES)}")
+    if not kwargs:
+        if kind == "ResidualEncoderUNet":
+            raise UserError(f"{where}: arch_kwargs is null and {class_name} has no standard size; fill it in")
+        return {**_shape("resenc_l"), "in_channels": in_channels}
+    for key, value in kwargs.items():
+        if key in _FREE:
+            continue
+        wanted = _FIXED.get(key)
+        plain = value.rpartition(".")[2] if isinstance(value, str) else value
+        first = kwargs["features_per_stage"][0]
+        if wanted is None or not (plain in wanted or (key == "stem_channels" and plain == first)):
+            raise UserError(f"{where}: arch_kwargs.{key} is {value}; pretrain3d's ResEnc has no such variant")
+    eps = (kwargs.get("norm_op_kwargs") or {}).get("eps", NORM_EPS)
+    slope = (kwargs.get("nonlin_kwargs") or {}).get("negative_slope", SLOPE)
+    if eps != NORM_EPS or slope != SLOPE:
+        raise UserError(f"{where}: norm eps {eps} and slope {slope}; pretrain3d's ResEnc has {NORM_EPS} and {SLOPE}")
+    stages = len(kwargs["features_per_stage"])
+    blocks, kernels, strides = (
+        value if isinstance(value, (list, tuple)) else [value] * stages
+        for value in (kwargs["n_blocks_per_stage"], kwargs["kernel_sizes"], kwargs["strides"])
+    )
+    if any(isinstance(value, (list, tuple)) and len(value) != 3 for value in [*kernels, *strides]):
+        raise UserError(f"{where}: kernels {list(kernels)} are not those of a 3D network")
+    return {
+        "channels": [int(c) for c in kwargs["features_per_stage"]],
+        "blocks": [int(b) for b in blocks],
+        "strides": [list(triple(s)) for s in strides],
+        "kernels": [list(triple(k)) for k in kernels],
+        "in_channels": in_channels,
+    }
+
+
+def node_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"name", ...}``: a named variant where it is one."""
+    for name in SHAPES:
+        if all(arguments[key] == value for key, value in _shape(name).items()):
+            return {"name": name, "in_channels": arguments["in_channels"]}
+    shape = ("channels", "blocks", "strides", "kernels", "in_channels")
+    return {"name": "resenc", **{key: arguments[key] for key in shape}}
+
+
+def take_weights(ledger: Ledger, encoder: str, stem: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict of `ResEnc` out of a file, and what there is to say about it.
+
+    Args:
+        ledger: the file's tensors.
+        encoder, stem: prefixes of the stages and of the stem.
+    """
+    state: dict[str, Tensor] = {}
+    differing: list[str] = []
+    inside = stem.startswith(f"{encoder}.")
+    names = [*ledger.under(stem), *(n for n in ledger.under(encoder) if not (inside and n.startswith(f"{stem}.")))]
+    for name in sorted(names, key=lambda name: ".all_modules." not in name):  # those first: they are the trained ones
+        plain = re.sub(r"\.all_modules\.([01])\.", lambda m: (".conv.", ".norm.")[int(m[1])], name)
+        if plain.startswith(f"{stem}."):
+            ours = "stem." + plain.removeprefix(f"{stem}.").removeprefix("convs.0.")
+        else:
+            ours = "stages." + re.sub(r"\.skip\.\d+\.", ".skip.", plain.removeprefix(f"{encoder}."))
+        if ours not in state:
+            state[ours] = ledger.take(name)
+        elif not torch.equal(ledger.duplicate(name), state[ours]):
+            differing.append(name)
+    notes = []
+    if differing:
+        notes.append(
+            f"{len(differing)} tensors differ from their second name, .all_modules, which was taken "
+            f"({reported(differing)}): only that one is trained in sparse pretraining"
+        )
+    return state, notes
+
+
+def released_weights(weights: Mapping[str, Tensor], strides: list[list[int]]) -> dict[str, Tensor]:
+    """The names of a released file, each tensor under both, from our state dict."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if name.startswith("stem."):
+            prefix = f"{STEM}.convs.0.{name.removeprefix('stem.')}"
+        else:
+            _, stage, _ = name.split(".", 2)
+            index = int(max(strides[int(stage)]) > 1)  # 0 is average pooling where the block is strided
+            prefix = f"encoder.{name}".replace(".skip.", f".skip.{index}.")
+        block, kind, what = prefix.rsplit(".", 2)
+        out[prefix] = tensor
+        out[f"{block}.all_modules.{('conv', 'norm').index(kind)}.{what}"] = tensor
+    return out
+
+
+def kwargs_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """``arch_kwargs`` as nnDetection's and nnU-Net's loaders read them."""
+    stages = len(arguments["channels"])
+    return {
+        "n_stages": stages,
+        "features_per_stage": arguments["channels"],
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": arguments["kernels"],
+        "strides": arguments["strides"],
+        "n_blocks_per_stage": arguments["blocks"],
+        "n_conv_per_stage_decoder": [1] * (stages - 1),
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": NORM_EPS, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+
+
+def _shape(name: str) -> dict[str, Any]:
+    channels, blocks, strides = SHAPES[name]
+    return {"channels": channels, "blocks": blocks, "strides": [[s] * 3 for s in strides],
+            "kernels": [[3] * 3 for _ in strides]}  # fmt: skip
