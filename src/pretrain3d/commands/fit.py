@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ A key that the file or its base mentions is overridden with key=value, another a
 
 DATA = {"data": "pretrain3d.data.module:DataModule"}
 TRAINER = {"trainer": "lightning:Trainer"}
+SPLITS = ("train", "val", "test")
 OWN_TRAINER_KEYS = ("val_every_n_steps", "checkpoint_every_n_steps", "probe_every_n_validations")
 
 
@@ -157,6 +160,7 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
     """The LightningModule of a config: backbone, transferred weights, and the head that the module section names."""
     from pretrain3d.backbones import BACKBONES
     from pretrain3d.backbones.transfer import transfer_into
+    from pretrain3d.data.leakage import Corpus, find, merged, warning
     from pretrain3d.modules import MODULES
     from pretrain3d.reporting.results import commit
 
@@ -194,9 +198,16 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         "transfer": None,
     }
     if transfer.get("path"):
-        report = transfer_into(backbone, Path(transfer["path"]), adapt=tuple(transfer.get("adapt") or ()))
+        report = transfer_into(backbone, str(transfer["path"]), adapt=tuple(transfer.get("adapt") or ()))
         note["transfer"] = report.to_dict()
+        note["pretrained_on"] = report.corpus
         print(f"{folder.path}: {report}")
+        warn_of_spacing(report.preprocessing.get("spacing_mm"), store.spacing_mm)
+    cases = [(part.store, split, getattr(part, f"{split}_ids")) for part in datamodule.sets for split in SPLITS]
+    note["leakage"] = find(note.get("pretrained_on"), cases)
+    note["corpus"] = merged(*(Corpus.of(part.store, part.train_ids).to_dict() for part in datamodule.sets))
+    if note["leakage"]:
+        print(warning(note["leakage"], str(transfer["path"])), file=sys.stderr)
     return build(MODULES, module_node, "module", note=note, **given)
 
 
@@ -239,18 +250,29 @@ def preprocessing(settings: dict[str, Any], datamodule: Any) -> dict[str, Any]:
     }
 
 
+def warn_of_spacing(pretrained_mm: Sequence[float] | None, store_mm: Sequence[float]) -> None:
+    """Says so when the transferred weights know objects at another size in voxels."""
+    if pretrained_mm is None or all(abs(a / b - 1) <= 0.1 for a, b in zip(pretrained_mm, store_mm, strict=True)):
+        return
+    texts = [" x ".join(f"{value:g}" for value in spacing) for spacing in (pretrained_mm, store_mm)]
+    print(f"note: the weights were pretrained at {texts[0]} mm, the store has voxels of {texts[1]} mm", file=sys.stderr)
+
+
 def intensity_of_transfer(settings: dict[str, Any]) -> dict[str, Any]:
     """The config with ``data.intensity: pretrained`` replaced by what the transferred file was trained on.
 
     Raises:
-        UserError: nothing is transferred.
+        UserError: nothing is transferred, or its file does not say.
     """
     from pretrain3d.backbones.transfer import load_export
 
     path = (settings.get("transfer") or {}).get("path")
     if not path:
         raise UserError("data.intensity=pretrained takes the normalisation of transfer.path, which is not given")
-    intensity = load_export(path)["preprocessing"]["intensity"]
+    intensity = load_export(path)["preprocessing"].get("intensity")
+    if intensity is None:
+        raise UserError(f"data.intensity=pretrained: {path} does not say how its images were normalised; import it "
+                        "with intensity=..., or set data.intensity")  # fmt: skip
     return {**settings, "data": {**settings["data"], "intensity": intensity}}
 
 

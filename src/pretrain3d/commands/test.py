@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,7 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
     module, datamodule = load_run(folder, checkpoint)
 
     from pretrain3d.backbones.transfer import fingerprint
+    from pretrain3d.data.leakage import find, warning
     from pretrain3d.reporting.figures import save_case_picture
     from pretrain3d.reporting.results import is_current
 
@@ -120,6 +122,10 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
                               spacing_mm=case.frame.spacing_mm)  # fmt: skip
         return boxes, scores, labels
 
+    leakage = find(module.note.get("pretrained_on"), [(datamodule.store, split, case_ids)])
+    if leakage:
+        print(warning(leakage, module.note["transfer"]["path"]), file=sys.stderr)
+    trained = [row for row in module.note.get("leakage") or [] if row["split"] == "train"]
     transfer = module.note.get("transfer")
     batch = settings["data"]["batch_size"] * settings["trainer"]["accumulate_grad_batches"] * module.note["processes"]
     about = {
@@ -127,6 +133,7 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
         "config": settings,
         "seed": settings["seed"],
         "cost": {"seconds": folder.state()["seconds"], "steps": step, "samples": step * batch},
+        "leakage": leakage + trained,
         "backbone": {
             "name": settings["backbone"]["name"],
             "fingerprint": backbone_fingerprint,

@@ -37,7 +37,7 @@ class Corpus:
 
     @classmethod
     def of(cls, store: Store, case_ids: Iterable[str]) -> Corpus:
-        """The cases of a store."""
+        """Cases of a store."""
         cases = [store.cases[case_id] for case_id in case_ids]
         return cls(
             frozenset(_hash(case.content_hash) for case in cases),
@@ -79,13 +79,12 @@ def merged(*corpora: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return total.to_dict()
 
 
-def find(corpus: Mapping[str, Any] | None, store: Store, cases: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+def find(corpus: Mapping[str, Any] | None, cases: Iterable[tuple[Store, str, Sequence[str]]]) -> list[dict[str, Any]]:
     """The cases that a corpus holds, whatever their name, header or voxel size is now.
 
     Args:
         corpus: `Corpus.to_dict`; None: nothing is known, nothing is found.
-        store: of the cases.
-        cases: ids by split.
+        cases: (store, split, ids of its cases) each.
 
     Returns:
         one row per case found: ``{"case", "split", "how": one of HOW, "similarity": of the signatures or None}``; "same
@@ -95,7 +94,7 @@ def find(corpus: Mapping[str, Any] | None, store: Store, cases: Mapping[str, Seq
         return []
     known = Corpus.from_dict(corpus)
     rows = []
-    for split, case_ids in cases.items():
+    for store, split, case_ids in cases:
         alike = _similarities(known, store, case_ids)
         for case_id, similarity in zip(case_ids, alike, strict=True):
             case = store.cases[case_id]
@@ -109,15 +108,14 @@ def find(corpus: Mapping[str, Any] | None, store: Store, cases: Mapping[str, Seq
 
 
 def warning(rows: Sequence[Mapping[str, Any]], file: str) -> str:
-    """One line for the terminal, "" when nothing was found."""
-    if not rows:
-        return ""
+    """One line for the terminal: a warning where a held-out case was found, a note where only training cases were."""
     parts = []
     for split in dict.fromkeys(row["split"] for row in rows):
         names = [f"{row['case']} ({row['how']})" for row in rows if row["split"] == split]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         parts.append(f"{len(names)} {split} cases: {', '.join(names[:3])}{more}")
-    return f"warning: leakage: the corpus that {file} was pretrained on holds {'; '.join(parts)}"
+    kind = "note" if all(row["split"] == "train" for row in rows) else "warning: leakage"
+    return f"{kind}: what {file} was pretrained on holds {'; '.join(parts)}"
 
 
 def _similarities(known: Corpus, store: Store, case_ids: Sequence[str]) -> np.ndarray:

@@ -63,6 +63,7 @@ def write_result(
     test_seconds: float | None = None,
     operating: Mapping[str, float | None] | None = None,
     by_size: Mapping[str, Any] | None = None,
+    leakage: list[dict[str, Any]] | None = None,
 ) -> Path:
     """Writes ``<folder>/result.json``; commit and environment are filled in.
 
@@ -82,6 +83,8 @@ def write_result(
         test_seconds: wall time of prediction.
         operating: ``{"threshold", "sensitivity", "false_positives_per_case"}`` at a score chosen on other cases.
         by_size: ``{"0-1200": {"low_mm3", "high_mm3", "objects", "metrics", "per_class"}, ...}``, bins of object volume.
+        leakage: ``{"case", "split", "how", "similarity"}`` per case, tested or trained on, that the corpus of the
+            pretraining holds; None for a baseline.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +92,7 @@ def write_result(
         "run": run, "metrics": metrics, "per_class": per_class, "curves": curves, "cases": cases, "config": config,
         "commit": commit(), "environment": environment(), "seed": seed, "cost": cost, "data": data,
         "backbone": backbone, "asked": asked, "test_seconds": test_seconds, "operating": operating,
-        "by_size": by_size,
+        "by_size": by_size, "leakage": leakage,
     }  # fmt: skip
     write_json(folder / "result.json", result)
     return folder / "result.json"
