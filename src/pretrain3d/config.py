@@ -151,11 +151,13 @@ def default_name(config: Mapping[str, Any]) -> str:
 
     A fine-tuning schedule other than ``whole`` stands after the backbone.
 
-    The data set is ``data.name``, else the name of the folder ``data.store``. Init is ``scratch`` without
-    ``transfer.path``, else ``transfer.name``, else the name of that file without its ending.
+    The data set is ``data.name``, else the name of the folder ``data.store`` (of several, joined by +). Init is
+    ``scratch`` without ``transfer.path``, else ``transfer.name``, else the name of that file without its ending.
     """
     data, module = config.get("data") or {}, config.get("module") or {}
-    dataset = data.get("name") or Path(str(data.get("store") or "data")).name
+    stores = data.get("store") or "data"
+    folders = [Path(str(store)).name for store in (stores if isinstance(stores, list) else [stores])]
+    dataset = data.get("name") or "+".join(folders)
     part = module.get("method") or module.get("detector") or module
     transfer = config.get("transfer") or {}
     init = "scratch"

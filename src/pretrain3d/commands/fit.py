@@ -97,6 +97,8 @@ def of_plan(settings: dict[str, Any]) -> dict[str, Any]:
     ]
     if not wanted:
         return settings
+    if not isinstance(data["store"], str):
+        raise UserError(f"{wanted[0][1]}=null takes the plan's of one store; with several give a number")
     plan, backbone = Store(Path(data["store"])).plan, settings["backbone"]["name"]
     planned = (plan.get("planned_for") or {}).get("backbone")
     for section, key in wanted:
@@ -141,7 +143,12 @@ def check_arguments(settings: dict[str, Any]) -> None:
         detector = with_anchors(module["detector"], {})
         check(DETECTORS, detector, "module.detector", given=("levels", "num_classes"))
     else:
-        check(PRETRAINING, module["method"], "module.method", given=("levels", "in_channels", "patch_size", "decoder"))
+        method_given = ["levels", "in_channels", "patch_size", "decoder"]
+        if module["name"] == "segmentation":
+            check_labels(settings)
+            given.append("label_classes")
+            method_given += ["classes", "make_stem"]
+        check(PRETRAINING, module["method"], "module.method", given=tuple(method_given))
     check(MODULES, module, "module", given=tuple(given))
     optimizer = {key: value for key, value in module["optimizer"].items() if key != "weight_decay"}
     check(OPTIMIZERS, optimizer, "module.optimizer", given=("groups",))
@@ -154,6 +161,17 @@ def check_arguments(settings: dict[str, Any]) -> None:
     known = {key: value for key, value in settings["trainer"].items() if key not in OWN_TRAINER_KEYS}
     planned = [key for key in ("accumulate_grad_batches",) if known.get(key, 0) is None]
     check(TRAINER, {"name": "trainer", **known}, "trainer", given=tuple(planned))
+
+
+def check_labels(settings: dict[str, Any]) -> None:
+    """Raises UserError when a segmentation has no labels to learn, or is given a method that learns none."""
+    from pretrain3d.objectives import PRETRAINING
+
+    method = settings["module"]["method"]
+    if not takes(PRETRAINING, method, "module.method", "classes"):
+        raise UserError(f"module.name=segmentation runs module.method=supervised, not {method['name']}")
+    if settings["data"].get("labels") is None:
+        raise UserError("module.name=segmentation: set data.labels to semantic (maps of organs) or objects")
 
 
 def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> Any:
@@ -171,7 +189,11 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
     module_node = dict(settings["module"])
     given: dict[str, Any] = {"backbone": backbone, "patch_size": tuple(datamodule.patch_size)}
     method = module_node.get("method", {}).get("name", "")
+    if module_node["name"] == "segmentation":
+        given["label_classes"] = datamodule.label_classes
     if module_node["name"] == "detection":
+        if len(datamodule.sets) > 1:
+            raise UserError("data.store lists several stores; a detector is trained on one")
         detector = with_levels(module_node["detector"], store.plan, settings["backbone"]["name"])
         detector = with_anchors(detector, store.plan.get("anchors"))
         module_node["detector"] = detector
@@ -185,15 +207,24 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         "module": module_node,
         "classes": list(store.classes),
         "mirror_classes": dict(store.mirror_classes),
-        "preprocessing": preprocessing(settings, datamodule),
+        "preprocessing": preprocessing(settings, datamodule, datamodule.sets[0]),
+        "sets": {
+            part.name: {
+                "data_hash": part.store.data_hash,
+                "licence": part.store.licence,
+                "label_classes": list(part.label_classes),
+                "preprocessing": preprocessing(settings, datamodule, part),
+            }
+            for part in datamodule.sets
+        },
         "precision": settings["trainer"].get("precision", "32-true"),
         "source": {
             "run": settings["name"],
             "commit": commit(),
             "method": method,
-            "data": store.name,
-            "data_hash": store.data_hash,
-            "licence": store.licence,
+            "data": "+".join(part.name for part in datamodule.sets),
+            "data_hash": datamodule.data_hash,
+            "licence": ", ".join(dict.fromkeys(part.store.licence for part in datamodule.sets)),
         },
         "transfer": None,
     }
@@ -235,18 +266,17 @@ def with_anchors(detector: dict[str, Any], planned: dict[str, Any] | None) -> di
     return {**detector, "anchors": planned}
 
 
-def preprocessing(settings: dict[str, Any], datamodule: Any) -> dict[str, Any]:
-    """What must be done to a file before the network sees it; travels in checkpoints and exports."""
+def preprocessing(settings: dict[str, Any], datamodule: Any, part: Any) -> dict[str, Any]:
+    """What must be done to a file of one data set before the network sees it; travels in checkpoints and exports."""
     from pretrain3d.data.normalise import resolve_intensity
 
-    store, data = datamodule.store, settings["data"]
-    scheme = data["intensity"] or store.plan["intensity"]
+    store, data = part.store, settings["data"]
     return {
         "axes": "RAS",
         "modality": list(store.modality),
         "spacing_mm": [float(value) for value in store.spacing_mm],
         "patch_size": list(datamodule.patch_size),
-        "intensity": resolve_intensity(store, scheme, data["fold"], data["num_folds"]),
+        "intensity": resolve_intensity(store, part.intensity, data["fold"], data["num_folds"]),
     }
 
 
@@ -290,18 +320,16 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:
     val_every = int(node.pop("val_every_n_steps"))
     checkpoint_every = int(node.pop("checkpoint_every_n_steps"))
     probe_every = int(node.pop("probe_every_n_validations", 1))
-    detection = settings["module"]["name"] == "detection"
+    kind = settings["module"]["name"]
+    monitor, mode = {"detection": ("val/mAP", "max"), "segmentation": ("val/dice", "max")}.get(
+        kind, ("val/loss", "min")
+    )
     loggers: list[Any] = [MetricsCSV(folder.path)]
     wandb_logger = make_wandb_logger((settings.get("logger") or {}).get("wandb"), folder.path, settings)
     if wandb_logger is not None:
         loggers.append(wandb_logger)
-    checkpoints = Checkpoints(
-        folder.path,
-        every_n_steps=checkpoint_every,
-        monitor="val/mAP" if detection else "val/loss",
-        mode="max" if detection else "min",
-    )
-    monitors = [] if detection else [FeatureMonitor(probe_every)]
+    checkpoints = Checkpoints(folder.path, every_n_steps=checkpoint_every, monitor=monitor, mode=mode)
+    monitors = [] if kind == "detection" else [FeatureMonitor(probe_every)]
     return lightning.Trainer(
         **{"num_sanity_val_steps": 0, "enable_model_summary": False, **node},
         default_root_dir=folder.path,

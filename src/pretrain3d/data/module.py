@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
 from typing import Any, Literal
 
 import lightning
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -17,8 +15,9 @@ from pretrain3d.config import UserError
 from pretrain3d.data import intensity as intensities
 from pretrain3d.data.augment import Augmentation
 from pretrain3d.data.batch import collate, is_raw
+from pretrain3d.data.identity import data_hash
 from pretrain3d.data.patches import PatchDataset
-from pretrain3d.data.sets import DataSet, LabelMap, Labels, PatchMixture, Pool, open_stores, set_names
+from pretrain3d.data.sets import DataSet, LabelMap, Labels, PatchMixture, Pool, open_stores, same_channels, set_names
 from pretrain3d.data.spatial import SpatialSettings
 from pretrain3d.data.store import Case
 
@@ -128,7 +127,7 @@ class DataModule(lightning.LightningDataModule):
             for name, one in zip(set_names(stores), stores, strict=True)
         ]
         self.normalisation = self.sets[0].normalisation
-        self._channels = _same_channels(self.sets)
+        self._channels = same_channels(self.sets)
         self.train_ids, self.val_ids, self.test_ids = (
             self._named([getattr(part, f"{split}_ids") for part in self.sets]) for split in ("train", "val", "test")
         )
@@ -148,6 +147,13 @@ class DataModule(lightning.LightningDataModule):
     def in_channels(self) -> int:
         """Channels of the network's input: the image's, or one per window (`data.normalise`)."""
         return self._channels
+
+    @property
+    def data_hash(self) -> str:
+        """One hash of all that the stores hold."""
+        return (
+            self.store.data_hash if len(self.sets) == 1 else data_hash({p.name: p.store.data_hash for p in self.sets})
+        )
 
     def volume(self, case_id: str) -> tuple[Tensor, Case]:
         """A whole case: (C, X, Y, Z) float32, normalised, on the CPU; and what its store knows about it."""
@@ -274,25 +280,3 @@ def _augmentation(
             raise UserError(f"data.augment has no {key!r}; it has spatial, intensity")
     settings = SpatialSettings.from_config(node.get("spatial"), flip_axes)
     return settings, intensities.settings_from_config(node.get("intensity"))
-
-
-def _same_channels(sets: Sequence[DataSet]) -> int:
-    """The number of input channels, which all sets share; says so where they differ in their voxels' size."""
-    first = sets[0]
-    for other in sets[1:]:
-        if other.in_channels != first.in_channels:
-            raise UserError(
-                f"data.store: {first.name} has {first.in_channels} input channels and {other.name} "
-                f"{other.in_channels}; one network needs the same number"
-            )
-        if not np.allclose(other.store.spacing_mm, first.store.spacing_mm, rtol=0.01):
-            warnings.warn(
-                f"data.store: the voxels of {first.name} are {_mm(first)} and those of {other.name} {_mm(other)}; "
-                "`pretrain3d prepare` with spacing_mm= makes them the same",
-                stacklevel=3,
-            )
-    return first.in_channels
-
-
-def _mm(part: DataSet) -> str:
-    return " x ".join(f"{value:g}" for value in part.store.spacing_mm) + " mm"

@@ -212,6 +212,28 @@ def open_stores(paths: str | Sequence[str]) -> list[Store]:
     return [Store(Path(folder)) for folder in folders]
 
 
+def same_channels(sets: Sequence[DataSet]) -> int:
+    """The number of input channels, which all sets share; says so where they differ in their voxels' size."""
+    first = sets[0]
+    for other in sets[1:]:
+        if other.in_channels != first.in_channels:
+            raise UserError(
+                f"data.store: {first.name} has {first.in_channels} input channels and {other.name} "
+                f"{other.in_channels}; one network needs the same number"
+            )
+        if not np.allclose(other.store.spacing_mm, first.store.spacing_mm, rtol=0.01):
+            warnings.warn(
+                f"data.store: the voxels of {first.name} are {_mm(first)} and those of {other.name} {_mm(other)}; "
+                "`pretrain3d prepare` with spacing_mm= makes them the same",
+                stacklevel=3,
+            )
+    return first.in_channels
+
+
+def _mm(part: DataSet) -> str:
+    return " x ".join(f"{value:g}" for value in part.store.spacing_mm) + " mm"
+
+
 def cases_of_pool(
     store: Store, fold: int, num_folds: int, pool: Pool, label_fraction: float, val_fraction: float, seed: int
 ) -> tuple[list[str], list[str], list[str]]:

@@ -3,6 +3,7 @@
 MODULES = {
     "reconstruction": "pretrain3d.modules.reconstruction:ReconstructionModule",
     "contrastive": "pretrain3d.modules.contrastive:ContrastiveModule",
+    "segmentation": "pretrain3d.modules.segmentation:SegmentationModule",
     "detection": "pretrain3d.modules.detection:DetectionModule",
 }
 

@@ -49,7 +49,7 @@ def load_module(path: Path, kind: str, device: str | torch.device = "cpu") -> Ba
 
     Args:
         path: a `.ckpt` written by `fit`.
-        kind: ``detection`` or ``reconstruction``; what the caller can use.
+        kind: a name in MODULES; what the caller can use.
         device: where it goes.
 
     Raises:
@@ -67,6 +67,8 @@ def load_module(path: Path, kind: str, device: str | torch.device = "cpu") -> Ba
     }
     if kind == "detection":
         given |= {"classes": note["classes"], "mirror_classes": note["mirror_classes"]}
+    if kind == "segmentation":
+        given |= {"label_classes": {name: about["label_classes"] for name, about in note["sets"].items()}}
     module = build(MODULES, note["module"], "module", **given)
     module.load_state_dict(checkpoint["state_dict"])
     return module.to(device).eval()

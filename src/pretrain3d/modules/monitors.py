@@ -22,6 +22,8 @@ from pretrain3d.parallel import all_gather, rank, world_size
 class FeatureMonitor(Callback):
     """Logs, at every validation, numbers on the pooled features of the same patches of the store.
 
+    Of several stores it is the first one with maps of organs, else the first.
+
     ``val/feature_std``: see `collapse.spread`; ``val/effective_rank``: see `collapse.effective_rank`; with a warning in
     plain words when they, or those of a method's projected embeddings, say that the network has collapsed. Every few
     validations, where the store has maps of organs, ``val/probe_auroc``: how well the nearest patches of other patients
@@ -79,7 +81,8 @@ class FeatureMonitor(Callback):
         data = trainer.datamodule
         size = getattr(module.get_submodule(module.head_name), "view_size", data.patch_size)
         number = -(-self.num_patches // world_size()) * world_size()
-        return ProbePatches(data.store, data.normalisation, size, data.val_ids, number)
+        part = max(data.sets, key=lambda part: any(case.has_semantic for case in part.store.cases.values()))
+        return ProbePatches(part.store, part.normalisation, size, part.val_ids, number)
 
     @torch.no_grad()
     def _look(self, trainer: Any, module: Any, patches: ProbePatches) -> tuple[Tensor, np.ndarray, np.ndarray]:

@@ -41,18 +41,7 @@ class PretrainingModule(BaseModule):
         warmup_steps: int = 0,
         ema: float | None = None,
     ) -> None:
-        check = getattr(resolve(PRETRAINING, method["name"], "module.method"), "check_backbone", None)
-        if check is not None:
-            check(backbone)
-        head = build(
-            PRETRAINING,
-            method,
-            "module.method",
-            levels=backbone.levels,
-            in_channels=backbone.in_channels,
-            patch_size=tuple(patch_size),
-            decoder=partial(image_decoder, backbone),
-        )
+        head = build_method(backbone, method, patch_size)
         super().__init__(backbone, head, "method", note, optimizer, schedule, warmup_steps, ema)
 
     @abstractmethod
@@ -78,3 +67,30 @@ class PretrainingModule(BaseModule):
         losses, outputs, prepared = self._losses(backbone, method, batch, "val")
         self.finish_losses(losses, batch, "val")
         return {"pictures": method.pictures(outputs, prepared)} if batch_idx == 0 else {}
+
+
+def build_method(backbone: Any, node: dict[str, Any], patch_size: tuple[int, int, int], **given: Any) -> nn.Module:
+    """A method of `PRETRAINING` for a backbone.
+
+    Args:
+        backbone: it will run on.
+        node: ``{"name": ..., **arguments}``.
+        patch_size: (3,) voxels of a training patch.
+        given: what only some methods take.
+
+    Raises:
+        UserError: the backbone lacks what the method needs.
+    """
+    check = getattr(resolve(PRETRAINING, node["name"], "module.method"), "check_backbone", None)
+    if check is not None:
+        check(backbone)
+    return build(
+        PRETRAINING,
+        node,
+        "module.method",
+        levels=backbone.levels,
+        in_channels=backbone.in_channels,
+        patch_size=tuple(patch_size),
+        decoder=partial(image_decoder, backbone),
+        **given,
+    )

@@ -9,5 +9,6 @@ PRETRAINING = {
     "models_genesis": "pretrain3d.objectives.models_genesis:ModelsGenesis",
     "volume_fusion": "pretrain3d.objectives.volume_fusion:VolumeFusion",
     "slice_mae": "pretrain3d.objectives.slice_mae:SliceMAE",
+    "supervised": "pretrain3d.objectives.segmentation:Segmentation",
     "swin_mix": "pretrain3d.objectives.swin_mix:SwinMix",
 }
