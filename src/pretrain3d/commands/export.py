@@ -10,7 +10,7 @@ from pretrain3d.config import REQUIRED, UserError, read_options
 from pretrain3d.reporting.run_folder import RunFolder
 
 USAGE = """\
-pretrain3d export RUN out=FILE [checkpoint=last format=pretrain3d axes=xyz]
+pretrain3d export RUN out=FILE [checkpoint=last stem=NAME format=pretrain3d axes=xyz]
 
 Writes the backbone of a run to one file: name and arguments, weights (the averaged ones where the run has them),
 preprocessing, and where they come from. A detector starts from it with transfer.path=FILE.
@@ -18,6 +18,8 @@ RUN may also be such a file, to write it in the other format.
 
   out=FILE               the file to write
   checkpoint=last|best   which weights of the run
+  stem=NAME              of the data sets of a supervised run, the one whose own stem is written; without, the one that
+                         those without a stem of their own share
   format=pretrain3d      or nnssl: a file for nnDetection's finetuning branch and nnU-Net's pretrained trainers (ResEnc,
                          Primus); `pretrain3d import` reads it back
   axes=xyz               nnssl only: zyx turns the network for their arrays, which are z, y, x"""
@@ -29,7 +31,8 @@ def run(paths: list[str], options: dict[str, object]) -> int:
     """Exports one run; returns the exit status."""
     if len(paths) != 1:
         raise UserError(f"export takes one run folder, got {len(paths)}: {' '.join(paths) or 'none'}")
-    given = read_options(options, {"out": REQUIRED, "checkpoint": "last", "format": "pretrain3d", "axes": "xyz"})
+    defaults = {"out": REQUIRED, "checkpoint": "last", "stem": "", "format": "pretrain3d", "axes": "xyz"}
+    given = read_options(options, defaults)
     for key, known in (("format", FORMATS), ("axes", ("xyz", "zyx"))):
         if given[key] not in known:
             raise UserError(f"{key}={given[key]}: it is {' or '.join(known)}")
@@ -38,17 +41,17 @@ def run(paths: list[str], options: dict[str, object]) -> int:
     out = Path(str(given["out"]))
     if out.is_dir():
         raise UserError(f"out={out} is a folder; name the file, for example out={out / 'backbone.pt'}")
-    export(Path(paths[0]), out, given["checkpoint"], given["format"], given["axes"])
+    export(Path(paths[0]), out, given["checkpoint"], given["stem"], given["format"], given["axes"])
     return 0
 
 
-def export(source: Path, out: Path, which: str, form: str, axes: str) -> None:
+def export(source: Path, out: Path, which: str, stem: str, form: str, axes: str) -> None:
     """Writes the file, unless it holds exactly this already.
 
     Raises:
         UserError: no such run or checkpoint, or ``out`` is a file of another kind.
     """
-    content = backbone_of(source, which)
+    content = backbone_of(source, which, stem)
     about = f"{content['backbone']['name']}, {content['source'].get('weights', 'online')} weights of {source}"
     if form == "nnssl":
         from pretrain3d.backbones.checkpoints import nnssl
@@ -62,15 +65,17 @@ def export(source: Path, out: Path, which: str, form: str, axes: str) -> None:
         write_once(out, content, about)
 
 
-def backbone_of(source: Path, which: str) -> dict[str, Any]:
+def backbone_of(source: Path, which: str, stem: str = "") -> dict[str, Any]:
     """What an export of a run, or a file that is one, holds.
 
     Raises:
-        UserError: no such run, checkpoint or file.
+        UserError: no such run, checkpoint, file or stem.
     """
     from pretrain3d.backbones.transfer import load_export
 
     if source.is_file():
+        if stem:
+            raise UserError(f"stem={stem}: {source} holds one stem; give the run")
         return load_export(source)
     path = RunFolder(source).checkpoint(which)
 
@@ -82,12 +87,33 @@ def backbone_of(source: Path, which: str) -> dict[str, Any]:
     note = checkpoint[NOTE]
     prefix = "backbone." if note["weights"] == "online" else "averaged.backbone."
     state = checkpoint["state_dict"]
-    return {
+    content = {
         "backbone": note["backbone"],
         "preprocessing": note["preprocessing"],
         "source": {**note["source"], "weights": note["weights"]},
         "corpus": merged(note.get("pretrained_on"), note.get("corpus")),
         "weights": {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)},
+    }
+    return with_stem(content, stem, note, state) if stem else content
+
+
+def with_stem(content: dict[str, Any], stem: str, note: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """The export with the stem, and the preprocessing, of one data set of a supervised run.
+
+    Raises:
+        UserError: that data set has no stem of its own.
+    """
+    stems = list(note["module"].get("method", {}).get("stems", ()))
+    if stem not in stems:
+        raise UserError(f"stem={stem}: the run has stems of its own for {', '.join(stems) or 'no data set'}")
+    averaged = "" if note["weights"] == "online" else "averaged."
+    prefix = f"{averaged}method.stems.{stems.index(stem)}."
+    own = {f"stem.{name.removeprefix(prefix)}": state[name] for name in state if name.startswith(prefix)}
+    return {
+        **content,
+        "weights": content["weights"] | own,
+        "preprocessing": note["sets"][stem]["preprocessing"],
+        "source": {**content["source"], "stem": stem},
     }
 
 
