@@ -174,6 +174,7 @@ def test_views_change_each_on_its_own_and_the_same_way_every_time():
     noisy = ViewAugmentation({"noise": {"p": 1.0, "range": [0.5, 0.5]}}, flip_axes=[], quarter_turns=False)
     noise = noisy(torch.zeros(1, 2, 1, 8, 8, 8), seed=5, sample_index=[7])[0]
     assert noise.std().item() > 0.3 and not torch.equal(noise[0], noise[1])
+    assert ViewAugmentation().intensities["low_resolution"]["p"] == 0.1
 
 
 def test_views_stay_as_they_are_when_nothing_is_asked_for():

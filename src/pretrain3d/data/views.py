@@ -12,6 +12,8 @@ from pretrain3d.config import UserError
 from pretrain3d.data import intensity as intensities
 from pretrain3d.data.batch import generator
 
+RARER = {"low_resolution": {"p": 0.1}}
+
 
 class ViewAugmentation:
     """Changes views that were cut already, so that where they lie is still known exactly.
@@ -19,14 +21,14 @@ class ViewAugmentation:
     All draws of a view are a pure function of the seed, its sample's index and its number in the sample.
 
     Args:
-        intensity: True, False or changed values, see `data.intensity.DEFAULTS`.
+        intensity: True, False or changed values, see `data.intensity.DEFAULTS`, of which `RARER` differs.
         flip_axes: axes mirrored at random, each with probability 1/2.
         quarter_turns: turn by 0, 90, 180 or 270 degrees about axis 2, where views are square there.
 
     Raises:
         UserError: an unknown operation or axis.
 
-    Source: nnssl's views for VoCo and SimCLR; its probability of low resolution is 0.1, here 0.25 unless set.
+    Source: nnssl's views for VoCo and SimCLR.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class ViewAugmentation:
     ) -> None:
         if any(axis not in (0, 1, 2) for axis in flip_axes):
             raise UserError(f"module.views.flip_axes={list(flip_axes)}: axes are 0, 1 and 2")
-        self.intensities = intensities.settings_from_config(intensity)
+        if not isinstance(intensity, bool):
+            intensity = RARER | intensity
+        self.intensities = intensities.settings_from_config(RARER if intensity is True else intensity)
         self.flip_axes = tuple(flip_axes)
         self.quarter_turns = quarter_turns
 
