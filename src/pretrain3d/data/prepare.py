@@ -181,6 +181,7 @@ def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], w
         histograms=image_histograms(cached.image, foreground, reader.modality),
         has_instances="instances" in cached.maps, has_semantic="semantic" in cached.maps,
         semantic_annotated=None if volume.semantic_annotated is None else tuple(volume.semantic_annotated),
+        signature=cached.signature,
     )  # fmt: skip
     if problem := record.problem(len(reader.classes)):
         raise UserError(f"{case.files[0]}: case {case.id}: {problem}")
