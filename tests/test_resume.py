@@ -78,6 +78,7 @@ def test_killed_run_equals_uninterrupted_run(phantom_store: Path, tmp_path: Path
             "trainer.accumulate_grad_batches=2", "trainer.max_steps=12", "module.warmup_steps=2",
             "trainer.val_every_n_steps=6", "trainer.checkpoint_every_n_steps=2", "trainer.log_every_n_steps=1",
             "trainer.accelerator=cpu", "module.overlap=0",
+            "module.finetune={name: two_phase, head_steps: 5}",  # killed where the backbone thaws, too
         ]  # fmt: skip
 
     assert fit(arguments("whole")) == 0
