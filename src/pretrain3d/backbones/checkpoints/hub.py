@@ -53,7 +53,9 @@ def _fetch(address: str) -> Path:
         raise UserError(f"{address}: accept its terms on the hub first, then `hf auth login`") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise UserError(f"{address}: the hub has no such repository or revision, or it is private") from error
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the client has used three transports so far, whose errors have no common class
         raise UserError(f"{address}: the hub cannot be reached ({_reason(error)})") from error
 
 
