@@ -171,14 +171,18 @@ def sample_linear(source: Tensor, points: Tensor) -> Tensor:
         (C, X, Y, Z).
     """
     size = source.shape[1:]
-    grid = torch.stack([2 * points[axis] / size[axis] - 1 for axis in (2, 1, 0)], dim=-1)  # grid_sample wants z y x
-    return F.grid_sample(source[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False)[0]
+    grid = torch.empty_like(points)  # by axis, seen as by voxel: writing x, y and z beside each other is slow
+    for place, axis in enumerate((2, 1, 0)):  # grid_sample wants z y x
+        torch.mul(points[axis], 2, out=grid[place]).div_(size[axis]).sub_(1)
+    by_voxel = grid.movedim(0, -1)[None]
+    return F.grid_sample(source[None], by_voxel, mode="bilinear", padding_mode="border", align_corners=False)[0]
 
 
 def sample_nearest(source: Tensor, points: Tensor, inside: Tensor) -> Tensor:
     """The voxel of (x, y, z) that holds each of the (3, X, Y, Z) coordinates, 0 where not ``inside`` (X, Y, Z)."""
-    index = [points[axis].floor().long().clamp_(0, source.shape[axis] - 1) for axis in range(3)]
-    return source[index[0], index[1], index[2]] * inside
+    x, y, z = (points[axis].int().clamp_(0, source.shape[axis] - 1) for axis in range(3))
+    place = x.mul_(source.shape[1]).add_(y).mul_(source.shape[2]).add_(z)  # in the flat source: one number, not three
+    return source.reshape(-1).index_select(0, place.view(-1)).view(inside.shape).mul_(inside)
 
 
 def points_inside(points: Tensor, low: list[float], high: list[float]) -> Tensor:
