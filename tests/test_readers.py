@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -11,6 +12,7 @@ from pretrain3d.data.readers import READERS
 from pretrain3d.data.readers.contract import Reader
 from pretrain3d.data.readers.images import Images
 from pretrain3d.data.readers.nndetection import NnDetection
+from pretrain3d.data.readers.nnunet import NnUNet
 from pretrain3d.data.readers.openkbp import DETECTION, GRID, LEFT_OUT, ORGANS, OpenKbp
 
 AFFINE = affine_of("LPS", (1.0, 1.0, 2.0))
@@ -357,3 +359,64 @@ def test_the_real_openkbp(testdata, tmp_path):
         np.testing.assert_array_equal(first.semantic, second.semantic)
         np.testing.assert_allclose(first.affine, second.affine, atol=1e-4)
         assert (case.id, case.split, first.labels) == (other.id, other.split, second.labels)
+
+
+# ---- nnU-Net
+
+
+def nnunet_folder(folder: Path, description: dict[str, Any]) -> Path:
+    """Two training cases of two channels and a test case without labels; label 2 is in one case only."""
+    for name in ("a", "b", "t"):
+        for channel in range(2):
+            target = folder / ("imagesTs" if name == "t" else "imagesTr") / f"{name}_{channel:04d}.nii.gz"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            values = np.random.default_rng(channel).integers(0, 99, (8, 9, 10)).astype(np.int16)
+            nib.save(nib.Nifti1Image(values, np.eye(4)), target)
+        if name != "t":
+            labels = np.zeros((8, 9, 10), dtype=np.uint8)
+            labels[2:4], labels[5] = 1, 2 if name == "a" else 0
+            (folder / "labelsTr").mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(labels, np.eye(4)), folder / "labelsTr" / f"{name}.nii.gz")
+    (folder / "dataset.json").write_text(json.dumps(description))
+    return folder
+
+
+CHANNELS = {"0": "T1", "1": "T2"}
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        {"channel_names": CHANNELS, "labels": {"background": 0, "liver": 1, "tumour": 2}, "file_ending": ".nii.gz"},
+        {"modality": CHANNELS, "labels": {"0": "background", "1": "liver", "2": "tumour"}},
+    ],
+)
+def test_both_versions_of_nnunet(tmp_path: Path, description: dict[str, Any]) -> None:
+    reader = NnUNet(nnunet_folder(tmp_path, {**description, "name": "set", "annotated": {"b": ["liver"]}}))
+    assert reader.semantic_classes == ["liver", "tumour"] and reader.modality == ["T1", "T2"] and reader.classes == []
+    cases = by_id(reader)
+    assert {name: case.split for name, case in cases.items()} == {"a": "train", "b": "train", "t": "test"}
+    volume = reader.read(cases["a"])
+    assert volume.image.shape == (2, 8, 9, 10) and volume.instances is None and volume.semantic is not None
+    assert np.unique(volume.semantic).tolist() == [0, 1, 2] and volume.semantic_annotated == (0, 1)
+    assert reader.read(cases["b"]).semantic_annotated == (0,)
+    assert reader.read(cases["t"]).semantic is None
+
+
+def test_what_nobody_looked_at_is_annotated_nowhere(tmp_path: Path) -> None:
+    labels = {"background": 0, "liver": 1, "ignore": 2}
+    reader = NnUNet(nnunet_folder(tmp_path, {"channel_names": CHANNELS, "labels": labels}))
+    assert reader.read(by_id(reader)["a"]).semantic_annotated == (0,)
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        ({"background": 0, "whole": [1, 2]}, "regions of several values"),
+        ({"background": 0, "liver": 2}, "labels must name every number from 1 on"),
+        (["liver"], "labels must name every number from 1 on"),
+    ],
+)
+def test_labels_of_nnunet_that_cannot_be_read(tmp_path: Path, labels: Any, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        NnUNet(nnunet_folder(tmp_path, {"channel_names": CHANNELS, "labels": labels}))

@@ -2,6 +2,7 @@
 
 READERS = {
     "nndetection": "pretrain3d.data.readers.nndetection:NnDetection",
+    "nnunet": "pretrain3d.data.readers.nnunet:NnUNet",
     "openkbp": "pretrain3d.data.readers.openkbp:OpenKbp",
     "images": "pretrain3d.data.readers.images:Images",
 }

@@ -40,12 +40,12 @@ class NnDetection(Reader):
         folder = Path(folder)
         self.root = folder / "raw_splitted" if (folder / "raw_splitted").is_dir() else folder
         self.file = _description_file(folder)
-        description = _read_json(self.file)
+        description = read_json(self.file)
         self.name = str(description.get("name") or description.get("task") or folder.resolve().name)
         self.classes = _names(description, "labels", 0)
         self.modality = _names(description, "modalities", 0)
         self.semantic_classes = _names(description, "organs", 1) if "organs" in description else []
-        self.mirror_classes = _mirror(description.get("mirror_classes", {}), self.classes)
+        self.mirror_classes = mirror_pairs(description.get("mirror_classes", {}), self.classes)
         self.licence = str(description.get("licence", description.get("license", "")))
         self.groups: dict[str, str] = description.get("groups", {})
 
@@ -95,7 +95,7 @@ class NnDetection(Reader):
         return RawVolume(np.stack(channels), affine, mask, labels, tuple(range(len(self.classes))), semantic)
 
     def _labels(self, path: Path, mask: np.ndarray, mask_path: Path) -> dict[int, int]:
-        instances: Any = _read_json(path).get("instances")
+        instances: Any = read_json(path).get("instances")
         try:
             labels = {int(key): int(value) for key, value in instances.items()}
         except (AttributeError, TypeError, ValueError):
@@ -120,7 +120,8 @@ def _description_file(folder: Path) -> Path:
     raise UserError(f"{folder}: no dataset.json; reader=nndetection needs it (for plain images: reader=images)")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -141,8 +142,8 @@ def _names(description: dict[str, Any], key: str, first: int) -> list[str]:
     return [str(names[index]) for index in expected]
 
 
-def _mirror(pairs: Any, classes: list[str]) -> dict[str, str]:
-    """Symmetric, and only names of classes."""
+def mirror_pairs(pairs: Any, classes: list[str]) -> dict[str, str]:
+    """Symmetric, and only names of classes. Raises UserError otherwise."""
     if not isinstance(pairs, dict) or not {*pairs, *pairs.values()} <= set(classes):
         raise UserError(f"dataset.json: mirror_classes must map names among {classes}, got {pairs!r}")
     both = {**pairs, **{b: a for a, b in pairs.items()}}

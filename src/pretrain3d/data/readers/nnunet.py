@@ -1,0 +1,112 @@
+"""The raw layout of nnU-Net: images and label maps of organs; for supervised pretraining, no objects to detect.
+
+    dataset.json                 channel_names {"0": "CT", ...}, labels {"background": 0, name: 1, ...} (version 2), or
+                                 modality {"0": "CT", ...}, labels {"0": "background", "1": name, ...} (version 1)
+    imagesTr/<case>_0000.nii.gz [, _0001 ...]    one file per channel
+    labelsTr/<case>.nii.gz                       label maps
+    imagesTs, labelsTs                           test cases, the labels optional
+
+Beyond it, all optional keys of dataset.json: ``"groups": {case: patient}``, ``"mirror_classes": {name: name}``,
+``"licence"``, and ``"annotated": {case: [names]}`` for cases in which only some labels were drawn.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain3d.config import UserError
+from pretrain3d.data.readers import nifti
+from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
+from pretrain3d.data.readers.nndetection import mirror_pairs, read_json
+
+IGNORE = "ignore"  # nnU-Net's name of voxels that nobody looked at: a class that is annotated nowhere
+
+
+class NnUNet(Reader):
+    """Reads the layout above.
+
+    Args:
+        folder: holds dataset.json.
+
+    Raises:
+        UserError: no dataset.json, or it lacks or contradicts something.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.file = self.folder / "dataset.json"
+        description = read_json(self.file)
+        self.name = str(description.get("name") or self.folder.resolve().name)
+        self.classes: list[str] = []
+        channels: Any = description.get("channel_names", description.get("modality"))
+        self.modality = _by_number(self.file, "channel_names", channels, 0)
+        self.semantic_classes = _by_number(self.file, "labels", _without_background(description.get("labels")), 1)
+        self.mirror_classes = mirror_pairs(description.get("mirror_classes", {}), self.semantic_classes)
+        self.licence = str(description.get("licence", description.get("license", "")))
+        self.groups: dict[str, str] = description.get("groups", {})
+        self.annotated: dict[str, list[str]] = description.get("annotated", {})
+
+    def cases(self) -> list[RawCase]:
+        """Training and test cases, by name."""
+        cases = []
+        for split, ending in (("train", "Tr"), ("test", "Ts")):
+            for first in nifti.files_in(self.folder / f"images{ending}", "*_0000.nii*"):
+                case_id = nifti.stem(first).removesuffix("_0000")
+                suffix = first.name.removeprefix(f"{case_id}_0000")
+                files = [first.with_name(f"{case_id}_{index:04d}{suffix}") for index in range(len(self.modality))]
+                labels = self.folder / f"labels{ending}" / f"{case_id}{suffix}"
+                if split == "train" or labels.is_file():
+                    files.append(labels)
+                cases.append(RawCase(case_id, split, str(self.groups.get(case_id, case_id)), tuple(files)))
+        if not cases:
+            raise UserError(f"{self.folder}: no image imagesTr/<case>_0000.nii.gz or imagesTs/<case>_0000.nii.gz")
+        return sorted(cases, key=lambda case: case.id)
+
+    def read(self, case: RawCase) -> RawVolume:
+        """Image, and the label map where there is one."""
+        first, *others = case.files[: len(self.modality)]
+        image, affine = nifti.read_image(first)
+        channels = [image]
+        for path in others:
+            channel, channel_affine = nifti.read_image(path)
+            nifti.check_same_grid(path, channel_affine, channel.shape, first)
+            channels.append(channel)
+        rest = case.files[len(self.modality) :]
+        if not rest:
+            return RawVolume(np.stack(channels), affine)
+        semantic = nifti.read_mask(rest[0], first)
+        if semantic.max() > len(self.semantic_classes):
+            raise UserError(f"{rest[0]}: label {semantic.max()} has no name in {self.file}")
+        annotated = self._annotated(case.id)
+        return RawVolume(np.stack(channels), affine, semantic=semantic, semantic_annotated=annotated)
+
+    def _annotated(self, case_id: str) -> tuple[int, ...]:
+        names = self.annotated.get(case_id, self.semantic_classes)
+        unknown = [name for name in names if name not in self.semantic_classes]
+        if unknown:
+            raise UserError(f"{self.file}: annotated of {case_id} has {unknown[0]!r}, which is no label")
+        return tuple(label for label, name in enumerate(self.semantic_classes) if name in names and name != IGNORE)
+
+
+def _without_background(labels: Any) -> Any:
+    """Labels of either version as {"1": name, ...}; what is neither stays as it is and is refused by `_by_number`."""
+    if not isinstance(labels, dict):
+        return labels
+    if "background" in labels:
+        if any(isinstance(value, list) for value in labels.values()):
+            raise UserError(
+                f"dataset.json: labels has regions of several values ({labels}); one value per name is read"
+            )
+        return {str(value): name for name, value in labels.items() if name != "background"}
+    return {key: name for key, name in labels.items() if key != "0"}
+
+
+def _by_number(file: Path, key: str, names: Any, first: int) -> list[str]:
+    """The names under consecutive numbers from ``first``."""
+    expected = [str(first + index) for index in range(len(names))] if isinstance(names, dict) else []
+    if not expected or set(names) != set(expected):
+        raise UserError(f"{file}: {key} must name every number from {first} on, got {names!r}")
+    return [str(names[number]) for number in expected]
