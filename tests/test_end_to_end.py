@@ -36,6 +36,10 @@ def test_pretrained_weights_arrive(runs: Path) -> None:
     assert note["transfer"]["source"]["method"] == "mae"
     assert note["backbone"]["name"] == exported["backbone"]["name"] == "resenc_xs"
     assert note["preprocessing"]["spacing_mm"] == exported["preprocessing"]["spacing_mm"]
+    assert note["pretrained_on"] == exported["corpus"] and note["leakage"] == [], (
+        "unlabelled cases are no others' copies"
+    )
+    assert exported["corpus"]["cases"] == 2 and note["corpus"]["cases"] == 4
 
 
 def test_test_and_table(runs: Path, phantom_store: Path) -> None:
@@ -44,7 +48,7 @@ def test_test_and_table(runs: Path, phantom_store: Path) -> None:
     assert {"mAP", "AP@0.10", "AP@0.50", "FROC@0.10"} <= result["metrics"].keys()
     interval = result["metrics"]["AP@0.10"]
     assert interval["low"] <= interval["value"] <= interval["high"]
-    assert result["backbone"]["init"] == "mae"
+    assert result["backbone"]["init"] == "mae" and result["leakage"] == []
     out = runs / "mean_box"
     assert main(["test", "baseline=mean_box", f"store={phantom_store}", f"out={out}", "samples=50"]) == 0
     table, report = runs / "table.md", runs / "report.html"

@@ -97,7 +97,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub
         "lab/many": {"a.pt": b"", "b.ckpt": b""},
     }})  # fmt: skip
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     use(monkeypatch, f"http://127.0.0.1:{httpd.server_address[1]}", tmp_path / "cache")
     yield handler
     httpd.shutdown()

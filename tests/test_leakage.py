@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 from pretrain3d.__main__ import main
+from pretrain3d.backbones import BACKBONES
+from pretrain3d.backbones.transfer import export_weights, load_export
+from pretrain3d.config import build
 from pretrain3d.data.identity import ALIKE, best_matches, signature, signature_values
 from pretrain3d.data.leakage import SIGNATURE, Corpus, find, merged, warning
 from pretrain3d.data.resample import resample_image
@@ -148,6 +151,33 @@ def test_a_corpus_is_small_plain_and_a_set(phantom_store: Path):
     assert len(json.dumps(total)) < 600 * len(ids)
     assert merged(None, None) is None
     assert not any(case_id in json.dumps(total) for case_id in ids), "no names travel"
+
+
+@pytest.mark.slow
+def test_a_leak_is_said_and_written_into_the_result(phantom_store: Path, tmp_path: Path, capsys):
+    """Weights that have seen a test and a training case under other names; fine-tuned, exported and tested."""
+    store = Store(phantom_store)
+    cases = [next(case_id for case_id, c in store.cases.items() if c.split == split) for split in ("test", "train")]
+    node = {"name": "resenc_xs", "in_channels": 3}
+    corpus = Corpus(frozenset(), frozenset(), Corpus.of(store, cases).signatures).to_dict()
+    preprocessing = {"intensity": {"scheme": "window", "low": -900.0, "high": 300.0}, "spacing_mm": [1.0, 1.0, 4.0]}
+    weights = build(BACKBONES, node, "backbone").state_dict()
+    export_weights(tmp_path / "mae.pt", node, weights, preprocessing, {"method": "mae"}, corpus)
+    line = ["fit", "--config", "configs/detect/phantom.yaml", "name=det", f"transfer.path={tmp_path / 'mae.pt'}",
+            f"out={tmp_path}", f"data.store={phantom_store}", "data.patch_size=[32,32,32]", "data.batch_size=2",
+            "data.num_workers=0", "trainer.max_steps=2", "trainer.val_every_n_steps=2", "module.warmup_steps=1",
+            "trainer.accelerator=cpu", "module.overlap=0"]  # fmt: skip
+    assert main(line) == 0
+    said = capsys.readouterr().err
+    assert f"warning: leakage: what {tmp_path / 'mae.pt'} was pretrained on holds" in said
+    assert f"1 test cases: {cases[0]} (copy)" in said and "pretrained at 1 x 1 x 4 mm" in said
+    assert main(["test", str(tmp_path / "det"), "samples=50", "pictures=0"]) == 0
+    assert "warning: leakage" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "det" / "result.json").read_text())["leakage"]
+    assert {"case": cases[0], "split": "test", "how": "copy", "similarity": 1.0} in rows
+    assert main(["export", str(tmp_path / "det"), f"out={tmp_path / 'det.pt'}"]) == 0
+    after = load_export(tmp_path / "det.pt")["corpus"]
+    assert Corpus.from_dict(after).signatures >= Corpus.from_dict(corpus).signatures and after["cases"] > 0
 
 
 def test_the_warning_counts_by_split():

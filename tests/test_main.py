@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pretrain3d.__main__ import COMMANDS, entry, main
+from pretrain3d.__main__ import COMMANDS, entry, main, module_of
 from pretrain3d.config import UserError
 
 
@@ -134,6 +134,6 @@ def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"{name}: {COMMANDS[name]}\n\npretrain3d {name}")
-    command = importlib.import_module(f"pretrain3d.commands.{name}")
+    command = importlib.import_module(module_of(name))
     assert callable(command.run)
     assert not hasattr(command, "HELP")  # the help line stands in one place, the table of commands

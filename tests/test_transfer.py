@@ -104,6 +104,25 @@ def test_wrong_adaptations_are_refused(backbone, tmp_path, file):
         transfer_into(backbone, tmp_path / "two.pt", adapt=["channels"])
 
 
+@pytest.mark.parametrize("kind", ["primus", "vit"])
+def test_learned_positions_are_adapted_by_name_and_reported(tmp_path, kind):
+    node = {"name": kind, "embed_dim": 24, "depth": 1, "heads": 2, "patch": 8, "image_size": 16, "in_channels": 1}
+    source = build(BACKBONES, node, "backbone").eval()
+    export_weights(tmp_path / "a.pt", node, source.state_dict(), {}, {})
+    target = build(BACKBONES, {**node, "image_size": [24, 16, 32], "in_channels": 2}, "backbone").eval()
+    refusal = r"image_size is \[16, 16, 16\] in the file and \[24, 16, 32\] in the model.*adapt=\[positions\]"
+    with pytest.raises(UserError, match=refusal):
+        transfer_into(target, tmp_path / "a.pt", adapt=["channels"])
+    report = transfer_into(target, tmp_path / "a.pt", adapt=["channels", "positions"])
+    assert report.adaptations[1] == (
+        "positions: encoder.positions interpolated from image_size [16, 16, 16] to [24, 16, 32]"
+    )
+    image = torch.randn(1, 1, 24, 16, 32)
+    with torch.no_grad():  # the source interpolates as it runs
+        torch.testing.assert_close(source(image)[0], target(image.expand(-1, 2, -1, -1, -1))[0], rtol=1e-4, atol=1e-5)
+    assert transfer_into(source, tmp_path / "a.pt", adapt=["positions"]).adaptations == []
+
+
 def test_damaged_and_foreign_files_are_named(backbone, file, tmp_path):
     whole = file.read_bytes()
     for broken in (b"", whole[: len(whole) // 2], b"no such thing"):

@@ -46,7 +46,7 @@ class _Arguments:
 def main(argv: Sequence[str]) -> int:
     """Runs one command.
 
-    A command is a module ``pretrain3d.commands.NAME`` (``NAME_`` where Python keeps the word for itself) with the text ``USAGE`` and ``run(paths: list[str], options:
+    A command is a module (`module_of`) with the text ``USAGE`` and ``run(paths: list[str], options:
     dict[str, object]) -> int``, whose options are text for `config.read_options`. One that sets ``TAKES_CONFIG = True``
     has ``run(config_path: str | None, paths: list[str], overrides: list[str]) -> int``.
 
@@ -83,6 +83,11 @@ def _output_is_closed() -> bool:
     return False
 
 
+def module_of(name: str) -> str:
+    """The module of a command: its name, with ``_`` where Python keeps the word for itself."""
+    return f"pretrain3d.commands.{name}{'_' if keyword.iskeyword(name) else ''}"
+
+
 def entry() -> None:
     """The installed command ``pretrain3d``."""
     sys.exit(main(sys.argv[1:]))
@@ -99,8 +104,7 @@ def _run(argv: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{suggestion(name, COMMANDS) or '.'} Commands: {', '.join(COMMANDS)}")
     arguments = _parse(argv[1:])
-    module = f"{name}_" if keyword.iskeyword(name) else name
-    command = importlib.import_module(f"pretrain3d.commands.{module}")
+    command = importlib.import_module(module_of(name))
     if arguments.help:
         print(f"{name}: {COMMANDS[name]}\n\n{command.USAGE.strip()}")
         return 0
