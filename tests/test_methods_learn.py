@@ -21,6 +21,7 @@ SETTINGS = {
     "models_genesis": [*TINY, *PATCH],
     "volume_fusion": [*TINY, *PATCH],
     "swin_mix": [*TINY, *PATCH],
+    "supervised": [*TINY, *PATCH],
     "simmim": PATCH,  # a small Primus
 }
 STEPS = {"models_genesis": 480}  # most of a patch is painted over; the others take 240

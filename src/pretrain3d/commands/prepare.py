@@ -10,7 +10,7 @@ from typing import Any
 from pretrain3d.config import REQUIRED, UserError, read_options, resolve
 
 USAGE = """\
-pretrain3d prepare RAW_FOLDER out=STORE reader=nndetection|openkbp|images [spacing_mm=null patch_size=null workers=2]
+pretrain3d prepare RAW_FOLDER out=STORE reader=NAME [spacing_mm=null patch_size=null workers=2]
 
 Reads every case of RAW_FOLDER, turns it to RAS axes, crops it to the body, resamples it and writes it to STORE with its
 boxes and statistics; then plans patch, batch, levels and anchors in STORE/plan.yaml, for the small default backbone
@@ -19,7 +19,7 @@ A repeated call does only what is missing or has changed, so an interrupted one 
 read is named with its reason, the rest goes on, and the exit status is 1.
 
   out=STORE            folder of the store, new or of an earlier call
-  reader=NAME          format of RAW_FOLDER
+  reader=NAME          format of RAW_FOLDER: nndetection, nnunet (label maps, nothing to detect), openkbp or images
   spacing_mm=null      voxel size: one number or [x,y,z]; null: the plan's, for a new store the median of the cases
   patch_size=null      largest patch to plan, a number or [x,y,z] in multiples of 16; null: 128
   modality=null        CT, MR, ... (a list for several channels), where the files do not say (reader=images)
