@@ -5,8 +5,7 @@ One token is one patch of voxels. Tokens are always ordered as a flattened (x, y
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -194,40 +193,78 @@ def visible_first(visible: Tensor, num_visible: int | None = None) -> tuple[Tens
     return order[:, :most], None if min(numbers) == most else filled
 
 
-class TokenBackbone(nn.Module, ABC):
+class TokenBackbone(nn.Module):
     """An embedding of patches and a `TokenStack`; fulfils `contract.Backbone` with one level, the final tokens.
 
     Hidden voxels are 0, and a token without a visible voxel is dropped: it costs nothing, and its place in the output
     is 0.
 
+    A subclass says which blocks it is made of: ``name`` for errors, ``block(dim, heads, drop_path)``, and ``rotary``,
+    whether attention turns queries and keys by their positions.
+
     Args:
-        arguments: everything that builds the network again; has embed_dim, patch, image_size, in_channels.
+        embed_dim: C, a multiple of ``heads``, with rotary positions of 6 times ``heads``.
+        depth: number of blocks.
+        heads: of the attention.
+        patch: voxels of a token, one number or one per axis.
+        image_size: voxels that the learned positions are made for, one number or one per axis; images of another size
+            interpolate them. Best the patch size of the pretraining.
+        in_channels: of the image.
+        drop_path: rate of stochastic depth at the last block, rising linearly from 0 at the first.
+        checkpointing: recompute activations in the backward pass: less memory, about a third more time.
 
     Raises:
-        UserError: the image size is no multiple of the patch.
+        UserError: a width that the heads do not divide, or an image size that is no multiple of the patch.
     """
+
+    name: str
+    block: Callable[[int, int, float], nn.Module]
+    rotary: bool
 
     runtime_arguments = frozenset({"drop_path", "checkpointing"})
     input_weights = ("embedding.weight",)
     position_weights = ("encoder.positions",)  # learned for the grid of image_size
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        depth: int,
+        heads: int,
+        patch: int | tuple[int, int, int] = 8,
+        image_size: int | tuple[int, int, int] = 160,
+        in_channels: int = 1,
+        drop_path: float = 0.0,
+        checkpointing: bool = False,
+    ) -> None:
+        check_heads(self.name, embed_dim, heads, 6 if self.rotary else 1)
         super().__init__()
-        self.arguments = arguments
-        self.in_channels: int = arguments["in_channels"]
-        self.patch = triple(arguments["patch"])
-        size = triple(arguments["image_size"])
+        self.in_channels = in_channels
+        self.patch, size = triple(patch), triple(image_size)
+        self.arguments: dict[str, Any] = {
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "heads": heads,
+            "patch": list(self.patch),
+            "image_size": list(size),
+            "in_channels": in_channels,
+            "drop_path": drop_path,
+            "checkpointing": checkpointing,
+        }
         if any(s % p for s, p in zip(size, self.patch, strict=True)):
             raise UserError(f"image_size is {by_text(size)}; it must be a multiple of the patch, {by_text(self.patch)}")
         self.grid: Triple = (size[0] // self.patch[0], size[1] // self.patch[1], size[2] // self.patch[2])
         self.size_multiple = self.patch
-        self.levels = (Level(arguments["embed_dim"], self.patch, tokens=True),)
-        self.embedding = PatchEmbedding(self.in_channels, arguments["embed_dim"], self.patch)
-        self.encoder = self.make_stack(arguments["depth"], arguments["drop_path"])
+        self.levels = (Level(embed_dim, self.patch, tokens=True),)
+        self.embedding = PatchEmbedding(in_channels, embed_dim, self.patch)
+        self.encoder = self.make_stack(depth, drop_path)
 
-    @abstractmethod
     def make_stack(self, depth: int, drop_path: float = 0.0) -> TokenStack:
         """A new stack of this backbone's kind of blocks, width and grid, with positions of its own: a decoder's too."""
+        dim, heads = self.arguments["embed_dim"], self.arguments["heads"]
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+        blocks = [type(self).block(dim, heads, rate) for rate in rates]
+        rotary_dim = dim // heads if self.rotary else None
+        return initialise(TokenStack(blocks, dim, self.grid, rotary_dim, self.arguments["checkpointing"]))
 
     def embed(self, image: Tensor) -> Tensor:
         """The patches as vectors, without positions: (B, in_channels, X, Y, Z) -> (B, C, x, y, z).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,11 +9,7 @@ from pretrain3d.backbones.tokens import (
     DropPath,
     Rotation,
     TokenBackbone,
-    TokenStack,
     attend,
-    check_heads,
-    initialise,
-    triple,
 )
 
 NORM_EPS = 1e-6
@@ -51,55 +46,13 @@ class ViT(TokenBackbone):
 
     Learned positions only, no class token, a final norm.
 
-    Args:
-        embed_dim: C, a multiple of ``heads``.
-        depth: number of blocks.
-        heads: of the attention.
-        patch: voxels of a token, one number or one per axis.
-        image_size: voxels that the learned positions are made for, one number or one per axis; images of another size
-            interpolate them. Best the patch size of the pretraining.
-        in_channels: of the image.
-        drop_path: rate of stochastic depth at the last block, rising linearly from 0 at the first.
-        checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-
-    Raises:
-        UserError: a width that the heads do not divide, or an image size that is no multiple of the patch.
-
     Source: Dosovitskiy et al., "An image is worth 16x16 words" (2021). MONAI's ViT of the same name holds 28 M more
     parameters, cross-attention that is never used.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        depth: int,
-        heads: int,
-        patch: int | tuple[int, int, int] = 16,
-        image_size: int | tuple[int, int, int] = 160,
-        in_channels: int = 1,
-        drop_path: float = 0.0,
-        checkpointing: bool = False,
-    ) -> None:
-        check_heads("vit", embed_dim, heads, 1)
-        super().__init__(
-            {
-                "embed_dim": embed_dim,
-                "depth": depth,
-                "heads": heads,
-                "patch": list(triple(patch)),
-                "image_size": list(triple(image_size)),
-                "in_channels": in_channels,
-                "drop_path": drop_path,
-                "checkpointing": checkpointing,
-            }
-        )
-
-    def make_stack(self, depth: int, drop_path: float = 0.0) -> TokenStack:
-        """See `tokens.TokenBackbone.make_stack`."""
-        dim, heads = self.arguments["embed_dim"], self.arguments["heads"]
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        blocks = [Block(dim, heads, rate) for rate in rates]
-        return initialise(TokenStack(blocks, dim, self.grid, None, self.arguments["checkpointing"]))
+    name = "vit"
+    block = Block
+    rotary = False
 
 
 def vit_b(
