@@ -10,12 +10,11 @@ from backbone_variants import VARIANTS
 from torch import nn
 
 from pretrain3d.backbones.decoders import TokenDecoder, image_decoder
-from pretrain3d.backbones.primus import Primus, primus_b, primus_l, primus_m, primus_s
+from pretrain3d.backbones.primus import Primus
 from pretrain3d.config import UserError
 from pretrain3d.objectives.hidden import hidden_losses
 from pretrain3d.objectives.mae import MAE, visible_tokens
 from pretrain3d.objectives.masking import hidden_cells
-from pretrain3d.objectives.simmim import SimMIM
 
 TOKENS = ("primus", "vit")
 
@@ -139,32 +138,13 @@ def test_defaults_follow_the_backbone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("build", "objective", "forward", "total"),
-    [
-        (primus_m, MAE, 1.55, 4.63),
-        (primus_s, SimMIM, 1.59, 4.75),
-        (primus_b, SimMIM, 3.90, 11.69),
-        (primus_m, SimMIM, 5.85, 17.55),
-        (primus_l, SimMIM, 11.66, 34.96),
-    ],
-)
-def test_cost_is_that_of_the_reference(build, objective, forward, total):
-    """TFLOP of a sample of 160^3, counted without computing: forward, and with the backward pass."""
-    from torch.utils.flop_counter import FlopCounterMode
+@pytest.mark.parametrize("name", ["mae, primus_m", *[f"simmim, primus_{size}" for size in "sbml"]])
+def test_cost_is_that_of_the_reference(name, monkeypatch):
+    monkeypatch.syspath_prepend("benchmarks")
+    from pretrain_cost import WORKLOADS, tflop
 
-    size = (160, 160, 160)
-    with torch.device("meta"):
-        backbone = build()
-        method = objective(backbone.levels, 1, size, partial(image_decoder, backbone), ratio=0.75)
-        batch = {"image": torch.empty(1, 1, *size), "inside": torch.ones(1, 1, *size, dtype=torch.bool)}
-    prepared = method.prepare(batch, generators(1))
-    with FlopCounterMode(display=False) as counter:
-        reconstruction = method(backbone, prepared)["reconstruction"]
-        first = counter.get_total_flops()
-        reconstruction.sum().backward()
-    assert first / 1e12 == pytest.approx(forward, rel=0.01)
-    assert counter.get_total_flops() / 1e12 == pytest.approx(total, rel=0.01)
-    if objective is MAE:  # 151,786,529 and a decoder of 2 blocks with its positions, norm and mask token
-        parameters = sum(p.numel() for module in (backbone, method) for p in module.parameters())
+    work = WORKLOADS[name]
+    forward, total, parameters = tflop(work)
+    assert (forward, total) == (pytest.approx(work.forward, rel=0.01), pytest.approx(work.total, rel=0.01))
+    if work.method == "mae":  # 151,786,529 and a decoder of 2 blocks with its positions, norm and mask token
         assert parameters / 1e6 == pytest.approx(176.66, abs=0.01)

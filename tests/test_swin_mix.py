@@ -122,6 +122,28 @@ def test_loss_by_loops():
     assert losses["rotation_accuracy"].item() == pytest.approx(right)
 
 
+def test_what_is_restored_comes_from_the_coarsest_level_alone():
+    backbone, method = make("swin_mix", SHAPE)
+    features = backbone(torch.randn(2, 1, *SHAPE), None)
+    others = [torch.randn_like(level) for level in features[:-1]]
+    restored = method.decoder(features)[0]
+    assert restored.shape == (2, 1, *SHAPE) and torch.equal(restored, method.decoder([*others, features[-1]])[0])
+    widths = [(block.conv.in_channels, block.conv.out_channels) for block in method.decoder.blocks]
+    assert widths == [(8, 6), (6, 4)]
+
+
+@pytest.mark.slow
+def test_cost_is_that_of_the_reference(monkeypatch):
+    """Parameters to the last printed digit: encoder, restoring stack and both heads are those of the reference."""
+    monkeypatch.syspath_prepend("benchmarks")
+    from pretrain_cost import WORKLOADS, tflop
+
+    work = WORKLOADS["swin_mix, resenc_l"]
+    forward, total, parameters = tflop(work)
+    assert (forward, total) == (pytest.approx(work.forward, rel=0.01), pytest.approx(work.total, rel=0.01))
+    assert parameters / 1e6 == pytest.approx(96.60, abs=0.005)
+
+
 def test_contract():
     check_bf16_gradients("swin_mix")
     check_empty_batch("swin_mix")
@@ -132,6 +154,7 @@ def test_contract():
     ("shape", "arguments", "message"),
     [
         ((16, 8, 8), {}, r"data.patch_size is \[16, 8, 8\], take x and y of the same size"),
+        ((4, 4, 4), {}, "a single voxel at the coarsest level"),
         (SHAPE, {"drop": 1.0}, "drop is 1.0"),
         (SHAPE, {"temperature": 0.0}, "temperature is 0.0"),
         (SHAPE, {"contrast": -1.0}, "weight contrast is -1.0"),

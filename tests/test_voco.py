@@ -57,6 +57,24 @@ def test_a_target_on_a_base_is_that_base():
     assert labels.tolist() == [[0, 0, 0, 0, 1, 0, 0, 0, 0]]
 
 
+def test_crops_and_labels_of_the_reference_geometry():
+    """Two regions of 256 x 256 x 64: 40 crops of 64^3, 32 of them bases; a target overlaps four of them."""
+    region = (256, 256, 64)
+    method = VoCo(LEVELS, 1, region, UNetDecoder, (4, 4, 1), 4, hidden=8, embedding=4)
+    images = torch.stack([torch.arange(256 * 256 * 64, dtype=torch.float32).view(1, *region)] * 2)
+    prepared = method.prepare({"image": images}, draws(2))
+    assert prepared["inputs"].shape == (2, 20, 1, 64, 64, 64) and prepared["labels"].shape == (2, 4, 16)
+    bases = prepared["inputs"][0, 4:, 0].view(4, 4, 64, 64, 64)  # together they are the region
+    assert torch.equal(bases.permute(0, 2, 1, 3, 4).reshape(region), images[0, 0])
+    torch.testing.assert_close(prepared["labels"].sum(-1), torch.ones(2, 4))
+    corners = prepared["inputs"][:, :4, 0, 0, 0, 0].long()  # the first voxel of each target says where it lies
+    x, y = corners // (256 * 64), corners // 64 % 256
+    assert (x % 64).all() and (y % 64).all(), "no target on the grid, so that each overlaps four bases"
+    assert ((prepared["labels"] > 0).sum(-1) == 4).all()
+    largest = prepared["labels"].argmax(-1)
+    assert torch.equal(largest, (x + 32) // 64 * 4 + (y + 32) // 64)
+
+
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return max(0.0, float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)))
 
@@ -143,6 +161,12 @@ def test_bases_stand_still():
     assert gradient[:, :T].eq(0).all() and gradient[:, T:].ne(0).any()
     second = small("teacher")
     assert not any(parameter.requires_grad for parameter in second.teacher.parameters())
+    outputs = {"embeddings": embeddings, "teacher": torch.randn(B, T + N, 5), "labels": prepared["labels"]}
+    losses = second.loss(outputs, prepared)
+    (gradient,) = torch.autograd.grad(losses["positive"] + losses["negative"], embeddings, retain_graph=True)
+    assert gradient[:, T:].eq(0).all() and gradient[:, :T].ne(0).any()  # within a volume the teacher's bases count
+    (gradient,) = torch.autograd.grad(losses["inter"], embeddings, retain_graph=True)
+    assert gradient[:, T:].ne(0).any() and gradient[:, :T].ne(0).any()  # between volumes the projector's own
 
 
 @pytest.mark.parametrize("form", ["stop_gradient", "teacher"])
@@ -189,6 +213,7 @@ def test_dropout_is_the_students_and_of_training_only():
         ({"grid": (1, 1, 1)}, "into two or more crops"),
         ({"targets": 0}, "targets=0 must be at least 1"),
         ({"momentum": 1.0}, "from 0 to below 1"),
+        ({"hidden_layers": 0}, "hidden_layers is 0; at least 1"),
     ],
 )
 def test_mistakes(arguments, message):
@@ -262,7 +287,8 @@ def test_it_learns_where_crops_lie(form):
     torch.manual_seed(0)
     region = (24, 24, 8)
     backbone = ResEnc([8, 16], [1, 1], [1, 2])
-    method = VoCo(backbone.levels, 1, region, UNetDecoder, (3, 3, 1), 4, form, hidden=64, embedding=32)
+    method = VoCo(backbone.levels, 1, region, UNetDecoder, (3, 3, 1), 4, form, hidden=64, embedding=32,
+                  hidden_layers=1 if form == "teacher" else 2)  # fmt: skip
     parameters = [p for p in (*backbone.parameters(), *method.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3)
     x, y, _ = torch.meshgrid(*[torch.linspace(0.5, 2.5, size) for size in region], indexing="ij")

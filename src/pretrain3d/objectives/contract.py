@@ -23,7 +23,7 @@ class PyramidLevel(Protocol):
 
 Backbone = Callable[..., list[Tensor]]  # (image, keep) -> features, finest first; on tokens (image, keep, num_visible)
 # (levels, out_channels) -> module from features to outputs, the first of them at the resolution of the image;
-# on tokens also (levels, out_channels, number of Transformer blocks over all tokens)
+# on tokens also (levels, out_channels, number of Transformer blocks over all tokens); skips=False: the coarsest level's
 Decoder = Callable[..., torch.nn.Module]
 
 

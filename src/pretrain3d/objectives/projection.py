@@ -28,23 +28,24 @@ def pooled(features: Sequence[Tensor]) -> Tensor:
 
 
 class Projector(nn.Sequential):
-    """A perceptron with two hidden layers, each normalised over the batch, in training and in evaluation.
+    """A perceptron whose hidden layers are normalised over the batch, in training and in evaluation.
 
     Args:
         channels: of the pooled features.
-        hidden: width of both hidden layers.
+        hidden: width of every hidden layer.
         embedding: of the output.
+        hidden_layers: their number.
 
-    Source: the heads of SimCLR (Chen et al., 2020) and VoCo (Wu et al., 2024). nnssl normalises each sample over its
+    Source: the heads of SimCLR (Chen et al., 2020) and VoCo (Wu et al., 2024; two hidden layers, later one). nnssl normalises each sample over its
     channels instead. Then the large part that the features of all images share stays, all cosines begin near 1, and
     VoCo with a teacher was seen to collapse within 20 steps.
     """
 
-    def __init__(self, channels: int, hidden: int, embedding: int) -> None:
+    def __init__(self, channels: int, hidden: int, embedding: int, hidden_layers: int = 2) -> None:
         layers: list[nn.Module] = []
-        for inputs, outputs in ((channels, hidden), (hidden, hidden)):
-            norm = nn.BatchNorm1d(outputs, affine=False, track_running_stats=False)
-            layers += [nn.Linear(inputs, outputs), norm, nn.ReLU()]
+        for inputs in [channels, *[hidden] * (hidden_layers - 1)]:
+            norm = nn.BatchNorm1d(hidden, affine=False, track_running_stats=False)
+            layers += [nn.Linear(inputs, hidden), norm, nn.ReLU()]
         super().__init__(*layers, nn.Linear(hidden, embedding))
 
     def forward(self, features: Tensor) -> Tensor:

@@ -35,17 +35,19 @@ class SwinMix(nn.Module):
         levels: of the backbone, finest first.
         in_channels: of the image.
         patch_size: (3,) voxels; x and y must be equal.
-        decoder: builds the decoder from the levels and the number of output channels.
+        decoder: builds the decoder, a light one without skips, from the levels and the number of output channels.
         drop: at most this share of a view becomes noise, and at most this share another sample's.
         temperature: of NT-Xent.
         reconstruction, rotation, contrast: weights of the three losses.
 
     Raises:
-        UserError: a patch that is not square in x and y, a share or a weight that is none.
+        UserError: a patch that is not square in x and y or a single voxel at the coarsest level, a share or a weight
+            that is none.
 
     Source: Tang et al., "Self-supervised pre-training of Swin transformers for 3D medical image analysis" (2022), with
     weights 1, 1, 1 and temperature 0.5 as in its code and in nnssl. There the rotation is read from one corner token
-    and the embedding from its neighbour; here both from the mean of the coarsest level. There the noise is made to span
+    and the embedding from its neighbour; here both from the mean of the coarsest level, which the image is restored from,
+    too: nothing goes round the encoder. There the noise is made to span
     [0, 1] in images of [0, 1]; here it spans the range of the sample's normalised intensities. Voxels outside the
     volume do not count in L1.
     """
@@ -67,6 +69,11 @@ class SwinMix(nn.Module):
             raise UserError(
                 f"swin_mix turns patches about z; data.patch_size is {list(patch_size)}, take x and y of the same size"
             )
+        if all(size <= step for size, step in zip(patch_size, levels[-1].stride, strict=True)):
+            raise UserError(
+                f"swin_mix: data.patch_size {list(patch_size)} is a single voxel at the coarsest level of the backbone, "
+                f"whose stride is {list(levels[-1].stride)}; take a larger patch"
+            )
         if not 0 <= drop < 1:
             raise UserError(f"swin_mix: drop is {drop}; a share from 0 to below 1, 0.3 is usual")
         if temperature <= 0:
@@ -76,7 +83,7 @@ class SwinMix(nn.Module):
             if weight < 0:
                 raise UserError(f"swin_mix: the weight {name} is {weight}; 0 or more")
         self.drop, self.temperature = drop, temperature
-        self.decoder = decoder(levels, in_channels)
+        self.decoder = decoder(levels, in_channels, skips=False)
         self.turn_head = nn.Linear(levels[-1].channels, QUARTERS)
         self.match_head = nn.Linear(levels[-1].channels, EMBEDDING)
 

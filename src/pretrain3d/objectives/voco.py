@@ -26,13 +26,15 @@ Distance = Callable[[Tensor], Tensor]
 class VoCo(nn.Module):
     """Random crops (targets) of a region against the crops of a grid that tiles it (bases).
 
-    Two published forms:
+    Two published forms, with y the labels and s the positive part of a cosine:
 
     - ``bases: stop_gradient``: one network; targets learn towards bases that stand still, and bases learn from the
-      regularisation alone. `positive` + mean squared similarity where there is no overlap + mean similarity of bases.
-    - ``bases: teacher``: bases are seen by a slow copy of the projector. `positive` + log distance where there is no
-      overlap; the same between volumes, with the teacher's own similarities as labels; + mean squared similarity of
-      bases.
+      regularisation alone. With s of target and base: sum(-y log(1 - |y - s|)) / sum(y) + the mean of s^2 where y = 0;
+      + the mean of s between bases.
+    - ``bases: teacher``: a slow copy of the projector sees the same features. Within a volume, with s of the target and
+      the teacher's base: the same first term + the mean of -log(1 - s) where y = 0. Between a volume and the next one of
+      the batch: both terms again, with s of the projector's own target and base, and the teacher's s as y; + the mean of
+      s^2 between bases.
 
     Args:
         levels: of the backbone; all are pooled.
@@ -44,18 +46,19 @@ class VoCo(nn.Module):
         bases: the form, see above.
         momentum: weight of the past in the teacher, per optimiser step; for ``teacher`` only.
         feature_dropout: share of the pooled channels that the projector does not see in training, drawn per crop.
-        hidden, embedding: widths of the projector.
+        hidden, embedding, hidden_layers: of the projector.
 
     Raises:
         UserError: a grid that does not divide the region or has one crop, or a number out of range.
 
     Source: Wu, Zhuang and Chen, "VoCo" (CVPR 2024), and "Large-scale 3D medical image pre-training with geometric
     context priors" (2024). ``stop_gradient`` is the first paper's loss as nnssl has it (OpenMind: 4 x 4 x 1 bases, 4
-    targets); its own code has a teacher too, a copy of the whole network. ``teacher`` is the code of the second paper
-    (3 x 3 x 1 bases, 2 targets, momentum 0.9, dropout 0.2). Unlike there, dropout takes single channels of the
-    student's features (there a slip drops whole crops), the teacher follows after the optimiser's step, the projector
-    has two hidden layers, and in the regularisation both bases of a pair learn. In both forms every mean is over the
-    batch of all processes.
+    targets); the code beside that paper differs from it by a teacher of the whole network, which its authors dropped in
+    the second paper and which is not offered here. ``teacher`` is the code of the second paper (3 x 3 x 1 bases, 2
+    targets, momentum 0.9, dropout 0.2, one hidden layer of 1024). Unlike there, dropout takes single channels of the
+    student's features (there a slip drops whole crops), the teacher follows after the optimiser's step, and in the
+    regularisation both bases of a pair learn, as its formula has it (there the second one stands still). In both forms
+    every mean is over the batch of all processes.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class VoCo(nn.Module):
         feature_dropout: float = 0.0,
         hidden: int = 2048,
         embedding: int = 2048,
+        hidden_layers: int = 2,
     ) -> None:
         super().__init__()
         if any(count < 1 or extent % count for count, extent in zip(grid, patch_size, strict=True)) or max(grid) < 2:
@@ -82,6 +86,8 @@ class VoCo(nn.Module):
                 f"voco: targets={targets} must be at least 1, momentum={momentum} and "
                 f"feature_dropout={feature_dropout} from 0 to below 1"
             )
+        if hidden_layers < 1:
+            raise UserError(f"voco: hidden_layers is {hidden_layers}; at least 1")
         self.region = tuple(patch_size)
         self.view_size = tuple(extent // count for extent, count in zip(patch_size, grid, strict=True))
         self.base_positions = grid_positions(self.view_size, grid)  # (N, 3) on the CPU
@@ -89,7 +95,7 @@ class VoCo(nn.Module):
         self.momentum = momentum
         self.feature_dropout = feature_dropout
         self.channels = pooled_channels(levels)
-        self.projector = Projector(self.channels, hidden, embedding)
+        self.projector = Projector(self.channels, hidden, embedding, hidden_layers)
         self.teacher = copy.deepcopy(self.projector).requires_grad_(False) if bases == "teacher" else None
 
     def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
