@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -107,7 +108,7 @@ class LightDecoder(nn.Module):
         self.head = Conv3d(levels[0].channels, out_channels, 1)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """From the features, finest first, to one output (B, out_channels, X / stride x, Y / stride y, Z / stride z)."""
+        """From the features, finest first, to one output of `out_channels` at the resolution of the finest."""
         x = features[-1]
         for block, factor in zip(self.blocks, self.factors, strict=True):
             x = F.interpolate(block(x), scale_factor=factor, mode="trilinear")
@@ -204,11 +205,10 @@ def image_decoder(
         return TokenDecoder(backbone.make_stack(blocks), finest, out_channels)
     if len(levels) == 1:
         return PatchDecoder(finest.channels, finest.stride, out_channels)
+    pyramid: Callable[..., nn.Module] = partial(UNetDecoder, deep_supervision=outputs) if skips else LightDecoder
     if set(finest.stride) == {1}:
-        return (
-            UNetDecoder(levels, out_channels, deep_supervision=outputs) if skips else LightDecoder(levels, out_channels)
-        )
-    coarse = UNetDecoder(levels, finest.channels) if skips else LightDecoder(levels, finest.channels)
+        return pyramid(levels, out_channels)
+    coarse = pyramid(levels, finest.channels)
     return nn.Sequential(coarse, PatchDecoder(finest.channels, finest.stride, out_channels))
 
 

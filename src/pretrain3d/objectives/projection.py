@@ -36,9 +36,9 @@ class Projector(nn.Sequential):
         embedding: of the output.
         hidden_layers: their number.
 
-    Source: the heads of SimCLR (Chen et al., 2020) and VoCo (Wu et al., 2024; two hidden layers, later one). nnssl normalises each sample over its
-    channels instead. Then the large part that the features of all images share stays, all cosines begin near 1, and
-    VoCo with a teacher was seen to collapse within 20 steps.
+    Source: the heads of SimCLR (Chen et al., 2020) and VoCo (Wu et al., 2024; two hidden layers, later one). nnssl
+    normalises each sample over its channels instead. Then the large part that the features of all images share stays,
+    all cosines begin near 1, and VoCo with a teacher was seen to collapse within 20 steps.
     """
 
     def __init__(self, channels: int, hidden: int, embedding: int, hidden_layers: int = 2) -> None:

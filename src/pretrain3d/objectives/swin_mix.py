@@ -46,10 +46,9 @@ class SwinMix(nn.Module):
 
     Source: Tang et al., "Self-supervised pre-training of Swin transformers for 3D medical image analysis" (2022), with
     weights 1, 1, 1 and temperature 0.5 as in its code and in nnssl. There the rotation is read from one corner token
-    and the embedding from its neighbour; here both from the mean of the coarsest level, which the image is restored from,
-    too: nothing goes round the encoder. There the noise is made to span
-    [0, 1] in images of [0, 1]; here it spans the range of the sample's normalised intensities. Voxels outside the
-    volume do not count in L1.
+    and the embedding from its neighbour; here both from the mean of the coarsest level. There and here the image is
+    restored from that level alone. There the noise is made to span [0, 1] in images of [0, 1]; here it spans the range
+    of the sample's normalised intensities. Voxels outside the volume do not count in L1.
     """
 
     def __init__(
@@ -71,8 +70,8 @@ class SwinMix(nn.Module):
             )
         if all(size <= step for size, step in zip(patch_size, levels[-1].stride, strict=True)):
             raise UserError(
-                f"swin_mix: data.patch_size {list(patch_size)} is a single voxel at the coarsest level of the backbone, "
-                f"whose stride is {list(levels[-1].stride)}; take a larger patch"
+                f"swin_mix: data.patch_size {list(patch_size)} is a single voxel at the coarsest level of the "
+                f"backbone, whose stride is {list(levels[-1].stride)}; take a larger patch"
             )
         if not 0 <= drop < 1:
             raise UserError(f"swin_mix: drop is {drop}; a share from 0 to below 1, 0.3 is usual")

@@ -31,10 +31,10 @@ class VoCo(nn.Module):
     - ``bases: stop_gradient``: one network; targets learn towards bases that stand still, and bases learn from the
       regularisation alone. With s of target and base: sum(-y log(1 - |y - s|)) / sum(y) + the mean of s^2 where y = 0;
       + the mean of s between bases.
-    - ``bases: teacher``: a slow copy of the projector sees the same features. Within a volume, with s of the target and
-      the teacher's base: the same first term + the mean of -log(1 - s) where y = 0. Between a volume and the next one of
-      the batch: both terms again, with s of the projector's own target and base, and the teacher's s as y; + the mean of
-      s^2 between bases.
+    - ``bases: teacher``: a slow copy of the projector sees the same features. Within a volume, with s of the target
+      and the teacher's base: the same first term + the mean of -log(1 - s) where y = 0. Between a volume and the next
+      one of the batch: both terms again, with s of the projector's own target and base, and the teacher's s as y;
+      + the mean of s^2 between bases.
 
     Args:
         levels: of the backbone; all are pooled.
