@@ -15,7 +15,8 @@ from pretrain3d.__main__ import main
 from pretrain3d.evaluation.matching import match
 from pretrain3d.evaluation.scorefile import write
 from pretrain3d.evaluation.statistics import bootstrap, holm, paired_difference
-from pretrain3d.reporting.compare import HEADER, compare, comparison_tables, group_rows
+from pretrain3d.reporting.compare import compare, group_rows
+from pretrain3d.reporting.differences import HEADER, comparison_tables
 from pretrain3d.reporting.results import write_result
 from pretrain3d.reporting.tables import KEYS
 
@@ -132,6 +133,53 @@ def test_folds_are_one_row(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:
     assert comparison.differences["y-f*-s* (2 runs)"]["metrics"]["AP@0.10"]["difference"] > 0
 
 
+def test_by_a_column_of_a_table(tmp_path: Path, cases: tuple[Cases, Cases], capsys: pytest.CaptureFixture[str]) -> None:
+    """Every part is the comparison of runs that were tested on its cases only."""
+    predictions, targets = cases
+    below = {"a": 0.0, "b": 0.4, "c": 0.9}
+    runs = [run_folder(tmp_path / name, worse(predictions, limit), targets) for name, limit in below.items()]
+    sites = {case: "north" if index < 4 else "south" for index, case in enumerate(sorted(targets))}
+    table, out = tmp_path / "cases.csv", tmp_path / "out.json"
+    table.write_text("case,site\n" + "".join(f"{case},{site}\n" for case, site in sites.items()))
+    call = ["compare", *map(str, runs), f"cases={table}", "by=site", "samples=40"]
+    assert main([*call, f"out={out}"]) == 0
+    parts = json.loads(out.read_text())["by"]["site"]
+    shown = capsys.readouterr().out
+    assert [parts[site]["num_cases"] for site in ("north", "south")] == [4, 6]
+    for site in ("north", "south"):
+        chosen = [case for case in targets if sites[case] == site]
+        alone = [
+            run_folder(tmp_path / site / run.name, worse({i: predictions[i] for i in chosen}, limit),
+                       {i: targets[i] for i in chosen})
+            for run, limit in zip(runs, below.values(), strict=True)
+        ]  # fmt: skip
+        expected = compare(alone, samples=40)
+        for row in ("b", "c"):
+            for key, entry in expected.differences[row]["metrics"].items():
+                assert parts[site]["differences"][row]["metrics"][key] == pytest.approx(entry, abs=1e-12, nan_ok=True)
+        entry = expected.differences["c"]["metrics"]["mAP"]
+        line = next(line for line in shown.partition("mAP by site")[2].splitlines() if line.split()[:2] == ["c", site])
+        assert line.split()[2:5] == [str(len(chosen)), f"{entry['b']:.3f}", f"{entry['difference']:+.3f}"]
+    assert main([*call, f"out={tmp_path / 'out.csv'}"]) == 0
+    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert {row["part"] for row in rows} == {"", "site=north", "site=south"}
+
+
+def test_a_fold_without_cases_of_a_value_takes_no_part_in_it(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:
+    predictions, targets = cases
+    runs = []
+    for row, limit in (("x", 0.5), ("y", 0.0)):
+        for fold, part in enumerate((sorted(targets)[:4], sorted(targets)[4:])):
+            found = worse({name: predictions[name] for name in part}, limit)
+            true = {name: targets[name] for name in part}
+            runs.append(run_folder(tmp_path / f"{row}-f{fold}-s0", found, true, fold=fold))
+    table = tmp_path / "cases.csv"
+    table.write_text("case,site\n" + "".join(f"{i},{'A' if n < 2 else 'B'}\n" for n, i in enumerate(sorted(targets))))
+    parts = compare(runs, samples=20, by="site", cases=str(table)).by["site"]
+    assert [set(part.num_runs.values()) for part in parts.values()] == [{1}, {2}]
+    assert [part.num_cases for part in parts.values()] == [2, 8]
+
+
 def result(run: str, seed: int = 0, fold: int = 0, **config: Any) -> dict[str, Any]:
     return {"run": run, "seed": seed, "config": {"seed": seed, "name": run, "data": {"fold": fold}, **config}}
 
@@ -170,6 +218,9 @@ def test_mistakes_are_one_line(tmp_path: Path, cases: tuple[Cases, Cases], capsy
         ([a, b, "figure=x.gif"], "figure=x.gif: the name must end in .svg, .png, .pdf"),
         ([a, b, "samples=0"], "samples=0: it must be 1 or more"),
         ([a, b, "sample=5"], "did you mean 'samples'"),
+        ([a, b, "by=site"], "by=site needs cases=TABLE as well"),
+        ([a, b, "by=spacing"], "case 'case0' has no spacing_mm"),
+        ([a, b, "by=site", f"cases={tmp_path / 'none.csv'}"], "none.csv: cannot be read: No such file"),
     ]:
         assert main(["compare", *map(str, arguments)]) == 2, said
         captured = capsys.readouterr()

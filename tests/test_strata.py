@@ -11,7 +11,7 @@ from test_matching import random_cases
 from pretrain3d.config import UserError
 from pretrain3d.evaluation.matching import match
 from pretrain3d.evaluation.protocol import evaluate
-from pretrain3d.evaluation.strata import by_stratum, read_strata
+from pretrain3d.evaluation.strata import by_stratum, chosen_strata, read_strata
 
 CASES = [f"case{index}" for index in range(9)]
 
@@ -56,6 +56,24 @@ def test_numbers_are_in_order_and_many_of_them_in_thirds(tmp_path: Path) -> None
     }  # fmt: skip
     blank = table(tmp_path, "case,site", [f"{case},{'' if i else 'north'}" for i, case in enumerate(CASES)])
     assert read_strata(blank, "site", CASES) == {"(blank)": CASES[1:], "north": CASES[:1]}
+
+
+def test_what_the_options_choose(tmp_path: Path) -> None:
+    targets = {case: {"spacing_mm": np.array([0.7, 0.8, size])} for case, size in zip("cab", (5, 0.6, 5), strict=True)}
+    assert chosen_strata("", "", targets) == {}
+    assert chosen_strata("", "spacing", targets) == {"0.8": ["a"], "5": ["b", "c"]}  # the longest side
+    path = table(tmp_path, "case,spacing", ["a,1", "b,1", "c,2"])
+    assert chosen_strata(str(path), "spacing", targets) == {"1": ["a", "b"], "2": ["c"]}  # a table comes first
+    for given, said in [
+        (("", "site"), "by=site needs cases=TABLE as well (only by=spacing is known without a table)"),
+        ((str(path), ""), f"cases={path} needs by=COLUMN as well"),
+        (("nowhere.csv", "site"), "nowhere.csv: cannot be read: No such file"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            chosen_strata(*given, targets)
+        assert said in str(caught.value)
+    with pytest.raises(UserError, match="case 'd' has no spacing_mm in the targets"):
+        chosen_strata("", "spacing", {**targets, "d": {}})
 
 
 @pytest.mark.parametrize(

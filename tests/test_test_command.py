@@ -53,6 +53,33 @@ def test_files_say_sizes_and_patients(store: Path, tmp_path: Path) -> None:
     assert again["by_size"].keys() == result["by_size"].keys()
 
 
+def test_by_a_column_of_a_table(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The numbers of `score` on the same files; a second call predicts nothing and keeps what there was."""
+    out, table = tmp_path / "out", tmp_path / "cases.csv"
+    call = ["test", "baseline=mean_box", f"store={store}", f"out={out}", "samples=20"]
+    table.write_text("case,site\nc5,north\nc6,north\nc8,south\n")
+    assert main([*call, f"cases={table}", "by=site"]) == 2
+    assert "cases.csv has no row of case 'c7'" in capsys.readouterr().err and not out.exists()
+    table.write_text(table.read_text() + "c7,south\n")
+    assert main([*call, f"cases={table}", "by=site"]) == 0
+    shown = capsys.readouterr().out
+    assert "by site\n" in shown and "north  2 " in shown
+    written = (out / "predictions.json").stat().st_mtime_ns
+    assert main([*call, "by=spacing"]) == 0
+    assert "nothing to predict" in capsys.readouterr().out
+    assert (out / "predictions.json").stat().st_mtime_ns == written
+    by = read_result(out)["by"]
+    assert list(by) == ["site", "spacing"] and list(by["spacing"]) == ["1"] and by["spacing"]["1"]["num_cases"] == 4
+    files = [f"predictions={out / 'predictions.json'}", f"targets={out / 'targets.json'}"]
+    again = tmp_path / "again.json"
+    assert main(["score", *files, f"out={again}", "samples=20", f"cases={table}", "by=site"]) == 0
+    scored = json.loads(again.read_text())["by"]["site"]
+    for site in ("north", "south"):
+        entry = by["site"][site]["metrics"]["mAP"]
+        assert list(entry.values()) == [scored[site]["mAP"], *scored[site]["intervals"]["mAP"]]
+        assert by["site"][site]["per_class"].keys() == {"nodule", "lesion"}
+
+
 def a_run(folder: Path, logger: Any, used: bool) -> tuple[RunFolder, dict[str, Any]]:
     settings = {"name": "r", "logger": logger}
     write_result(folder, run="r", metrics={"mAP": {"value": 0.5, "low": None, "high": None}}, per_class={}, curves={},

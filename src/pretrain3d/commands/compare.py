@@ -9,20 +9,23 @@ from typing import Any
 from pretrain3d.config import UserError, read_options
 
 USAGE = """\
-pretrain3d compare RUN RUN ... [out=FILE] [figure=FILE] [samples=1000] [seed=0]
+pretrain3d compare RUN RUN ... [out=FILE] [figure=FILE] [samples=1000] [seed=0] [by=COLUMN cases=TABLE]
 
 The difference of every run from the first one in mAP, AP@0.10, AP@0.50 and FROC@0.10, with a 95 % interval and a
 p value from a bootstrap that draws the same patients for both; AP@0.10 per class. With several runs p values are
-corrected by Holm's method over the runs (not over metrics and classes). Runs that differ by seed or fold only are one
-row: the mean over its runs, which are drawn too.
+corrected by Holm's method over the runs (not over metrics, classes and parts of the cases). Runs that differ by seed
+or fold only are one row: the mean over its runs, which are drawn too.
 
   RUN            a folder after `test`; all must have been tested on the same cases
   out=FILE       the tables: .md, .csv (every metric and class, one per line) or .json (everything)
-  figure=FILE    differences with intervals: .svg, .png or .pdf; default beside out, as .svg
+  figure=FILE    differences with intervals on all cases: .svg, .png or .pdf; default beside out, as .svg
+  by=COLUMN      the same differences for the cases of each value of a column (numbers of many values: in thirds) of
+  cases=TABLE    a CSV or TSV file with a column `case` (or the case ids in its first column);
+                 by=spacing needs no table: the longest side of an input voxel
   samples=1000   bootstrap samples
   seed=0         of the bootstrap"""
 
-DEFAULTS = {"out": "", "figure": "", "samples": 1000, "seed": 0}
+DEFAULTS = {"out": "", "figure": "", "samples": 1000, "seed": 0, "by": "", "cases": ""}
 TABLES, FIGURES = (".md", ".csv", ".json"), (".svg", ".png", ".pdf")
 
 
@@ -38,9 +41,10 @@ def run(paths: list[str], options: dict[str, object]) -> int:
     table, figure = _file("out", given["out"], TABLES), _file("figure", given["figure"], FIGURES)
     if table is not None and figure is None:
         figure = table.with_suffix(".svg")
-    from pretrain3d.reporting.compare import compare, comparison_tables
+    from pretrain3d.reporting.compare import compare
+    from pretrain3d.reporting.differences import comparison_tables
 
-    comparison = compare(paths, given["samples"], given["seed"])
+    comparison = compare(paths, given["samples"], given["seed"], given["by"], given["cases"])
     print("\n\n".join(each.as_text() for each in comparison_tables(comparison)))
     if table is not None:
         _write_table(table, comparison)
@@ -66,7 +70,7 @@ def _file(key: str, value: str, endings: tuple[str, ...]) -> Path | None:
 
 def _write_table(path: Path, comparison: Any) -> None:
     from pretrain3d.files import write_text
-    from pretrain3d.reporting.compare import as_csv, comparison_tables
+    from pretrain3d.reporting.differences import as_csv, comparison_tables
     from pretrain3d.reporting.results import write_json
 
     if path.suffix == ".json":
@@ -81,7 +85,7 @@ def _write_figure(path: Path, comparison: Any) -> None:
     from matplotlib import rc_context
 
     from pretrain3d.files import replacing
-    from pretrain3d.reporting.compare import comparison_figure
+    from pretrain3d.reporting.differences import comparison_figure
     from pretrain3d.reporting.figures import STYLE
 
     with replacing(path) as temporary, rc_context(STYLE):

@@ -9,7 +9,7 @@ from typing import Any
 from pretrain3d.config import REQUIRED, UserError, read_options, suggestion
 
 USAGE = """
-pretrain3d score predictions=FILE targets=FILE [out=FILE] [samples=1000] [sizes=[500,5000]] [cases=TABLE by=COLUMN]
+pretrain3d score predictions=FILE targets=FILE [out=FILE] [samples=1000] [sizes=[500,5000]] [by=COLUMN cases=TABLE]
 pretrain3d score protocol=luna16 predictions=SUBMISSION.csv targets=annotations.csv cases=seriesuids.csv
                  [excluded=annotations_excluded.csv] [out=FILE] [samples=1000]
 
@@ -22,8 +22,9 @@ pretrain3d score protocol=luna16 predictions=SUBMISSION.csv targets=annotations.
                      their intervals and the curves as JSON
   samples=1000       bootstrap samples of the 95 % intervals over patients; 0 for none
   sizes=[...]        bounds in mm3 between the bins of by_size; default thirds of the objects, where sizes are known
-  cases=TABLE        a CSV or TSV file with a column `case` (or the case ids in its first column), and by=COLUMN: the
-                     same numbers for the cases of each value (numbers of many values: in thirds)
+  by=COLUMN          the same numbers for the cases of each value of a column (numbers of many values: in thirds) of
+  cases=TABLE        a CSV or TSV file with a column `case` (or the case ids in its first column);
+                     by=spacing needs no table where the targets say spacing_mm: the longest side of a voxel
 
 protocol=luna16: CPM by the challenge's rules from its own files, comma- or tab-separated, also gzipped. A mark hits
 within a nodule's radius; a nodule counts once; marks on excluded findings are ignored; at most 100 marks per scan.
@@ -64,14 +65,11 @@ def score_boxes(settings: dict[str, Any]) -> None:
     from pretrain3d.evaluation.scorefile import groups_of, read_pair
     from pretrain3d.evaluation.sizes import by_size, have_sizes
     from pretrain3d.evaluation.statistics import bootstrap
-    from pretrain3d.evaluation.strata import by_stratum, read_strata
+    from pretrain3d.evaluation.strata import by_stratum, chosen_strata
 
     edges, samples = _edges(settings["sizes"]), settings["samples"]
-    if bool(settings["cases"]) != bool(settings["by"]):
-        given, other = ("cases", "by=COLUMN") if settings["cases"] else ("by", "cases=TABLE")
-        raise UserError(f"{given}={settings[given]} needs {other} as well")
     classes, predictions, targets = read_pair(settings["predictions"], settings["targets"])
-    strata = read_strata(settings["cases"], settings["by"], sorted(targets)) if settings["by"] else {}
+    strata = chosen_strata(settings["cases"], settings["by"], targets)
     matches, groups = match(predictions, targets, classes), groups_of(targets)
     intervals = bootstrap(matches, samples=samples, groups=groups)
     content: dict[str, Any] = flat(intervals)
@@ -88,16 +86,15 @@ def score_boxes(settings: dict[str, Any]) -> None:
 
     objects = {name: int(m.objects.sum()) for name, m in zip(classes, matches.per_class, strict=True)}
     rows = {"all": intervals["metrics"], **intervals["per_class"]}
-    print(_table(rows, {"all": sum(objects.values()), **objects}, "objects"))
+    print(interval_table(rows, {"all": sum(objects.values()), **objects}, "objects"))
     if intervals["metrics"]["case_AUROC"]["value"] is not None:
         auroc, precision = (_cell(**intervals["metrics"][key]) for key in ("case_AUROC", "case_AP"))
         print(f"cases with an object against cases without: AUROC {auroc}, AP {precision}")
     if parts:
-        counts = {name: row["num_cases"] for name, row in parts.items()}
-        print(f"\nby {settings['by']}\n" + _table({n: r["metrics"] for n, r in parts.items()}, counts, "cases"))
+        print("\n" + strata_table(settings["by"], parts))
     if bins:
         counts = {name: row["objects"] for name, row in bins.items()}
-        print("\nby size in mm3\n" + _table({n: r["metrics"] for n, r in bins.items()}, counts, "objects"))
+        print("\nby size in mm3\n" + interval_table({n: r["metrics"] for n, r in bins.items()}, counts, "objects"))
     over = "cases" if groups is None else "patients"
     print(f"{len(targets)} cases" + (f", 95 % intervals over {over}" if samples else ""))
 
@@ -164,7 +161,13 @@ def _write(path: str, content: dict[str, Any]) -> None:
     write_json(Path(path), content)
 
 
-def _table(rows: Mapping[str, Mapping[str, Entry]], counts: Mapping[str, int], counted: str) -> str:
+def strata_table(column: str, strata: Mapping[str, Mapping[str, Any]]) -> str:
+    """A titled table of what `strata.by_stratum` gives."""
+    counts = {name: row["num_cases"] for name, row in strata.items()}
+    return f"by {column}\n" + interval_table({name: row["metrics"] for name, row in strata.items()}, counts, "cases")
+
+
+def interval_table(rows: Mapping[str, Mapping[str, Entry]], counts: Mapping[str, int], counted: str) -> str:
     """One row per class, value or bin, aligned; the columns that the rows have."""
     columns = [key for key in COLUMNS if all(key in row for row in rows.values())]
     cells = [["", counted, *columns]]

@@ -14,8 +14,9 @@ from pretrain3d.config import REQUIRED, UserError, build, read_options
 from pretrain3d.reporting.run_folder import RunFolder
 
 USAGE = """\
-pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [pictures=4]
+pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [pictures=4] [by=COLUMN cases=TABLE]
 pretrain3d test baseline=mean_box|threshold store=STORE out=FOLDER [fold=0 split=test samples=1000]
+                [by=COLUMN cases=TABLE]
 
 Predicts whole volumes and scores them in the voxels of the input files: predictions.json, targets.json (score files)
 and result.json with 95 % bootstrap intervals over patients, overall, per class and in thirds of the objects by volume.
@@ -25,6 +26,10 @@ Boxes are merged as `sweep` chose on the validation cases, if it did. A run that
   split=test|val         held-out cases, or the validation fold
   samples=N              bootstrap samples
   pictures=N             cases drawn into pictures/, 0 for none
+  by=COLUMN              the same numbers for the cases of each value of a column (numbers of many values: in thirds) of
+  cases=TABLE            a CSV or TSV file with a column `case` (or the case ids in its first column);
+                         by=spacing needs no table: the longest side of an input voxel. A run that was tested already
+                         is not predicted again, and keeps what other columns gave
   baseline=...           a method without a network: the mean box of each class, placed relative to the volume, or
                          an intensity threshold with connected components; both are fitted to the training fold"""
 
@@ -34,14 +39,16 @@ Prediction = tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes (N, 6) in cached
 def run(paths: list[str], options: dict[str, object]) -> int:
     """Tests a run folder or a baseline; returns the exit status."""
     if len(paths) == 1:
-        given = read_options(options, {"checkpoint": "last", "split": "test", "samples": 1000, "pictures": 4})
+        defaults = {"checkpoint": "last", "split": "test", "samples": 1000, "pictures": 4, "by": "", "cases": ""}
+        given = read_options(options, defaults)
         test_run(RunFolder(Path(paths[0])), **given)
         return 0
     if paths:
         raise UserError(f"test takes one run folder, got {len(paths)}: {' '.join(paths)}")
     if "baseline" not in options:
         raise UserError("test takes a run folder, or baseline=mean_box|threshold; see `pretrain3d test --help`")
-    defaults = {"baseline": REQUIRED, "store": REQUIRED, "out": REQUIRED, "fold": 0, "split": "test", "samples": 1000}
+    defaults = {"baseline": REQUIRED, "store": REQUIRED, "out": REQUIRED, "fold": 0, "split": "test", "samples": 1000,
+                "by": "", "cases": ""}  # fmt: skip
     test_baseline(**read_options(options, defaults))
     return 0
 
@@ -90,17 +97,19 @@ def unswept(module: Any, case_ids: list[str]) -> dict[str, Any] | None:
     return None
 
 
-def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictures: int) -> None:
+def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictures: int, by: str, cases: str) -> None:
     """Predicts with the run's weights; skips what `result.json` already holds for the same weights and options."""
     module, datamodule = load_run(folder, checkpoint)
 
     from pretrain3d.backbones.transfer import fingerprint
     from pretrain3d.data.leakage import find, warning
+    from pretrain3d.evaluation.strata import chosen_strata
     from pretrain3d.reporting.figures import save_case_picture
     from pretrain3d.reporting.results import is_current
 
     settings = folder.config()
     case_ids = held_out({"test": datamodule.test_ids, "val": datamodule.val_ids}, split)
+    strata = chosen_strata(cases, by, truth_of(datamodule.store, case_ids))
     chosen = unswept(module, case_ids)
     threshold = chosen["operating"]["threshold"] if chosen else None
     backbone_fingerprint = fingerprint(module.best_networks()[0].state_dict())
@@ -109,7 +118,8 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
              "fingerprint": fingerprint(module.state_dict()), "merging": module.merging.to_dict(),
              "threshold": threshold}  # fmt: skip
     if is_current(folder.path / "result.json", asked):
-        print(f"{folder.path / 'result.json'} is of these weights already, nothing to do")
+        print(f"{folder.path / 'result.json'} is of these weights already, nothing to predict")
+        write_strata(folder.path, by, strata, samples)
         return
 
     def predict(case_id: str) -> Prediction:
@@ -142,6 +152,7 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
         },
     }
     score_cases(folder.path, settings["name"], datamodule.store, case_ids, predict, about, samples, threshold)
+    write_strata(folder.path, by, strata, samples)
     log_to_wandb(folder, settings)
 
 
@@ -156,23 +167,30 @@ def log_to_wandb(folder: RunFolder, settings: dict[str, Any]) -> None:
     log_result(node, folder.path, settings, read_result(folder.path))
 
 
-def test_baseline(baseline: str, store: str, out: str, fold: int, split: str, samples: int) -> None:
+def test_baseline(
+    baseline: str, store: str, out: str, fold: int, split: str, samples: int, by: str, cases: str
+) -> None:
     """Fits a baseline to the training fold and scores it like a run."""
     from pretrain3d.data.splits import fold_cases
     from pretrain3d.data.store import Store
+    from pretrain3d.evaluation.strata import chosen_strata
     from pretrain3d.reporting.results import is_current
 
     if baseline not in ("mean_box", "threshold"):
         raise UserError(f"baseline={baseline}: it is mean_box or threshold")
     data = Store(Path(store))
+    of_fold = fold_cases(data, fold)
+    case_ids = held_out(of_fold, split)
+    strata = chosen_strata(cases, by, truth_of(data, case_ids))
     asked = {"baseline": baseline, "fold": fold, "split": split, "samples": samples, "data": data.data_hash}
     if is_current(Path(out) / "result.json", asked):
-        print(f"{Path(out) / 'result.json'} is of this baseline already, nothing to do")
+        print(f"{Path(out) / 'result.json'} is of this baseline already, nothing to predict")
+        write_strata(Path(out), by, strata, samples)
         return
-    cases = fold_cases(data, fold)
-    predict = fit_baseline(baseline, data, cases["train"])
+    predict = fit_baseline(baseline, data, of_fold["train"])
     about = {"asked": asked, "config": {"baseline": baseline, "fold": fold}, "seed": 0}
-    score_cases(Path(out), Path(out).name, data, held_out(cases, split), predict, about, samples)
+    score_cases(Path(out), Path(out).name, data, case_ids, predict, about, samples)
+    write_strata(Path(out), by, strata, samples)
 
 
 def fit_baseline(baseline: str, data: Any, train: list[str]) -> Callable[[str], Prediction]:
@@ -191,6 +209,18 @@ def fit_baseline(baseline: str, data: Any, train: list[str]) -> Callable[[str], 
     threshold = ThresholdBaseline(len(data.classes), data.spacing_mm)
     threshold.fit([(image_of(i), data.cases[i].boxes, data.cases[i].labels) for i in train])
     return lambda case_id: threshold.predict(image_of(case_id))
+
+
+def truth_of(data: Any, case_ids: list[str]) -> dict[str, dict[str, Any]]:
+    """What there is to find in cases of a store, in the voxels of their input files, as a score file says it."""
+    return {
+        case.id: {
+            "boxes": case.frame.to_original(case.boxes), "labels": case.labels, "annotated": list(case.annotated),
+            "volumes_mm3": case.volumes_mm3, "spacing_mm": np.linalg.norm(case.frame.affine[:3, :3], axis=0),
+            "group": case.group,
+        }
+        for case in (data.cases[case_id] for case_id in case_ids)
+    }  # fmt: skip
 
 
 def score_cases(
@@ -218,16 +248,11 @@ def score_cases(
 
     start = time.perf_counter()
     found: dict[str, Any] = {}
-    truth: dict[str, Any] = {}
     for case_id in tqdm(case_ids, desc=f"test {name}", unit="case"):
         case = data.cases[case_id]
         boxes, scores, labels = predict(case_id)
         found[case_id] = {"boxes": case.frame.to_original(boxes), "scores": scores, "labels": labels}
-        truth[case_id] = {
-            "boxes": case.frame.to_original(case.boxes), "labels": case.labels, "annotated": list(case.annotated),
-            "volumes_mm3": case.volumes_mm3, "spacing_mm": np.linalg.norm(case.frame.affine[:3, :3], axis=0),
-            "group": case.group,
-        }  # fmt: skip
+    truth = truth_of(data, case_ids)
     seconds = time.perf_counter() - start
     write(folder / "predictions.json", data.classes, found)
     write(folder / "targets.json", data.classes, truth)
@@ -251,6 +276,23 @@ def score_cases(
         print(f"at score {threshold:.3f}: sensitivity {_text(operating['sensitivity'])}, "
               f"{operating['false_positives_per_case']:.2f} false positives per case")  # fmt: skip
     print(f"{folder / 'result.json'} ({len(case_ids)} cases, {seconds:.0f} s)")
+
+
+def write_strata(folder: Path, column: str, strata: dict[str, list[str]], samples: int) -> None:
+    """Adds what the tested folder's score files say of each stratum to its `result.json`, and prints it."""
+    if not strata:
+        return
+    from pretrain3d.commands.score import strata_table
+    from pretrain3d.evaluation.matching import match
+    from pretrain3d.evaluation.scorefile import groups_of, read_pair
+    from pretrain3d.evaluation.strata import by_stratum
+    from pretrain3d.reporting.results import read_result, write_json
+
+    classes, found, truth = read_pair(folder / "predictions.json", folder / "targets.json")
+    parts = by_stratum(match(found, truth, classes), strata, samples=samples, groups=groups_of(truth))
+    result = read_result(folder)
+    write_json(folder / "result.json", {**result, "by": {**result.get("by", {}), column: parts}})
+    print(strata_table(column, parts))
 
 
 def _text(value: float | None) -> str:

@@ -14,6 +14,32 @@ from pretrain3d.evaluation.matching import Matches
 from pretrain3d.evaluation.statistics import SAMPLES, Groups, bootstrap
 
 MOST_NUMBERS = 6  # a column with more distinct numbers is cut into thirds
+SPACING = "spacing"  # the column that needs no table
+
+
+def chosen_strata(table: str, column: str, targets: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The strata that the options ``cases=TABLE by=COLUMN`` of a command ask for; none where both are blank.
+
+    Without a table `column` may be "spacing": the longest side of a case's voxels, which its targets know.
+
+    Args:
+        targets: the cases, as `scorefile.read` gives them.
+
+    Raises:
+        UserError: one of the two without the other, a case without ``spacing_mm``, or as `read_strata`.
+    """
+    if table and not column:
+        raise UserError(f"cases={table} needs by=COLUMN as well")
+    if table:
+        return read_strata(table, column, sorted(targets))
+    if column and column != SPACING:
+        raise UserError(f"by={column} needs cases=TABLE as well (only by={SPACING} is known without a table)")
+    if not column:
+        return {}
+    for case_id, entry in targets.items():
+        if "spacing_mm" not in entry:
+            raise UserError(f"by={SPACING}: case {case_id!r} has no spacing_mm in the targets; add it, or cases=TABLE")
+    return _cut({case_id: f"{max(targets[case_id]['spacing_mm']):.4g}" for case_id in sorted(targets)})
 
 
 def read_strata(path: str | Path, column: str, case_ids: Sequence[str]) -> dict[str, list[str]]:

@@ -1,29 +1,23 @@
-"""Differences between tested runs: paired on the same cases, as tables, files and a figure."""
+"""Differences between tested runs, paired on the same cases, of all of them and of parts."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from pretrain3d.config import UserError
 from pretrain3d.evaluation.matching import Matches, match
 from pretrain3d.evaluation.scorefile import groups_of, read_pair
-from pretrain3d.evaluation.statistics import SAMPLES, differences, holm, intervals, row_samples
-from pretrain3d.reporting.figures import COLOURS, STYLE
-from pretrain3d.reporting.tables import CLASS_KEY, KEYS, Result, Table, read_results
+from pretrain3d.evaluation.statistics import SAMPLES, Groups, differences, holm, intervals, row_samples
+from pretrain3d.evaluation.strata import chosen_strata
+from pretrain3d.reporting.tables import Result, read_results
 
-LEVEL = 0.05
-HEADER = ("run", "class", "metric", "reference", "value", "reference_value", "difference", "low", "high", "p", "p_holm")
 FILES = ("predictions.json", "targets.json")
 TOLERANCE = 1e-3  # voxels between the same box of two stores
 
@@ -54,6 +48,7 @@ class Comparison:
         values: row -> {"metrics", "per_class"} of ``{"value", "low", "high"}``, of all rows.
         differences: row -> {"metrics", "per_class"} of ``{"a", "b", "difference", "low", "high", "p", "p_holm"}``, of
             all rows but the first; ``p_holm`` is corrected over these rows.
+        by: {column: {value: the comparison on the cases of this value}}; empty unless asked for.
     """
 
     reference: str
@@ -61,15 +56,23 @@ class Comparison:
     num_runs: dict[str, int]
     values: dict[str, dict[str, Any]]
     differences: dict[str, dict[str, Any]]
+    by: dict[str, dict[str, Comparison]] = field(default_factory=dict)
 
 
-def compare(paths: Sequence[str | Path], samples: int = SAMPLES, seed: int = 0) -> Comparison:
+def compare(
+    paths: Sequence[str | Path], samples: int = SAMPLES, seed: int = 0, by: str = "", cases: str = ""
+) -> Comparison:
     """Compares tested runs, each a folder with ``result.json``, ``predictions.json`` and ``targets.json``.
 
     Patients are drawn together for all runs; several seeds or folds of a row are drawn too (`row_samples`).
 
+    Args:
+        by, cases: a column and the table that it is in, as `chosen_strata` takes them: every value is compared on its
+            own cases as well.
+
     Raises:
-        UserError: fewer than two rows, a run that was not tested, or runs tested on other cases or targets.
+        UserError: fewer than two rows, a run that was not tested, runs tested on other cases or targets, or no such
+            column.
     """
     results = read_results(paths)
     targets: dict[Path, Any] = {}
@@ -93,16 +96,32 @@ def compare(paths: Sequence[str | Path], samples: int = SAMPLES, seed: int = 0) 
         )
     _check_cases(rows, targets)
     everything = {case_id: entry for of_run in targets.values() for case_id, entry in of_run.items()}
-    numbers = row_samples([row.runs for row in rows], samples, seed, groups_of(everything))
+    strata, groups = chosen_strata(cases, by, everything), groups_of(everything)
+    parts = {value: _compare_rows(_of_cases(rows, part), samples, seed, groups) for value, part in strata.items()}
+    return replace(_compare_rows(rows, samples, seed, groups), by={by: parts} if parts else {})
+
+
+def _compare_rows(rows: Sequence[Row], samples: int, seed: int, groups: Groups | None) -> Comparison:
+    numbers = row_samples([row.runs for row in rows], samples, seed, groups)
     found = {row.name: differences(numbers[0], of_row) for row, of_row in zip(rows[1:], numbers[1:], strict=True)}
     _correct(list(found.values()))
     return Comparison(
         rows[0].name,
-        len(everything),
+        len({case_id for run in rows[0].runs for case_id in run.case_ids}),
         {row.name: len(row.runs) for row in rows},
         {row.name: intervals(*of_row) for row, of_row in zip(rows, numbers, strict=True)},
         found,
     )
+
+
+def _of_cases(rows: Sequence[Row], case_ids: Sequence[str]) -> list[Row]:
+    """The rows on some of the cases, without runs (folds) that were tested on none of them."""
+    chosen = set(case_ids)
+    parts = []
+    for row in rows:
+        kept = [at for at, run in enumerate(row.runs) if chosen.intersection(run.case_ids)]
+        parts.append(Row(row.name, [row.paths[at] for at in kept], [row.runs[at].of_cases(chosen) for at in kept]))
+    return parts
 
 
 def group_rows(results: Sequence[Result]) -> dict[str, list[int]]:
@@ -179,82 +198,3 @@ def _correct(compared: Sequence[dict[str, Any]]) -> None:
         for key in of_rows[0]:
             for row, adjusted in zip(of_rows, holm([row[key]["p"] for row in of_rows]), strict=True):
                 row[key]["p_holm"] = adjusted
-
-
-def comparison_tables(comparison: Comparison) -> list[Table]:
-    """A table per metric of all classes together, then one per class."""
-    several = len(comparison.differences) > 1
-    notes = ["difference with 95 % interval, paired bootstrap over patients"]
-    if max(comparison.num_runs.values()) > 1:
-        notes.append("means over runs, drawn too")
-    about = f"{comparison.num_cases} cases; {'; '.join(notes)}"
-    tables = []
-    for key in KEYS:
-        entries = {name: row["metrics"].get(key) for name, row in comparison.differences.items()}
-        tables.append(_table(f"{key}, {about}", key, comparison, entries, "metrics", several))
-    for name in comparison.values[comparison.reference]["per_class"]:
-        entries = {row: found["per_class"][name][CLASS_KEY] for row, found in comparison.differences.items()}
-        tables.append(_table(f"{CLASS_KEY} of {name}", CLASS_KEY, comparison, entries, name, several))
-    return tables
-
-
-def _table(title: str, key: str, comparison: Comparison, entries: Mapping[str, Any], part: str, several: bool) -> Table:
-    values = comparison.values[comparison.reference]
-    reference = (values["metrics"] if part == "metrics" else values["per_class"][part])[key]["value"]
-    rows = [[comparison.reference, _number(reference), "reference", "", *([""] if several else [])]]
-    for name, entry in entries.items():
-        low, high = entry["low"], entry["high"]
-        bounds = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
-        difference = "–" if entry["difference"] is None else f"{entry['difference']:+.3f}{bounds}"
-        p_values = [entry["p"], entry["p_holm"]] if several else [entry["p"]]
-        rows.append([name, _number(entry["b"]), difference, *map(_number, p_values)])
-    return Table(title, ["run", key, "difference", "p", *(["p (Holm)"] if several else [])], rows)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def as_csv(comparison: Comparison) -> str:
-    """One line per row, class (blank: all) and metric; see `HEADER`."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(HEADER)
-    for name, row in comparison.differences.items():
-        for of_class, keys in {"": row["metrics"], **row["per_class"]}.items():
-            for key, entry in keys.items():
-                numbers = [entry[part] for part in ("b", "a", "difference", "low", "high", "p", "p_holm")]
-                cells = ["" if number is None else f"{number:.6g}" for number in numbers]
-                writer.writerow([name, of_class, key, comparison.reference, *cells])
-    return text.getvalue()
-
-
-def comparison_figure(comparison: Comparison) -> Figure:
-    """A panel per metric: the difference of each row from the reference with its interval.
-
-    A full dot: the (corrected) p value is below 0.05.
-    """
-    names = list(comparison.differences)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(2.7 * len(KEYS) + 2.0, 1.5 + 0.34 * len(names)), layout="constrained")
-        panels = figure.subplots(1, len(KEYS), sharey=True)
-        for axes, key in zip(panels, KEYS, strict=True):
-            axes.axvline(0, color="#555555", linewidth=1)
-            for place, name in enumerate(names):
-                _draw(axes, place, comparison.differences[name]["metrics"][key], COLOURS[place % len(COLOURS)])
-            axes.set(title=key, ylim=(len(names) - 0.5, -0.5))
-            axes.margins(x=0.12)
-        panels[0].set_yticks(range(len(names)), names)
-        figure.supxlabel(
-            f"difference from {comparison.reference} (bars: 95 % interval, full dots: p < {LEVEL:g})", fontsize=9
-        )
-    return figure
-
-
-def _draw(axes: Any, place: int, entry: Mapping[str, Any], colour: str) -> None:
-    if entry["difference"] is None:
-        return
-    if entry["low"] is not None:
-        axes.plot([entry["low"], entry["high"]], [place, place], color=colour, linewidth=1.8)
-    sure = entry["p_holm"] is not None and entry["p_holm"] < LEVEL
-    axes.plot([entry["difference"]], [place], "o", color=colour, markerfacecolor=colour if sure else "white")
