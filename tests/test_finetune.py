@@ -254,5 +254,9 @@ def test_two_processes_with_a_frozen_backbone_equal_one(schedule: str, phantom_s
         outcomes[name] = losses, weights
     (one, weights_one), (two, weights_two) = outcomes["one"], outcomes["two"]
     assert len(one) == 8 and two == pytest.approx(one, rel=1e-5, abs=1e-5)
+    weights_two["detector.normaliser.mean"] *= 2  # positives per process
     for key, value in weights_one.items():
         torch.testing.assert_close(weights_two[key], value, rtol=1e-5, atol=1e-6, msg=key)
+        if key.startswith("backbone.") and key.endswith("norm.bias"):  # starts at 0, so that it is what was learned
+            assert (float(value.abs().max()) > 0) == (schedule == "two_phase"), key
+            assert float((weights_two[key] - value).abs().max()) <= 0.05 * float(value.abs().max()), key
