@@ -34,6 +34,7 @@ SWIN = {"feature_size": 12, "depths": [1, 2, 1, 1], "window": 4}
 VARIANTS = {
     "resenc": Variant("resenc", (8, 24, 16), STAGES),
     "resenc-sparse": Variant("resenc", (8, 24, 16), {**STAGES, "masking": "sparse"}),
+    "resenc_xxs": Variant("resenc_xxs", (24, 24, 32)),
     "resenc_xs": Variant("resenc_xs", (32, 32, 48)),
     "primus": Variant("primus", (8, 24, 16), PRIMUS),
     "primus-deep": Variant("primus", (8, 24, 16), {**PRIMUS, "drop_path": 0.2, "checkpointing": True}),

@@ -18,6 +18,7 @@ from pretrain3d.backbones.resenc import (
     resenc_l,
     resenc_s,
     resenc_xs,
+    resenc_xxs,
 )
 from pretrain3d.config import UserError
 from pretrain3d.sparse import active_voxels, masked_instance_norm
@@ -99,14 +100,14 @@ def test_convolution_gradients_are_those_of_float32(channels, size, dtype):
 
 def test_parameter_counts():
     with torch.device("meta"):
-        large, middle, tiny = resenc_l(), resenc_s(), resenc_xs()
+        large, others = resenc_l(), (resenc_s(), resenc_xs(), resenc_xxs())
         decoder = UNetDecoder(large.levels, 1, deep_supervision=True)
     assert parameters(large) == 90_296_576
     assert parameters(large.stem) == 960
     assert parameters(large.stages) == 90_295_616
     assert parameters(decoder) == 12_052_389
     assert parameters(large) + parameters(decoder) == 102_348_965
-    assert [round(parameters(m) / 1e6, 1) for m in (middle, tiny)] == [29.9, 1.4]
+    assert [round(parameters(m) / 1e6, 1) for m in others] == [29.9, 1.4, 0.5]
 
 
 def released_name(name: str) -> str:

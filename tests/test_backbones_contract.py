@@ -67,7 +67,7 @@ def test_a_wrong_size_names_the_multiple(name):
         backbone(torch.zeros(1, 1, 2 * x, 2 * y + 1, 2 * z))
     with pytest.raises(UserError, match=r"2 channel\(s\); this backbone takes 1"):
         backbone(torch.zeros(1, 2, 2 * x, 2 * y, 2 * z))
-    if name.split("-")[0] in ("resenc", "resenc_xs", "resnet"):  # their norms need two voxels
+    if name.split("-")[0] in ("resenc", "resenc_xxs", "resenc_xs", "resnet"):  # their norms need two voxels
         with pytest.raises(UserError, match="one voxel on the coarsest level"):
             backbone(torch.zeros(1, 1, x, y, z))
     else:

@@ -157,7 +157,7 @@ def test_the_command_line_starts_light() -> None:
         assert main(["--help"]) == 0
         assert main(["fti"]) == 2
         assert main(["fit", "--help"]) == 0
-        assert main(["fit", "--config", "configs/detect/phantom.yaml", "backbone=resenc_xxs"]) == 2
+        assert main(["fit", "--config", "configs/detect/phantom.yaml", "backbone=resenc_xxl"]) == 2
         assert main(["fit", "--config", "configs/detect/phantom.yaml", "trainer.max_step=1"]) == 2
         heavy = {"torch", "lightning", "monai", "numpy", "scipy", "matplotlib", "wandb"} & set(sys.modules)
         assert not heavy, heavy

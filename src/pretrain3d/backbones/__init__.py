@@ -7,6 +7,7 @@ from typing import Any
 
 BACKBONES = {
     "resenc": "pretrain3d.backbones.resenc:ResEnc",
+    "resenc_xxs": "pretrain3d.backbones.resenc:resenc_xxs",
     "resenc_xs": "pretrain3d.backbones.resenc:resenc_xs",
     "resenc_s": "pretrain3d.backbones.resenc:resenc_s",
     "resenc_l": "pretrain3d.backbones.resenc:resenc_l",

@@ -227,6 +227,11 @@ def _check_stages(
             raise UserError(f"resenc: a kernel is {kernel}; kernels are odd")
 
 
+def resenc_xxs(in_channels: int = 1, masking: str = "zero", checkpointing: bool = False) -> ResEnc:
+    """For patches of 24^3 and minutes of two CPU cores: four levels down to stride 8, 8 to 64 channels, 0.5 M."""
+    return ResEnc((8, 16, 32, 64), (1, 1, 2, 2), (1, 2, 2, 2), 3, in_channels, masking, checkpointing)
+
+
 def resenc_xs(in_channels: int = 1, masking: str = "zero", checkpointing: bool = False) -> ResEnc:
     """For two CPU cores: five levels down to stride 16, 8 to 96 channels, 1.4 M parameters."""
     return ResEnc((8, 16, 32, 64, 96), (1, 1, 2, 2, 2), (1, 2, 2, 2, 2), 3, in_channels, masking, checkpointing)

@@ -22,6 +22,7 @@ CLASSES = ("ResidualEncoderUNet", "ResEncL", "NoSkipResEncL")
 SHAPES = {  # channels, blocks, strides; kernels of 3
     "resenc_l": ([32, 64, 128, 256, 320, 320], [1, 3, 4, 6, 6, 6], [1, 2, 2, 2, 2, 2]),
     "resenc_s": ([32, 64, 128, 256, 320, 320], [1, 2, 2, 2, 2, 2], [1, 2, 2, 2, 2, 2]),
+    "resenc_xxs": ([8, 16, 32, 64], [1, 1, 2, 2], [1, 2, 2, 2]),
     "resenc_xs": ([8, 16, 32, 64, 96], [1, 1, 2, 2, 2], [1, 2, 2, 2, 2]),
 }
 _FREE = {  # arguments of the reference that change no feature of the encoder at inference, or are read elsewhere
