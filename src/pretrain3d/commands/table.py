@@ -9,10 +9,12 @@ from pretrain3d.config import UserError, read_options
 USAGE = """\
 pretrain3d table RUN ... [out=FILE] [report=FILE] [title=TEXT] [pictures=true]
 
-Prints mAP, AP@0.10, AP@0.50 and FROC@0.10 with 95 % intervals over cases, and AP@0.10 per class. Runs that differ by
-their seed only become one row, mean and standard deviation over seeds.
+Prints mAP, AP@0.10, AP@0.50 and FROC@0.10 with 95 % intervals over cases, and AP@0.10 per class; of pretraining by
+reconstruction, its error on held-out patches. Runs that differ by their seed only become one row, mean and standard
+deviation over seeds.
 
-  RUN              a run folder after `test`, or a result.json; a pretraining run appears in the report only
+  RUN              a run folder after `test`, or a result.json; a pretraining run without a result appears in the
+                   report only
   out=FILE         the tables as Markdown
   report=FILE      one self-contained HTML page: tables, curves, FROC, slices with boxes, reconstructions
   title=TEXT       title of the report
@@ -31,7 +33,10 @@ def run(paths: list[str], options: dict[str, object]) -> int:
     tested = [path for path in paths if not is_pretraining(path)]
     pretraining = [path for path in paths if path not in tested]
     if pretraining and not given["report"]:
-        raise UserError(f"{pretraining[0]} is a pretraining run, which has no row in a table; add report=FILE")
+        raise UserError(
+            f"{pretraining[0]} is a pretraining run without a result, which has no row in a table; add report=FILE, or "
+            "call `pretrain3d test` first if it was pretrained by reconstruction"
+        )
     tables = make_tables(read_results(tested))
     print("\n\n".join(table.as_text() for table in tables))
     if given["out"]:

@@ -15,17 +15,21 @@ from pretrain3d.reporting.run_folder import RunFolder
 
 USAGE = """\
 pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [pictures=4] [by=COLUMN cases=TABLE]
+pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [patches=4]     of a pretraining by reconstruction
 pretrain3d test baseline=mean_box|threshold store=STORE out=FOLDER [fold=0 split=test samples=1000]
                 [by=COLUMN cases=TABLE]
 
 Predicts whole volumes and scores them in the voxels of the input files: predictions.json, targets.json (score files)
 and result.json with 95 % bootstrap intervals over patients, overall, per class and in thirds of the objects by volume.
 Boxes are merged as `sweep` chose on the validation cases, if it did. A run that logged to W&B gets its result there.
+Of a pretraining by reconstruction: the error on fixed patches of held-out cases, beside that of the mean predictor and,
+where blocks are hidden, of tri-linear in-painting.
 
   checkpoint=last|best   which weights of the run
   split=test|val         held-out cases, or the validation fold
   samples=N              bootstrap samples
   pictures=N             cases drawn into pictures/, 0 for none
+  patches=N              of each case, for reconstruction
   by=COLUMN              the same numbers for the cases of each value of a column (numbers of many values: in thirds) of
   cases=TABLE            a CSV or TSV file with a column `case` (or the case ids in its first column);
                          by=spacing needs no table: the longest side of an input voxel. A run that was tested already
@@ -39,9 +43,14 @@ Prediction = tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes (N, 6) in cached
 def run(paths: list[str], options: dict[str, object]) -> int:
     """Tests a run folder or a baseline; returns the exit status."""
     if len(paths) == 1:
+        folder = RunFolder(Path(paths[0]))
+        if (folder.config().get("module") or {}).get("name") == "reconstruction":
+            from pretrain3d.commands import reconstruction
+
+            return reconstruction.run(folder, options)
         defaults = {"checkpoint": "last", "split": "test", "samples": 1000, "pictures": 4, "by": "", "cases": ""}
         given = read_options(options, defaults)
-        test_run(RunFolder(Path(paths[0])), **given)
+        test_run(folder, **given)
         return 0
     if paths:
         raise UserError(f"test takes one run folder, got {len(paths)}: {' '.join(paths)}")
@@ -77,11 +86,11 @@ def load_run(folder: RunFolder, checkpoint: str) -> tuple[Any, Any]:
 
     import torch
 
-    from pretrain3d.commands.fit import DATA
+    from pretrain3d.commands.fit import DATA, of_plan
     from pretrain3d.modules.checkpoint import load_module
 
     module: Any = load_module(weights, "detection", "cuda" if torch.cuda.is_available() else "cpu")
-    data = {**settings["data"], "intensity": module.note["preprocessing"]["intensity"]}
+    data = {**of_plan(settings)["data"], "intensity": module.note["preprocessing"]["intensity"]}
     return module, build(DATA, {"name": "data", **data}, "data", seed=settings["seed"])
 
 
@@ -112,7 +121,6 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
     strata = chosen_strata(cases, by, truth_of(datamodule.store, case_ids))
     chosen = unswept(module, case_ids)
     threshold = chosen["operating"]["threshold"] if chosen else None
-    backbone_fingerprint = fingerprint(module.best_networks()[0].state_dict())
     step = module.note["source"]["step"]
     asked = {"checkpoint": checkpoint, "split": split, "samples": samples, "step": step,
              "fingerprint": fingerprint(module.state_dict()), "merging": module.merging.to_dict(),
@@ -136,24 +144,30 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
     if leakage:
         print(warning(leakage, module.note["transfer"]["path"]), file=sys.stderr)
     trained = [row for row in module.note.get("leakage") or [] if row["split"] == "train"]
-    transfer = module.note.get("transfer")
-    batch = settings["data"]["batch_size"] * settings["trainer"]["accumulate_grad_batches"] * module.note["processes"]
-    about = {
-        "asked": asked,
+    about = {"asked": asked, "leakage": leakage + trained, **about_run(folder, settings, module)}
+    score_cases(folder.path, settings["name"], datamodule.store, case_ids, predict, about, samples, threshold)
+    write_strata(folder.path, by, strata, samples)
+    log_to_wandb(folder, settings)
+
+
+def about_run(folder: RunFolder, settings: dict[str, Any], module: Any) -> dict[str, Any]:
+    """``config, seed, cost, backbone`` of the result of a trained run; see `reporting.results.write_result`."""
+    from pretrain3d.backbones.transfer import fingerprint
+    from pretrain3d.commands.fit import of_plan
+
+    planned, step, transfer = of_plan(settings), module.note["source"]["step"], module.note.get("transfer")
+    batch = planned["data"]["batch_size"] * planned["trainer"]["accumulate_grad_batches"] * module.note["processes"]
+    return {
         "config": settings,
         "seed": settings["seed"],
         "cost": {"seconds": folder.state()["seconds"], "steps": step, "samples": step * batch},
-        "leakage": leakage + trained,
         "backbone": {
             "name": settings["backbone"]["name"],
-            "fingerprint": backbone_fingerprint,
+            "fingerprint": fingerprint(module.best_networks()[0].state_dict()),
             "init": transfer["source"]["method"] if transfer else "scratch",
             "transfer": transfer,
         },
     }
-    score_cases(folder.path, settings["name"], datamodule.store, case_ids, predict, about, samples, threshold)
-    write_strata(folder.path, by, strata, samples)
-    log_to_wandb(folder, settings)
 
 
 def log_to_wandb(folder: RunFolder, settings: dict[str, Any]) -> None:

@@ -21,6 +21,8 @@ from pretrain3d.data.sets import DataSet, LabelMap, Labels, PatchMixture, Pool, 
 from pretrain3d.data.spatial import SpatialSettings
 from pretrain3d.data.store import Case
 
+STILL = SpatialSettings(flip_axes=(), rotation_p=0.0, scale_p=0.0)  # patches as they lie in the volume
+
 
 class GlobalBatches:
     """Endless sample indices for one process: of every global batch, each ``world_size``-th sample from ``rank`` on.
@@ -173,6 +175,22 @@ class DataModule(lightning.LightningDataModule):
         assert self.labels is not None
         return part.label_map(case, self.labels)
 
+    def case(self, case_id: str) -> Case:
+        """What its store knows about a case."""
+        return self._find(case_id)[1]
+
+    def fixed_patches(self, case_id: str, first: int, number: int) -> dict[str, Any]:
+        """A batch of patches of one case on the CPU, uniform over the volume, not augmented, the same for all runs.
+
+        Args:
+            case_id: of a training, validation or test case.
+            first: sample index of the first one; every draw depends on it and on the case alone.
+            number: of patches.
+        """
+        part, case = self._find(case_id)
+        dataset = PatchDataset(part.store, [case.id], self.patch_size, 0, part.normalisation, 0.0, STILL, {})
+        return self.augmentation(collate([dataset[index] for index in range(first, first + number)]))
+
     def set_of(self, case_id: str) -> int:
         """The index of the set that a case belongs to."""
         return self.sets.index(self._find(case_id)[0])
@@ -212,8 +230,7 @@ class DataModule(lightning.LightningDataModule):
         if self.validation == "volumes":
             return self._volumes(self.val_ids)
         rank, world_size = self._process()
-        still = SpatialSettings(flip_axes=(), rotation_p=0.0, scale_p=0.0)
-        dataset = self._patches("val", 0, still, {})  # seed 0: the same patches for all runs
+        dataset = self._patches("val", 0, STILL, {})  # seed 0: the same patches for all runs
         indices = list(range(rank, self.num_val_patches, world_size))
         batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
         return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available())

@@ -44,6 +44,8 @@ class MAE(nn.Module):
     the loss has its first two axes exchanged).
     """
 
+    measure = "mean squared error"  # see `contract.Method`
+
     def __init__(
         self,
         levels: Sequence[PyramidLevel],

@@ -46,6 +46,8 @@ class ModelsGenesis(nn.Module):
     instead of the third spatial one. Voxels outside the volume do not count.
     """
 
+    measure = "mean squared error"  # see `contract.Method`
+
     def __init__(
         self,
         levels: Sequence[PyramidLevel],

@@ -63,6 +63,8 @@ class S3D(nn.Module):
     voxels reaches the features; here, as in the 2D original, nothing does. Voxels outside the volume do not count.
     """
 
+    measure = "mean squared error"  # see `contract.Method`
+
     def __init__(
         self,
         levels: Sequence[PyramidLevel],

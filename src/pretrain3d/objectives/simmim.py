@@ -58,6 +58,7 @@ class SimMIM(nn.Module):
         if any(side % token for side, token in zip(self.block, self.stride, strict=True)):
             raise UserError(f"simmim: block is {self.block}; it must be a multiple of a token, {self.stride}")
         self.error = ERRORS[error]
+        self.measure = {"l1": "mean absolute error", "l2": "mean squared error"}[error]  # see `contract.Method`
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(levels[0].channels), std=0.02))
         self.decoder = decoder(levels, in_channels)
 

@@ -42,6 +42,8 @@ class SliceMAE(nn.Module):
     would learn, and its other planes would enter fine-tuning as they were drawn.
     """
 
+    measure = "mean squared error"  # see `contract.Method`
+
     def __init__(
         self,
         levels: Sequence[PyramidLevel],

@@ -51,6 +51,8 @@ class SwinMix(nn.Module):
     of the sample's normalised intensities. Voxels outside the volume do not count in L1.
     """
 
+    measure = "mean absolute error"  # see `contract.Method`
+
     def __init__(
         self,
         levels: Sequence[PyramidLevel],

@@ -273,7 +273,7 @@ def _result(path: Path) -> list[str]:
     return _lines(f"{path}: result of {result['run']}", rows)
 
 
-_HEADLINE = ("mAP", "AP@0.10", "AP@0.50", "FROC@0.10", "FROC@0.50")
+_HEADLINE = ("mAP", "AP@0.10", "AP@0.50", "FROC@0.10", "FROC@0.50", "network", "mean_predictor", "inpainting_linear")
 
 
 def _interval(entry: Mapping[str, Any]) -> str:

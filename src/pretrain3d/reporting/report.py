@@ -13,7 +13,7 @@ from pretrain3d.config import UserError, read_yaml, to_yaml
 from pretrain3d.files import write_text
 from pretrain3d.reporting import figures
 from pretrain3d.reporting.results import read_result, read_rows
-from pretrain3d.reporting.tables import CLASS_KEY, by_cases, describe_cases, make_tables
+from pretrain3d.reporting.tables import CLASS_KEY, by_cases, describe_cases, is_reconstruction, make_tables
 
 CASES = 4  # with pictures
 ORDER = ("original", "masked", "reconstructed")
@@ -51,7 +51,7 @@ class Run:
     Attributes:
         label: its name, unlike that of every other run of the report.
         folder: where pictures and metrics may lie.
-        result: of a tested detector or a baseline.
+        result: of a tested detector, of a baseline, or of a tested reconstruction.
         config: resolved.
         rows: of ``metrics.csv``.
     """
@@ -69,11 +69,13 @@ class Run:
 
     @property
     def is_detection(self) -> bool:
-        return self.result is not None or _module(self.config) == "detection"
+        if self.result is not None:
+            return not is_reconstruction(self.result)
+        return _module(self.config) == "detection"
 
 
 def is_pretraining(path: str | Path) -> bool:
-    """Whether ``path`` is the folder of a run that is no detector, so that it has curves but no result."""
+    """Whether ``path`` is the folder of a run that is no detector and was not tested: it has curves but no result."""
     path = Path(path)
     if not path.is_dir() or (path / "result.json").exists() or not (path / "config.yaml").exists():
         return False
@@ -94,8 +96,8 @@ def write_report(path: str | Path, runs: Sequence[str | Path], title: str = "Res
     """
     read = _read_runs(runs)
     colours = figures.palette([run.label for run in read])
-    tested = [run for run in read if run.result is not None]
-    tables = make_tables([run.result for run in tested if run.result is not None])
+    tested = [run for run in read if run.result is not None and run.is_detection]
+    tables = make_tables([run.result for run in read if run.result is not None])
     sections = [
         (
             "Results",

@@ -16,6 +16,10 @@ from pretrain3d.reporting.results import read_result
 
 KEYS = ("mAP", "AP@0.10", "AP@0.50", "FROC@0.10")
 CLASS_KEY = "AP@0.10"
+RECONSTRUCTION = {
+    "network": "network", "mean_predictor": "mean predictor", "inpainting_linear": "tri-linear in-painting",
+    "network/mean_predictor": "network : mean", "network/inpainting_linear": "network : in-painting",
+}  # fmt: skip
 Result = dict[str, Any]
 
 
@@ -69,10 +73,11 @@ def read_results(paths: Sequence[str | Path]) -> list[Result]:
 def make_tables(results: Sequence[Result]) -> list[Table]:
     """Two tables (all classes together, and per class) for each set of cases that the results are of.
 
-    Numbers of different cases are not comparable, so they never share a table.
+    Numbers of different cases are not comparable, so they never share a table. Results of reconstruction come last, in
+    one table per set of cases; see `evaluation.reconstruction.summarise`.
     """
     tables = []
-    for same_cases in by_cases(results).values():
+    for same_cases in by_cases([result for result in results if not is_reconstruction(result)]).values():
         rows = [(name, group) for name, group in by_seed(same_cases).items()]
         about = describe_cases(same_cases[0])
         seeds = "; mean ± standard deviation over seeds" if any(len(group) > 1 for _, group in rows) else ""
@@ -81,7 +86,23 @@ def make_tables(results: Sequence[Result]) -> list[Table]:
         classes = list(dict.fromkeys(name for result in same_cases for name in result["per_class"]))
         body = [[name, *(_cell([_of_class(r, one) for r in group]) for one in classes)] for name, group in rows]
         tables.append(Table(f"{CLASS_KEY} per class, {about}", ["run", *classes], body))
-    return tables
+    reconstructed = by_cases([result for result in results if is_reconstruction(result)])
+    return tables + [_reconstruction_table(same_cases) for same_cases in reconstructed.values()]
+
+
+def is_reconstruction(result: Result) -> bool:
+    """Whether a result is of a pretraining by reconstruction, not of a detector."""
+    return "network" in result["metrics"]
+
+
+def _reconstruction_table(same_cases: Sequence[Result]) -> Table:
+    rows = []
+    for name, group in by_seed(same_cases).items():
+        asked = group[0].get("asked") or {}
+        cells = [_cell([result["metrics"].get(key) for result in group]) for key in RECONSTRUCTION]
+        rows.append([name, str(asked.get("measure", "–")), str(asked.get("patches", "–")), *cells])
+    title = f"reconstruction, held-out patches: {describe_cases(same_cases[0])}, 95 % intervals over patients"
+    return Table(title, ["run", "error", "patches per case", *RECONSTRUCTION.values()], rows)
 
 
 def by_cases(results: Sequence[Result]) -> dict[str, list[Result]]:
