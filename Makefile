@@ -68,10 +68,11 @@ format: setup  ## rewrite the files in the project's style
 	$(PY) -m ruff format .
 
 bench: setup  ## measure what the project promises; fails below a target
-	@status=0; for file in benchmarks/*.py; do \
-	  case $$file in */harness.py) continue;; esac; \
-	  echo "$(PY) $$file"; $(PY) $$file || status=1; \
-	done; exit $$status
+	@reached= missed= not_run=; for file in $(filter-out %/harness.py,$(wildcard benchmarks/*.py)); do \
+	  name=$$(basename $$file .py); echo; echo "$(PY) $$file"; $(PY) $$file; \
+	  case $$? in 0) reached="$$reached $$name";; 2) not_run="$$not_run $$name";; *) missed="$$missed $$name";; esac; \
+	done; echo; echo "reached:          $${reached:- none}"; echo "missed or failed: $${missed:- none}"; \
+	echo "not run:          $${not_run:- none}"; test -z "$$missed"
 
 clean:  ## remove environment, caches and builds; data/ and runs/ stay
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,45 +2,52 @@
 
 nnDetection v0.1 searches by evolution: nevergrad's TwoPointsDE, whole numbers from (4, 8, 16) per axis, 5,000
 evaluations in each of 3 restarts (of which its code keeps the last one *evaluated*; here the best counts). Times are
-processor seconds.
-
-    python benchmarks/anchors.py STORE annotations.csv
+processor seconds. Needs nevergrad, and the folder that PRETRAIN3D_TESTDATA names: ``data/openkbp`` and
+``data/luna16_froc`` in it.
 """
 
 from __future__ import annotations
 
 import csv
+import importlib.util
+import os
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Target, report
+from harness import Target, interleave, not_run, report, timed
 from torch import Tensor
 
-from pretrain3d.config import UserError
-from pretrain3d.data.store import Store
+from pretrain3d.data.fingerprint import target_spacing
+from pretrain3d.data.readers.openkbp import OpenKbp
 from pretrain3d.detection.anchors import mean_best_iou
+from pretrain3d.geometry import boxes_of_instances
 from pretrain3d.planning.anchors import DOUBLING, all_anchors, search_anchors
 
 EVALUATIONS, RESTARTS = 5000, 3
 LUNA_SPACING_MM = (0.703125, 0.703125, 1.25)  # of MONAI's LUNA16 bundle
 
 
-def organ_sizes(path: Path) -> Tensor:
-    """(N, 3) voxels of all training objects of a store."""
-    boxes = [case.boxes for case in Store(path).cases.values() if case.split in ("train", "val")]
-    boxes = np.concatenate(boxes)
-    return torch.from_numpy(boxes[:, 3:] - boxes[:, :3])
+def organ_sizes(folder: Path) -> Tensor:
+    """(N, 3) voxels, of the spacing that `prepare` would choose, of all organs outside the test set."""
+    reader = OpenKbp(folder)
+    sizes, spacings, shapes = [], [], []
+    for case in reader.cases():
+        if case.split in ("train", "val"):
+            volume = reader.read(case)
+            spacings.append(np.linalg.norm(volume.affine[:3, :3], axis=0))  # its axes lie along the world's
+            shapes.append(volume.image.shape[1:])
+            boxes = boxes_of_instances(volume.instances)[1]
+            sizes.append((boxes[:, 3:] - boxes[:, :3]) * spacings[-1])
+    return torch.from_numpy(np.concatenate(sizes) / target_spacing(np.array(spacings), np.array(shapes))).float()
 
 
 def nodule_sizes(path: Path) -> Tensor:
     """(N, 3) voxels of LUNA16's nodules: cubes around spheres of the annotated diameter."""
-    with open(path, newline="", encoding="utf-8") as file:
-        text = file.read()
-    rows = csv.DictReader(text.splitlines(), delimiter="\t" if "\t" in text.splitlines()[0] else ",")
-    diameters = torch.tensor([float(row["diameter_mm"]) for row in rows])
+    with path.open(newline="", encoding="utf-8") as file:
+        diameters = torch.tensor([float(row["diameter_mm"]) for row in csv.DictReader(file)])
     return diameters[:, None] / torch.tensor(LUNA_SPACING_MM)
 
 
@@ -50,10 +57,7 @@ def quality(sizes: list[list[float]], boxes: Tensor) -> float:
 
 def theirs(boxes: Tensor) -> list[list[float]]:
     """The best of three evolutions."""
-    try:
-        import nevergrad
-    except ImportError as error:
-        raise UserError("this benchmark's peer is nevergrad; install it: pip install nevergrad") from error
+    import nevergrad
 
     def cost(**values: int) -> float:
         sizes = [[float(values[f"{axis}{i}"]) for i in range(3)] for axis in "xyz"]
@@ -74,18 +78,30 @@ def theirs(boxes: Tensor) -> list[list[float]]:
     return found
 
 
+def measured(
+    search: Callable[[Tensor], list[list[float]]], boxes: Tensor, qualities: list[float]
+) -> Callable[[], float]:
+    """A measurement of a search's seconds, which notes how good its result is."""
+    return timed(lambda: qualities.append(quality(search(boxes), boxes)))
+
+
 def main() -> int:
-    """Runs the benchmark; 1 when a target is missed."""
-    store, annotations = (Path(argument) for argument in sys.argv[1:3])
+    """Runs the benchmark; 1 when a target is missed, 2 without the data or the peer."""
+    folder = os.environ.get("PRETRAIN3D_TESTDATA")
+    if not folder:
+        return not_run("set PRETRAIN3D_TESTDATA to the folder of real data, with data/openkbp and data/luna16_froc")
+    if importlib.util.find_spec("nevergrad") is None:
+        return not_run("the peer is nevergrad; install it: pip install nevergrad")
+    torch.set_num_threads(1)
+    data = Path(folder) / "data"
+    annotations = data / "luna16_froc/official/annotations.csv"
     status = 0
-    for name, boxes in (("organs", organ_sizes(store)), ("nodules", nodule_sizes(annotations))):
-        results: dict[str, list[float]] = {}
-        seconds: dict[str, list[float]] = {}
-        for owner, search in (("ours", search_anchors), ("TwoPointsDE", theirs)):
-            start = time.process_time()
-            found = search(boxes)
-            seconds[owner] = [time.process_time() - start]
-            results[owner] = [quality(found, boxes)]
+    for name, boxes in (("organs", organ_sizes(data)), ("nodules", nodule_sizes(annotations))):
+        results: dict[str, list[float]] = {"ours": [], "TwoPointsDE": []}
+        seconds = interleave({
+            "ours": measured(search_anchors, boxes, results["ours"]),
+            "TwoPointsDE": measured(theirs, boxes, results["TwoPointsDE"]),
+        })  # fmt: skip
         inputs = f"{len(boxes)} {name}, 27 anchors on 4 levels"
         at_least = Target("ours minus theirs", lambda m: m["ours"] - m["TwoPointsDE"], 0.0)
         status |= report(f"Anchors of {name}: mean best IoU", "", inputs, ("nevergrad",), results, [at_least])
@@ -95,7 +111,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

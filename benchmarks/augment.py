@@ -21,20 +21,16 @@ from typing import Any
 import monai.transforms as mt
 import numpy as np
 import torch
-from harness import Target, interleave, report
+from harness import Target, interleave, report, samples, write_store
 from monai.apps.detection.transforms.dictionary import BoxToMaskd, MaskToBoxd
 
 from pretrain3d.data import intensity
 from pretrain3d.data.augment import Augmentation
 from pretrain3d.data.batch import collate
-from pretrain3d.data.fingerprint import Histogram
-from pretrain3d.data.normalise import Normalisation
-from pretrain3d.data.patches import PatchDataset
 from pretrain3d.data.spatial import SpatialSettings
-from pretrain3d.data.store import Case, Store, StoreWriter
-from pretrain3d.geometry import Frame
+from pretrain3d.data.store import Store
 
-SHAPE, PATCH, BATCH, OBJECTS = (192, 192, 192), (96, 96, 96), 4, 5
+PATCH, BATCH = (96, 96, 96), 4
 RECIPE_BATCHES = 6
 NOTHING = SpatialSettings(flip_p=0.0, rotation_p=0.0, scale_p=0.0)
 EVERYTHING = SpatialSettings(flip_p=1.0, rotation_p=1.0, scale_p=1.0)
@@ -43,38 +39,6 @@ INTENSITIES = intensity.settings_from_config(
     {name: {"p": 1.0} | ({"channel_p": 1.0} if "channel_p" in values else {})
      for name, values in intensity.DEFAULTS.items()}
 )  # fmt: skip
-
-
-def write(folder: Path) -> Store:
-    """One CT-like case with a handful of objects close enough together that a patch holds them all."""
-    rng = np.random.default_rng(0)
-    image = rng.normal(0, 100, size=SHAPE).astype(np.int16)
-    instances = np.zeros(SHAPE, np.int16)
-    start = rng.integers(80, 100, size=(OBJECTS, 3))
-    start[:, 2] = 60 + 14 * np.arange(OBJECTS)
-    stop = start + rng.integers(6, 13, size=(OBJECTS, 3))
-    for number, (low, high) in enumerate(zip(start, stop, strict=True), start=1):
-        instances[tuple(slice(*bounds) for bounds in zip(low, high, strict=True))] = number
-    histogram = (Histogram.of(image[::8]),)
-    case = Case(
-        id="case", split="train", group="case", shape=SHAPE, channels=1, frame=Frame.of_file(np.eye(4), SHAPE),
-        boxes=np.concatenate([start, stop], axis=1).astype(np.float32), labels=np.zeros(OBJECTS, np.int64),
-        instances=np.arange(1, OBJECTS + 1), volumes_mm3=np.prod(stop - start, axis=1).astype(np.float64),
-        annotated=(0,), content_hash="case", histograms={"body": histogram, "objects": histogram},
-        has_instances=True, has_semantic=False,
-    )  # fmt: skip
-    writer = StoreWriter(folder / "store", "synthetic", ["object"], (1.0, 1.0, 1.0), ["CT"])
-    writer.add(case, image[None], instances)
-    return writer.finish(["case"])
-
-
-def samples(
-    store: Store, spatial: SpatialSettings, intensities: dict[str, Any], count: int, first: int = 0
-) -> list[dict[str, Any]]:
-    """Raw samples from index ``first`` on with what was drawn for them; all are placed on objects."""
-    window = Normalisation((-300.0,), (300.0,), (0.0,), (100.0,))
-    data = PatchDataset(store, ["case"], PATCH, 0, lambda case: window, 1.0, spatial, intensities)
-    return [data[index] for index in range(first, first + count)]
 
 
 def ours(raw: list[dict[str, Any]], device: torch.device) -> Callable[[], float]:
@@ -156,7 +120,7 @@ def box_chain() -> mt.Compose:
 
 def patches(store: Store, count: int) -> list[dict[str, Any]]:
     """What MONAI starts from: normalised patches with masks (1, X, Y, Z), boxes and labels."""
-    batch = Augmentation()(collate(samples(store, NOTHING, {}, count)))
+    batch = Augmentation()(collate(samples(store, PATCH, NOTHING, {}, count)))
     return [
         {"image": batch["image"][row], "mask": batch["mask"][row][None], "boxes": batch["boxes"][row][valid],
          "labels": batch["labels"][row][valid]}
@@ -169,10 +133,10 @@ def main() -> int:
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        store = write(Path(folder))
-        everything = samples(store, EVERYTHING, INTENSITIES, BATCH)
-        recipe = samples(store, SpatialSettings(), dict(intensity.DEFAULTS), BATCH * RECIPE_BATCHES)
-        rotated = samples(store, ROTATION, {}, BATCH)
+        store = write_store(Path(folder))
+        everything = samples(store, PATCH, EVERYTHING, INTENSITIES, BATCH)
+        recipe = samples(store, PATCH, SpatialSettings(), dict(intensity.DEFAULTS), BATCH * RECIPE_BATCHES)
+        rotated = samples(store, PATCH, ROTATION, {}, BATCH)
         cut = patches(store, BATCH * RECIPE_BATCHES)
     if "profile" in sys.argv[1:]:
         measure = ours(everything, device)

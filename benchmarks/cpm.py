@@ -1,6 +1,7 @@
 """CPM of a LUNA16-sized submission: matching and FROC, alone and with 1,000 bootstrap samples, and reading the files.
 
 Checked against the challenge's rules as plain loops on the same marks; the published submission's CPM is a test.
+Times are processor seconds.
 """
 
 from __future__ import annotations
@@ -8,12 +9,10 @@ from __future__ import annotations
 import csv
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from harness import Target, interleave, report
+from harness import Target, interleave, report, timed
 
 from pretrain3d.evaluation.luna16 import Marks, evaluate, evaluate_vectors, match_marks, score_files
 
@@ -83,15 +82,6 @@ def write_files(folder: Path, marks: Marks, nodules: Marks, excluded: Marks) -> 
     return {name: folder / f"{name}.csv" for name in (*parts, "cases")}
 
 
-def seconds(action: Callable[[], object]) -> Callable[[], float]:
-    def measure() -> float:
-        start = time.perf_counter()
-        action()
-        return time.perf_counter() - start
-
-    return measure
-
-
 def main() -> int:
     """Runs the benchmark; 1 when a target is missed."""
     lists = make()
@@ -108,10 +98,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         files = write_files(Path(folder), *lists)
         results = interleave({
-            "CPM": seconds(ours),
-            f"CPM and {SAMPLES} samples": seconds(lambda: ours(SAMPLES)),
-            "CPM from the files": seconds(lambda: score_files(**files)),
-            "the rules as loops": seconds(loops),
+            "CPM": timed(ours),
+            f"CPM and {SAMPLES} samples": timed(lambda: ours(SAMPLES)),
+            "CPM from the files": timed(lambda: score_files(**files)),
+            "the rules as loops": timed(loops),
         })  # fmt: skip
     return report(
         f"LUNA16: CPM {ours():.6f}, the same by the rules as plain loops",

@@ -20,8 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from augment import samples, write
-from harness import Target, interleave, report
+from harness import Target, interleave, report, samples, write_store
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -205,10 +204,10 @@ def rest_of_the_step() -> int:
     step, augmentation = Step(backbone, make("mae", backbone, patch), patch), Augmentation()
     results: dict[str, list[float]] = {"draw, read, augment": [], "mask, loss, optimise": [], "network": []}
     with tempfile.TemporaryDirectory() as folder:
-        store = write(Path(folder))
+        store = write_store(Path(folder))
         for index in range(rounds):
             start = time.process_time()
-            raw = samples(store, spatial.SpatialSettings(), {}, size, first=index * size)
+            raw = samples(store, patch, spatial.SpatialSettings(), {}, size, first=index * size)
             batch = augmentation(collate(raw))
             results["draw, read, augment"].append(time.process_time() - start)
             if index < 2:  # the network is slow and steady

@@ -2,21 +2,22 @@
 
 ResEnc-S, patches of 96^3, two at a time, 27 anchors per position on strides 4 to 32. Not the network: drawing and
 reading the patches, collating, augmenting, assigning anchors, the losses and their gradient, the optimiser. On a CPU
-the times are processor seconds, so that other processes on the machine do not count, and the network is run less often.
+the times are processor milliseconds of one thread, so that other processes on the machine do not count.
 
-    python benchmarks/step.py STORE [profile]
+    python benchmarks/step.py [profile]
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Target, report
+from harness import Target, report, write_store
 
 from pretrain3d.backbones.resenc import resenc_s
 from pretrain3d.data.augment import Augmentation
@@ -28,7 +29,7 @@ from pretrain3d.detection.retina import RetinaUNet
 from pretrain3d.modules.optim import adamw, parameter_groups
 
 PATCH, BATCH, LEVELS, ANCHORS = 96, 2, (2, 3, 4, 5), {"sizes": [[4.0, 8.0, 16.0]] * 3}
-REPEATS, NETWORK_REPEATS_ON_CPU = 5, 1
+REPEATS = 5
 NETWORK = ("forward", "backward")
 
 
@@ -55,12 +56,10 @@ class Stopwatch:
 class Step:
     """One training step, piece by piece."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, store: Store, device: torch.device) -> None:
         torch.manual_seed(0)
-        store = Store(path)
-        cases = [case.id for case in store.cases.values() if len(case.boxes)]
-        size = (PATCH,) * 3
-        self.dataset = PatchDataset(store, cases, size, 0, normalisation_for(store, {"scheme": "zscore"}, 0))
+        normalisation = normalisation_for(store, {"scheme": "zscore"}, 0)
+        self.dataset = PatchDataset(store, list(store.cases), (PATCH,) * 3, 0, normalisation)
         self.augmentation, self.device = Augmentation(), device
         self.backbone = resenc_s().to(device)
         self.detector = RetinaUNet(self.backbone.levels, len(store.classes), ANCHORS, LEVELS).to(device)
@@ -96,25 +95,25 @@ class Step:
 
 def main() -> int:
     """Runs the benchmark; 1 when the target is missed."""
+    torch.set_num_threads(1)
     cuda = torch.cuda.is_available()
-    step = Step(Path(sys.argv[1]), torch.device("cuda" if cuda else "cpu"))
     watch = Stopwatch(cuda)
-    for index in range(-1, REPEATS):  # the first one warms up
-        watch.times = {} if index == 0 and cuda else watch.times
-        raw = watch("draw, read, collate", lambda index=index: step.data(index + 1))
-        batch = watch("augment", lambda raw=raw: step.augment(raw))
-        network = cuda or index < NETWORK_REPEATS_ON_CPU - 1
-        if network:
+    with tempfile.TemporaryDirectory() as folder:
+        step = Step(write_store(Path(folder)), torch.device("cuda" if cuda else "cpu"))
+        for index in range(REPEATS + 1):
+            raw = watch("draw, read, collate", lambda index=index: step.data(index))
+            batch = watch("augment", lambda raw=raw: step.augment(raw))
             watch("forward", lambda batch=batch: step.forward(batch))
-        watch("assign, losses", lambda batch=batch: step.loss(batch))
-        if network:
+            watch("assign, losses", lambda batch=batch: step.loss(batch))
             watch("backward", step.backward)
-        watch("optimise", step.optimise)
-    if "profile" in sys.argv[2:]:
-        with torch.profiler.profile() as record:
-            step.augment(step.data(REPEATS + 1))
-            step.loss(batch)
-        print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+            watch("optimise", step.optimise)
+            if index == 0:
+                watch.times.clear()  # it warmed up
+        if "profile" in sys.argv[1:]:
+            with torch.profiler.profile() as record:
+                step.augment(step.data(REPEATS + 1))
+                step.loss(batch)
+            print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
     bound = 0.05 if cuda else 0.1
     target = Target("share of what is not the network", _rest, bound, at_most=True)
     inputs = f"resenc_s, {BATCH} patches of {PATCH}^3, {len(step.detector.anchors.base)} anchors per position"
