@@ -34,7 +34,7 @@ def test_pretrained_weights_arrive(runs: Path) -> None:
     exported = torch.load(runs / "mae.pt", weights_only=True)
     note = torch.load(runs / "det" / "checkpoints" / "last.ckpt", weights_only=True)["pretrain3d"]
     assert note["transfer"]["source"]["method"] == "mae"
-    assert note["backbone"]["name"] == exported["backbone"]["name"] == "resenc_xs"
+    assert note["backbone"]["name"] == exported["backbone"]["name"] == "resenc_xxs"
     assert note["preprocessing"]["spacing_mm"] == exported["preprocessing"]["spacing_mm"]
     assert note["pretrained_on"] == exported["corpus"] and note["leakage"] == [], (
         "unlabelled cases are no others' copies"

@@ -158,7 +158,7 @@ def test_a_leak_is_said_and_written_into_the_result(phantom_store: Path, tmp_pat
     """Weights that have seen a test and a training case under other names; fine-tuned, exported and tested."""
     store = Store(phantom_store)
     cases = [next(case_id for case_id, c in store.cases.items() if c.split == split) for split in ("test", "train")]
-    node = {"name": "resenc_xs", "in_channels": 3}
+    node = {"name": "resenc_xxs", "in_channels": 3}
     corpus = Corpus(frozenset(), frozenset(), Corpus.of(store, cases).signatures).to_dict()
     preprocessing = {"intensity": {"scheme": "window", "low": -900.0, "high": 300.0}, "spacing_mm": [1.0, 1.0, 4.0]}
     weights = build(BACKBONES, node, "backbone").state_dict()
