@@ -51,7 +51,7 @@ def test(folder: RunFolder, checkpoint: str, split: str, samples: int, patches: 
         print(f"{folder.path / 'result.json'} is of these weights already, nothing to predict")
         return
     ids = [(part.store, split, getattr(part, f"{split}_ids")) for part in datamodule.sets]
-    leakage = find(module.note["corpus"], ids)
+    leakage = find(module.note.get("corpus"), ids)
     if leakage:
         print(warning(leakage, str(folder.path)), file=sys.stderr)
     start = time.perf_counter()
@@ -96,7 +96,7 @@ def load(folder: RunFolder, checkpoint: str) -> tuple[Any, Any]:
     if not hasattr(module.method, "measure"):
         raise UserError(f"{folder.path} was pretrained with {name}, which restores no intensities")
     data = dict(of_plan(settings)["data"])
-    if len(module.note["sets"]) == 1:
+    if isinstance(data["store"], str):
         data["intensity"] = module.note["preprocessing"]["intensity"]
     return module, build(DATA, {"name": "data", **data}, "data", seed=settings["seed"])
 
