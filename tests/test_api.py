@@ -184,15 +184,33 @@ def test_channels_are_files_and_bad_files_do_not_stop_the_rest(
         (["precision=64"], "precision is '64'; expected one of 32, bf16, fp16"),
         (["mirror_axes=3"], "mirror_axes is 3; expected a list of some of 0, 1, 2"),
         (["tile_batch=0"], "tile_batch is 0; expected a whole number from 1 on"),
+        (["mirror_axes=[[1]]"], "mirror_axes is [[1]]; expected a list of some of 0, 1, 2"),
+        ([f"out={__file__}"], "test_api.py is a file; expected the name of a folder"),
     ],
 )
 def test_mistakes_are_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], line: str
 ) -> None:
     paths = [str(folder / "one.ckpt"), str(folder / "scan.nii.gz")]
-    assert main(["predict", *paths, f"out={tmp_path / 'out'}", *options]) == 2
+    out = [] if options[0].startswith("out=") else [f"out={tmp_path / 'out'}"]
+    assert main(["predict", *paths, *out, *options]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert line in error and not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_in_an_ensemble_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(folder / name) for name in ("one.ckpt", "other.ckpt", "one.ckpt", "scan.nii.gz")]
+    assert main(["predict", *paths, f"out={tmp_path / 'out'}"]) == 2
+    assert "one.ckpt is given twice" in capsys.readouterr().err
+
+
+def test_where_nothing_could_be_read_no_table_is_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, out = tmp_path / "broken.nii.gz", tmp_path / "out"
+    broken.write_bytes(b"no image")
+    assert main(["predict", str(folder / "one.ckpt"), str(broken), f"out={out}"]) == 1
+    assert "not predicted: " in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.slow

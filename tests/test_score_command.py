@@ -87,6 +87,8 @@ def test_mistakes_are_one_line_and_status_2(
         ([*files, "sample=3"], "did you mean 'samples'"),
         ([*files, "samples=-1"], "samples=-1"),
         ([*files, "boxes.json"], "boxes.json"),
+        ([*files, f"out={tmp_path}"], "is a folder; expected the name of a file"),
+        ([*files, f"out={tmp_path / 'p.json' / 'x.json'}"], "p.json is a file"),
         ([*files, "sizes=[9]"], "case 'case0' has no spacing_mm"),
         ([files[0], f"targets={tmp_path / 'none.json'}"], "none.json"),
     ]:

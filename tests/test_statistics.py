@@ -80,12 +80,16 @@ def test_intervals_surround_the_value_and_are_percentiles() -> None:
     )
 
 
-def test_groups_are_named_by_case() -> None:
+def test_a_single_patient_has_no_interval() -> None:
     predictions, targets = distinct(1, 6)
-    together = evaluate_with_intervals(predictions, targets, CLASSES, samples=50, groups=dict.fromkeys(targets, "one"))
+    one = dict.fromkeys(targets, "one")
+    together = evaluate_with_intervals(predictions, targets, CLASSES, samples=50, groups=one)
     entry = together["metrics"]["mAP"]
-    assert entry["low"] == entry["value"] == entry["high"]  # one patient: every sample is the whole set
+    assert entry["value"] > 0 and entry["low"] is entry["high"] is None
     assert set(together) == {"metrics", "per_class", "curves", "cases"}
+    a, b = (match(shifted(predictions, share), targets, CLASSES) for share in (0.0, 0.6))
+    difference = paired_difference(a, b, samples=50, groups=one)["metrics"]["mAP"]
+    assert difference["difference"] < 0 and difference["low"] is difference["p"] is None
 
 
 def test_a_class_without_objects_has_no_interval_and_no_share() -> None:
@@ -118,6 +122,72 @@ def test_pairs() -> None:
     assert back["high"] == pytest.approx(-entry["low"]) and back["p"] == entry["p"]
     same = paired_difference(b, b, samples=200)
     assert same["metrics"]["mAP"]["p"] == 1 and same["per_class"]["a"]["mAP"]["low"] == 0
+
+
+Run = tuple[dict[str, Case], dict[str, Case]]  # predictions and targets
+
+
+def scored_copies(run: Run, groups: dict[str, str], drawn: dict[str, int]) -> float:
+    """mAP of a run in which every patient occurs as often as drawn; nan without an object."""
+    copies = [(f"{case}/{copy}", case) for case in run[1] for copy in range(drawn[groups[case]])]
+    value = evaluate({new: run[0][i] for new, i in copies}, {new: run[1][i] for new, i in copies}, CLASSES)["mAP"]
+    return np.nan if value is None else value
+
+
+def check_entry(entry: dict[str, Any], a: list[float], b: list[float]) -> None:
+    """``{"a", "b", "difference", "low", "high", "p"}`` against the plain values and then the samples of both rows."""
+    differences = [y - x for x, y in zip(a, b, strict=True)]
+    assert [entry["a"], entry["b"], entry["difference"]] == pytest.approx([a[0], b[0], differences[0]], abs=1e-12)
+    kept = [value for value in differences[1:] if not np.isnan(value)]
+    assert [entry["low"], entry["high"]] == pytest.approx([*np.percentile(kept, [2.5, 97.5])], abs=1e-12)
+    below, above = sum(value <= 0 for value in kept), sum(value >= 0 for value in kept)
+    assert entry["p"] == pytest.approx(min(1, 2 * (1 + min(below, above)) / (1 + len(kept))))
+
+
+def test_a_paired_bootstrap_is_both_runs_on_the_same_copied_patients() -> None:
+    predictions, targets = distinct(5, 7)
+    groups = {case: f"patient {index // 2}" for index, case in enumerate(sorted(targets))}
+    runs = [(shifted(predictions, 0.3), targets), (predictions, targets)]
+    found = paired_difference(*(match(*run, CLASSES) for run in runs), samples=25, seed=2, groups=groups)
+    patients, rng = sorted(set(groups.values())), np.random.default_rng(2)
+    draws = [dict.fromkeys(patients, 1)]  # the plain value
+    draws += [dict(zip(patients, rng.multinomial(4, [0.25] * 4), strict=True)) for _ in range(25)]
+    check_entry(found["metrics"]["mAP"], *([scored_copies(run, groups, drawn) for drawn in draws] for run in runs))
+
+
+def test_the_hierarchical_bootstrap_draws_folds_then_runs_then_patients() -> None:
+    """Two folds; row a has two seeds on each, row b one: a loop over samples, folds and runs."""
+    predictions, targets = distinct(6, 8)
+    parts, samples, seed = [sorted(targets)[:3], sorted(targets)[3:]], 15, 3
+
+    def run(fold: int, share: float) -> Run:
+        found = shifted({case: predictions[case] for case in parts[fold]}, share)
+        return found, {case: targets[case] for case in parts[fold]}
+
+    rows = [[[run(0, 0.5), run(0, 0.2)], [run(1, 0.6), run(1, 0.1)]], [[run(0, 0.0)], [run(1, 0.0)]]]  # row, fold, seed
+    found = paired_difference(*([match(*one, CLASSES) for fold in row for one in fold] for row in rows), samples, seed)
+
+    def draw(rng: np.random.Generator, count: int) -> list[np.ndarray]:
+        """How often each of so many things occurs: once in the plain value, then as drawn."""
+        return [np.ones(count), *rng.multinomial(count, [1 / count] * count, size=samples)]
+
+    levels = np.random.default_rng([seed, 1])
+    of_folds = draw(levels, 2)
+    of_seeds = [[draw(levels, len(fold)) for fold in row] for row in rows]
+    of_patients = [draw(np.random.default_rng(seed + fold), len(part)) for fold, part in enumerate(parts)]
+    own = {case: case for case in targets}
+    totals: list[list[float]] = [[], []]
+    for sample in range(1 + samples):
+        for row, total in enumerate(totals):
+            drawn: list[float] = []  # the values of all runs that this sample holds
+            weights: list[float] = []
+            for fold, runs in enumerate(rows[row]):
+                patients = dict(zip(parts[fold], of_patients[fold][sample].astype(int), strict=True))
+                for number, one in enumerate(runs):
+                    drawn.append(scored_copies(one, own, patients))
+                    weights.append(of_folds[sample][fold] * of_seeds[row][fold][sample][number] / len(runs))
+            total.append(float(np.average(drawn, weights=weights)))
+    check_entry(found["metrics"]["mAP"], *totals)
 
 
 def test_pairs_need_the_same_cases_and_classes() -> None:
@@ -189,6 +259,20 @@ def test_holm() -> None:
     """A worked example; None is no comparison; adjusted values keep the order and end at 1."""
     assert holm([0.01, 0.04, None, 0.03, 0.005]) == pytest.approx([0.03, 0.06, None, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([None]) == [None] and holm([0.2]) == [0.2]
+
+
+def test_holm_rejects_what_the_sequential_procedure_rejects() -> None:
+    """At any level: the smallest p value against level / m, the next one against level / (m - 1), until one fails."""
+    rng = np.random.default_rng(0)
+    for p_values in (rng.random(5) * 0.2, np.array([0.01, 0.01, 0.04, 0.9]), np.array([0.03])):
+        adjusted = holm([*p_values])
+        for level in rng.random(40):
+            rejected: set[int] = set()
+            for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+                if p_values[index] > level / (len(p_values) - rank):
+                    break
+                rejected.add(int(index))
+            assert {index for index, p in enumerate(adjusted) if p is not None and p <= level} == rejected
 
 
 def test_a_difference_without_objects_has_no_p() -> None:

@@ -76,10 +76,25 @@ def test_what_the_options_choose(tmp_path: Path) -> None:
         chosen_strata("", "spacing", {**targets, "d": {}})
 
 
+def test_a_value_of_one_patient_has_no_interval(tmp_path: Path) -> None:
+    predictions, targets = random_cases(0, cases=9, boxes=25, objects=5, classes=2)
+    strata = {"one": ["case1", "case2"], "more": ["case3", "case4", "case5"]}
+    groups = {case: "p" if case in strata["one"] else case for case in targets}
+    result = by_stratum(match(predictions, targets, ["a", "b"]), strata, samples=20, groups=groups)
+    one, more = (result[name]["metrics"]["mAP"] for name in strata)
+    assert one["value"] is not None and one["low"] is None and more["low"] < more["high"]
+
+
+def test_a_column_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="2 columns are named 'site'"):
+        read_strata(table(tmp_path, "case,site,site", ["a,1,2"]), "site", ["a"])
+
+
 @pytest.mark.parametrize(
     ("rows", "column", "said"),
     [
-        (["a,1"], "site", "no row of case 'b'"),
+        (["a,1"], "site", "no row of case 'b'; its column 'case' holds 'a'"),
+        ([], "site", "no row of case 'a' and 1 more cases; its column 'case' is empty"),
         (["a,1", "b,2", "a,3"], "site", "line 4: case 'a' was in line 2 already"),
         (["a,1", "b,2"], "sites", "no column 'sites', did you mean 'site'?"),
         (["a,1", "b"], "site", "line 3: 1 cells, but the header names 2"),

@@ -189,3 +189,18 @@ def test_mistakes_of_the_command(run: Path, capsys: pytest.CaptureFixture[str], 
     errors = capsys.readouterr().err.splitlines()
     assert line in errors[-1] and errors[-1].startswith("pretrain3d: error:")
     assert "inference" not in read_checkpoint(run / "checkpoints" / "last.ckpt")[NOTE]
+
+
+def test_a_run_is_swept_once(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", str(run), f"{run}/"]) == 2
+    assert "is given twice" in capsys.readouterr().err
+
+
+def test_broken_files_of_a_run_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "state.json").write_text("{")
+    assert main(["test", str(run), "pictures=0"]) == 2
+    assert "state.json is not a JSON file" in capsys.readouterr().err
+    (run / "checkpoints" / "last.ckpt").write_bytes(b"abc")
+    assert main(["test", str(run), "pictures=0"]) == 2
+    assert "last.ckpt cannot be read as a checkpoint: " in capsys.readouterr().err
+    assert not (run / "predictions.json").exists()

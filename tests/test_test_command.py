@@ -57,10 +57,10 @@ def test_by_a_column_of_a_table(store: Path, tmp_path: Path, capsys: pytest.Capt
     """The numbers of `score` on the same files; a second call predicts nothing and keeps what there was."""
     out, table = tmp_path / "out", tmp_path / "cases.csv"
     call = ["test", "baseline=mean_box", f"store={store}", f"out={out}", "samples=20"]
-    table.write_text("case,site\nc5,north\nc6,north\nc8,south\n")
+    table.write_text("case,site\nc5,north\nc6,south\nc8,south\n")
     assert main([*call, f"cases={table}", "by=site"]) == 2
     assert "cases.csv has no row of case 'c7'" in capsys.readouterr().err and not out.exists()
-    table.write_text(table.read_text() + "c7,south\n")
+    table.write_text(table.read_text() + "c7,north\n")
     assert main([*call, f"cases={table}", "by=site"]) == 0
     shown = capsys.readouterr().out
     assert "by site\n" in shown and "north  2 " in shown
@@ -78,6 +78,39 @@ def test_by_a_column_of_a_table(store: Path, tmp_path: Path, capsys: pytest.Capt
         entry = by["site"][site]["metrics"]["mAP"]
         assert list(entry.values()) == [scored[site]["mAP"], *scored[site]["intervals"]["mAP"]]
         assert by["site"][site]["per_class"].keys() == {"nodule", "lesion"}
+
+
+def test_mistakes_are_one_line_and_leave_nothing(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, file = tmp_path / "out", tmp_path / "a_file"
+    file.write_text("")
+    given = {"baseline": "mean_box", "store": str(store), "out": str(out)}
+    for changes, said in [
+        ({"samples": "-1"}, "samples=-1: it must be 0 or more"),
+        ({"out": str(file)}, "a_file is a file; expected the name of a folder"),
+        ({"out": str(file / "x")}, "a_file is a file"),
+        ({"baseline": "meanbox"}, "baseline=meanbox: it is mean_box or threshold"),
+        ({"num_folds": "6"}, "5 training patients cannot fill 6 folds"),
+        ({"split": "train"}, "split=train: it is test or val"),
+        ({"by": "site"}, "by=site needs cases=TABLE as well"),
+        ({"by": "site", "cases": "none.csv"}, "none.csv: cannot be read: No such file"),
+        ({"pictures": "2"}, "unknown option 'pictures'"),
+    ]:
+        assert main(["test", *(f"{key}={value}" for key, value in {**given, **changes}.items())]) == 2, said
+        captured = capsys.readouterr()
+        assert said in captured.err and len(captured.err.splitlines()) == 1 and not captured.out
+        assert not out.exists() and file.read_text() == ""
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for paths, said in [
+        ([], "test takes a run folder, or baseline="),
+        ([tmp_path], "holds no config.yaml; is it the folder of a run?"),
+        ([tmp_path, tmp_path], "test takes one run folder, got 2"),
+    ]:
+        assert main(["test", *map(str, paths)]) == 2
+        assert said in capsys.readouterr().err
 
 
 def a_run(folder: Path, logger: Any, used: bool) -> tuple[RunFolder, dict[str, Any]]:

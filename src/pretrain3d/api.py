@@ -63,9 +63,11 @@ class Detector:
             raise UserError("a detector needs at least one checkpoint")
         if precision not in (None, *PRECISIONS):
             raise UserError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
-        if mirror_axes is not None and (not isinstance(mirror_axes, list | tuple) or not set(mirror_axes) <= {0, 1, 2}):
+        if mirror_axes is not None and (
+            not isinstance(mirror_axes, list | tuple) or not all(axis in (0, 1, 2) for axis in mirror_axes)
+        ):
             raise UserError(f"mirror_axes is {mirror_axes!r}; expected a list of some of 0, 1, 2")
-        if tile_batch is not None and (not isinstance(tile_batch, int) or tile_batch < 1):
+        if tile_batch is not None and (type(tile_batch) is not int or tile_batch < 1):
             raise UserError(f"tile_batch is {tile_batch!r}; expected a whole number from 1 on")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.members: list[Any] = [load_module(Path(path), "detection", device) for path in checkpoints]

@@ -85,6 +85,43 @@ def _option(key: str, value: object, default: Any) -> Any:
     return _fitted(value, hint, key)
 
 
+def output_file(key: str, value: str, endings: Collection[str] = ()) -> Path:
+    """The file that a command is to write, checked before anything is computed.
+
+    Args:
+        endings: one of which its name must have; default: any.
+
+    Raises:
+        UserError: another ending, a folder, or a path below a file.
+    """
+    path = Path(value)
+    if endings and path.suffix not in endings:
+        raise UserError(f"{key}={value}: the name must end in {', '.join(endings)}")
+    if path.is_dir():
+        raise UserError(f"{key}={value} is a folder; expected the name of a file")
+    _below_folders(key, path)
+    return path
+
+
+def output_folder(key: str, value: str) -> Path:
+    """The folder that a command is to write into, which need not exist yet.
+
+    Raises:
+        UserError: a file, or a path below a file.
+    """
+    path = Path(value)
+    if path.is_file():
+        raise UserError(f"{key}={value} is a file; expected the name of a folder")
+    _below_folders(key, path)
+    return path
+
+
+def _below_folders(key: str, path: Path) -> None:
+    for parent in path.parents:
+        if parent.is_file():
+            raise UserError(f"{key}={path} cannot be written: {parent} is a file")
+
+
 def parse_value(text: str) -> Any:
     """The YAML value of a text (``1e-3`` is a number, ``[1, 2]`` a list, nothing is null); ``${...}`` stays text."""
     from omegaconf import OmegaConf

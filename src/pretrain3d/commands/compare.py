@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import UserError, read_options
+from pretrain3d.config import UserError, output_file, read_options
 
 USAGE = """\
 pretrain3d compare RUN RUN ... [out=FILE] [figure=FILE] [samples=1000] [seed=0] [by=COLUMN cases=TABLE]
@@ -38,7 +38,8 @@ def run(paths: list[str], options: dict[str, object]) -> int:
         raise UserError(f"samples={given['samples']}: it must be 1 or more")
     if given["seed"] < 0:
         raise UserError(f"seed={given['seed']}: it must be 0 or more")
-    table, figure = _file("out", given["out"], TABLES), _file("figure", given["figure"], FIGURES)
+    table = output_file("out", given["out"], TABLES) if given["out"] else None
+    figure = output_file("figure", given["figure"], FIGURES) if given["figure"] else None
     if table is not None and figure is None:
         figure = table.with_suffix(".svg")
     from pretrain3d.reporting.compare import compare
@@ -54,18 +55,6 @@ def run(paths: list[str], options: dict[str, object]) -> int:
     if written:
         print("\n" + "\n".join(written))
     return 0
-
-
-def _file(key: str, value: str, endings: tuple[str, ...]) -> Path | None:
-    """The file to write, checked before anything is computed."""
-    if not value:
-        return None
-    path = Path(value)
-    if path.suffix not in endings:
-        raise UserError(f"{key}={value}: the name must end in {', '.join(endings)}")
-    if path.is_dir():
-        raise UserError(f"{key}={value} is a folder; expected the name of a file")
-    return path
 
 
 def _write_table(path: Path, comparison: Any) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import REQUIRED, UserError, check_name, read_options, resolve
+from pretrain3d.config import REQUIRED, UserError, check_name, output_folder, read_options, resolve
 
 USAGE = """\
 pretrain3d predict CHECKPOINT_OR_RUN ... IMAGE_OR_FOLDER out=FOLDER [threshold=0.05] [format=json,csv] [precision=...]
@@ -42,15 +42,18 @@ DEFAULTS: dict[str, Any] = {
 
 def run(paths: list[str], options: dict[str, object]) -> int:
     """Predicts files; returns the exit status."""
-    given = read_options(options, DEFAULTS)
     if len(paths) < 2:
-        raise UserError(f"predict takes checkpoints and then an image or folder, got {len(paths)} paths")
+        raise UserError(f"predict takes checkpoints and then an image or folder, got {' '.join(paths) or 'no path'}")
+    given = read_options(options, DEFAULTS)
     checkpoints, images = [_checkpoint(Path(path)) for path in paths[:-1]], Path(paths[-1])
+    for index, path in enumerate(checkpoints):
+        if path.resolve() in [other.resolve() for other in checkpoints[:index]]:
+            raise UserError(f"{path} is given twice")
     if not images.exists():
         raise UserError(f"{images}: no such file or folder")
-    formats = _formats(str(given.pop("format")))
+    formats, out = _formats(str(given.pop("format"))), output_folder("out", str(given.pop("out")))
     given["threshold"] = _threshold(str(given["threshold"]))
-    return predict(checkpoints, images, Path(str(given.pop("out"))), formats, **given)
+    return predict(checkpoints, images, out, formats, **given)
 
 
 def predict(
@@ -89,7 +92,7 @@ def predict(
                 resolve(FILES, name, "format")(out, case, detector.classes, one)
         found[case] = dataclasses.replace(one, image=None)
     for name in TABLES:
-        if name in formats:
+        if name in formats and found:
             resolve(TABLES, name, "format")(out, detector.classes, found)
     boxes = sum(len(one) for one in found.values())
     print(f"{out}: {boxes} boxes from score {threshold:g} on in {len(found)} of {len(cases)} images")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import REQUIRED, UserError, read_options, suggestion
+from pretrain3d.config import REQUIRED, UserError, output_file, read_options, suggestion
 
 USAGE = """
 pretrain3d score predictions=FILE targets=FILE [out=FILE] [samples=1000] [sizes=[500,5000]] [by=COLUMN cases=TABLE]
@@ -54,6 +54,8 @@ def run(paths: list[str], options: dict[str, object]) -> int:
         settings = read_options(options, {**common, "sizes": None, "cases": "", "by": ""})
     if settings["samples"] < 0:
         raise UserError(f"samples={settings['samples']}: it must be 0 or more")
+    if settings["out"]:
+        output_file("out", settings["out"])
     (score_luna16 if protocol == "luna16" else score_boxes)(settings)
     return 0
 

@@ -30,9 +30,13 @@ def run(paths: list[str], options: dict[str, object]) -> int:
     given = read_options(options, {"checkpoint": "last", "metric": "mAP", "false_positives": 1.0})
     if not paths:
         raise UserError("sweep takes at least one run folder; see `pretrain3d sweep --help`")
+    folders = [RunFolder(Path(path)) for path in paths]
+    for index, folder in enumerate(folders):
+        if folder.path.resolve() in [other.path.resolve() for other in folders[:index]]:
+            raise UserError(f"{paths[index]} is given twice")
     if not given["false_positives"] > 0:
         raise UserError(f"false_positives={given['false_positives']}: expected a number above 0")
-    sweep_runs([RunFolder(Path(path)) for path in paths], **given)
+    sweep_runs(folders, **given)
     return 0
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from pretrain3d.config import UserError, read_options
+from pretrain3d.config import UserError, output_file, read_options
 
 USAGE = """\
 pretrain3d table RUN ... [out=FILE] [report=FILE] [title=TEXT] [pictures=true]
@@ -26,6 +24,9 @@ DEFAULTS = {"out": "", "report": "", "title": "Results", "pictures": True}
 def run(paths: list[str], options: dict[str, object]) -> int:
     """Tabulates runs; returns the exit status."""
     given = read_options(options, DEFAULTS)
+    for key in ("out", "report"):
+        if given[key]:
+            output_file(key, given[key])
     from pretrain3d.files import write_text
     from pretrain3d.reporting.report import is_pretraining
     from pretrain3d.reporting.tables import make_tables, read_results
@@ -40,19 +41,11 @@ def run(paths: list[str], options: dict[str, object]) -> int:
     tables = make_tables(read_results(tested))
     print("\n\n".join(table.as_text() for table in tables))
     if given["out"]:
-        _make_folder(given["out"])
         write_text(given["out"], "\n".join(table.as_markdown() for table in tables))
         print(f"\n{given['out']}")
     if given["report"]:
         from pretrain3d.reporting.report import write_report
 
-        _make_folder(given["report"])
         write_report(given["report"], paths, title=given["title"], pictures=given["pictures"])
         print(given["report"])
     return 0
-
-
-def _make_folder(file: str) -> None:
-    if Path(file).is_dir():
-        raise UserError(f"{file} is a folder; expected the name of a file")
-    Path(file).parent.mkdir(parents=True, exist_ok=True)

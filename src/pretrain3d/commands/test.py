@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from pretrain3d.config import REQUIRED, UserError, build, read_options
+from pretrain3d.config import REQUIRED, UserError, build, output_folder, read_options
 from pretrain3d.reporting.run_folder import RunFolder
 
 USAGE = """\
 pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [pictures=4] [by=COLUMN cases=TABLE]
 pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [patches=4]     of a pretraining by reconstruction
-pretrain3d test baseline=mean_box|threshold store=STORE out=FOLDER [fold=0 split=test samples=1000]
-                [by=COLUMN cases=TABLE]
+pretrain3d test baseline=mean_box|threshold store=STORE out=FOLDER [fold=0 num_folds=5]
+                [split=test] [samples=1000] [by=COLUMN cases=TABLE]
 
 Predicts whole volumes and scores them in the voxels of the input files: predictions.json, targets.json (score files)
 and result.json with 95 % bootstrap intervals over patients, overall, per class and in thirds of the objects by volume.
@@ -27,7 +27,7 @@ where blocks are hidden, of tri-linear in-painting.
 
   checkpoint=last|best   which weights of the run
   split=test|val         held-out cases, or the validation fold
-  samples=N              bootstrap samples
+  samples=N              bootstrap samples, 0 for no intervals
   pictures=N             cases drawn into pictures/, 0 for none
   patches=N              of each case, for reconstruction
   by=COLUMN              the same numbers for the cases of each value of a column (numbers of many values: in thirds) of
@@ -49,17 +49,24 @@ def run(paths: list[str], options: dict[str, object]) -> int:
 
             return reconstruction.run(folder, options)
         defaults = {"checkpoint": "last", "split": "test", "samples": 1000, "pictures": 4, "by": "", "cases": ""}
-        given = read_options(options, defaults)
-        test_run(folder, **given)
+        test_run(folder, **_checked(read_options(options, defaults)))
         return 0
     if paths:
         raise UserError(f"test takes one run folder, got {len(paths)}: {' '.join(paths)}")
     if "baseline" not in options:
         raise UserError("test takes a run folder, or baseline=mean_box|threshold; see `pretrain3d test --help`")
-    defaults = {"baseline": REQUIRED, "store": REQUIRED, "out": REQUIRED, "fold": 0, "split": "test", "samples": 1000,
-                "by": "", "cases": ""}  # fmt: skip
-    test_baseline(**read_options(options, defaults))
+    defaults = {"baseline": REQUIRED, "store": REQUIRED, "out": REQUIRED, "fold": 0, "num_folds": 5, "split": "test",
+                "samples": 1000, "by": "", "cases": ""}  # fmt: skip
+    test_baseline(**_checked(read_options(options, defaults)))
     return 0
+
+
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    """The options, if the numbers among them can be."""
+    for key in ("samples", "pictures"):
+        if given.get(key, 0) < 0:
+            raise UserError(f"{key}={given[key]}: it must be 0 or more")
+    return given
 
 
 def held_out(cases: dict[str, list[str]], split: str) -> list[str]:
@@ -160,7 +167,7 @@ def about_run(folder: RunFolder, settings: dict[str, Any], module: Any) -> dict[
     return {
         "config": settings,
         "seed": settings["seed"],
-        "cost": {"seconds": folder.state()["seconds"], "steps": step, "samples": step * batch},
+        "cost": {"seconds": folder.state().get("seconds"), "steps": step, "samples": step * batch},
         "backbone": {
             "name": settings["backbone"]["name"],
             "fingerprint": fingerprint(module.best_networks()[0].state_dict()),
@@ -182,7 +189,7 @@ def log_to_wandb(folder: RunFolder, settings: dict[str, Any]) -> None:
 
 
 def test_baseline(
-    baseline: str, store: str, out: str, fold: int, split: str, samples: int, by: str, cases: str
+    baseline: str, store: str, out: str, fold: int, num_folds: int, split: str, samples: int, by: str, cases: str
 ) -> None:
     """Fits a baseline to the training fold and scores it like a run."""
     from pretrain3d.data.splits import fold_cases
@@ -192,19 +199,20 @@ def test_baseline(
 
     if baseline not in ("mean_box", "threshold"):
         raise UserError(f"baseline={baseline}: it is mean_box or threshold")
-    data = Store(Path(store))
-    of_fold = fold_cases(data, fold)
+    folder, data = output_folder("out", out), Store(Path(store))
+    of_fold = fold_cases(data, fold, num_folds)
     case_ids = held_out(of_fold, split)
     strata = chosen_strata(cases, by, truth_of(data, case_ids))
-    asked = {"baseline": baseline, "fold": fold, "split": split, "samples": samples, "data": data.data_hash}
-    if is_current(Path(out) / "result.json", asked):
-        print(f"{Path(out) / 'result.json'} is of this baseline already, nothing to predict")
-        write_strata(Path(out), by, strata, samples)
+    asked = {"baseline": baseline, "fold": fold, "num_folds": num_folds, "split": split, "samples": samples,
+             "data": data.data_hash}  # fmt: skip
+    if is_current(folder / "result.json", asked):
+        print(f"{folder / 'result.json'} is of this baseline already, nothing to predict")
+        write_strata(folder, by, strata, samples)
         return
     predict = fit_baseline(baseline, data, of_fold["train"])
-    about = {"asked": asked, "config": {"baseline": baseline, "fold": fold}, "seed": 0}
-    score_cases(Path(out), Path(out).name, data, case_ids, predict, about, samples)
-    write_strata(Path(out), by, strata, samples)
+    about = {"asked": asked, "config": {"baseline": baseline, "fold": fold, "num_folds": num_folds}, "seed": 0}
+    score_cases(folder, folder.name, data, case_ids, predict, about, samples)
+    write_strata(folder, by, strata, samples)
 
 
 def fit_baseline(baseline: str, data: Any, train: list[str]) -> Callable[[str], Prediction]:

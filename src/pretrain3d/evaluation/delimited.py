@@ -35,8 +35,10 @@ class Delimited:
         """The cells of one column, without surrounding blanks.
 
         Raises:
-            UserError: there is no such column.
+            UserError: there is no such column, or there are two.
         """
+        if self.header.count(name) > 1:
+            raise UserError(f"{self.path}: {self.header.count(name)} columns are named {name!r}")
         if name not in self.header:
             raise UserError(
                 f"{self.path}: no column {name!r}{suggestion(name, self.header) or ';'} "

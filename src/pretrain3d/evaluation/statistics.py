@@ -62,8 +62,10 @@ def bootstrap(
 
     Returns:
         {"metrics": {key: {"value", "low", "high"}}, "per_class": {class: {key: {...}}}}; None without objects.
-        Samples that hold no object of a class say nothing about it and are left out of its interval.
+        Samples that hold no object of a class say nothing about it and are left out of its interval. A single patient
+        has none: nothing is known of another one.
     """
+    samples = samples if _num_patients(matches.case_ids, groups) > 1 else 0
     return intervals(*numbers(matches, sample_weights(matches, samples, seed, groups)))
 
 
@@ -108,7 +110,8 @@ def row_samples(
     3. The patients of a set: with replacement, the same for every run.
 
     Of the drawn runs the mean is taken. With few seeds or folds the upper levels vary too little (by (n - 1) / n), so
-    that two or three seeds give an interval that is somewhat too narrow.
+    that two or three seeds give an interval that is somewhat too narrow. Where no level has more than one thing to draw
+    (a single patient and run) there are no samples, and so neither interval nor p value.
 
     Returns:
         per row {key: (1 + S,)} and {class: {key: (1 + S,)}}: the plain value, then the samples.
@@ -117,6 +120,8 @@ def row_samples(
         UserError: rows on different cases or classes, or sets of cases that share a case or patient.
     """
     sets = _case_sets(rows, groups)
+    single_run = len(sets) == 1 and all(len(of_row) == 1 for of_row in sets[0])
+    samples = 0 if single_run and _num_patients(rows[0][0].case_ids, groups) == 1 else samples
     rng = np.random.default_rng([seed, 1])
     folds = _mean_weights(rng, len(sets), samples)
     totals: list[Numbers] = []
@@ -227,6 +232,10 @@ def _case_sets(rows: Sequence[Sequence[Matches]], groups: Groups | None) -> list
             if seen.setdefault(unit, case_ids) != case_ids:
                 raise UserError(f"{unit!r} is among the cases of two folds, whose patients must differ")
     return list(sets.values())
+
+
+def _num_patients(case_ids: Sequence[str], groups: Groups | None) -> int:
+    return len({case_id if groups is None else groups[case_id] for case_id in case_ids})
 
 
 def _mean_weights(rng: np.random.Generator, count: int, samples: int) -> np.ndarray:

@@ -56,7 +56,8 @@ def read_strata(path: str | Path, column: str, case_ids: Sequence[str]) -> dict[
         UserError: no such file or column, or a case that the table lacks or holds twice.
     """
     table = read_table(path)
-    names = table.column("case" if "case" in table.header else table.header[0])
+    key = "case" if "case" in table.header else table.header[0]
+    names = table.column(key)
     line_of: dict[str, int] = {}
     for name, line in zip(names, table.lines, strict=True):
         if name in line_of:
@@ -65,7 +66,8 @@ def read_strata(path: str | Path, column: str, case_ids: Sequence[str]) -> dict[
     missing = [case_id for case_id in case_ids if case_id not in line_of]
     if missing:
         more = f" and {len(missing) - 1} more cases" if len(missing) > 1 else ""
-        raise UserError(f"{table.path} has no row of case {missing[0]!r}{more}")
+        held = f"holds {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}" if names else "is empty"
+        raise UserError(f"{table.path} has no row of case {missing[0]!r}{more}; its column {key!r} {held}")
     value_of = dict(zip(names, table.column(column), strict=True))
     return _cut({case_id: value_of[case_id] for case_id in case_ids})
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pretrain3d.config import UserError, read_yaml, to_yaml
 from pretrain3d.files import write_text
-from pretrain3d.reporting.results import write_json
+from pretrain3d.reporting.results import read_json, write_json
 
 
 class RunFolder:
@@ -36,9 +35,14 @@ class RunFolder:
         return path
 
     def state(self) -> dict[str, Any]:
-        """``{"status": "new" | "running" | "finished", "step": n}``."""
+        """``{"status": "new" | "running" | "finished", "step": n, "seconds": s}``, no seconds if it never began.
+
+        Raises:
+            UserError: the file is broken.
+        """
         path = self.path / "state.json"
-        return json.loads(path.read_text()) if path.is_file() else {"status": "new", "step": 0}
+        state: dict[str, Any] = read_json(path) if path.is_file() else {"status": "new", "step": 0}
+        return state
 
     def config(self) -> dict[str, Any]:
         """The resolved config of the run.
@@ -55,7 +59,7 @@ class RunFolder:
         """Writes the config and marks the run as running."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", to_yaml(settings))
-        write_json(self.path / "state.json", {"status": "running", "step": self.state()["step"]})
+        write_json(self.path / "state.json", {**self.state(), "status": "running"})
 
     def start_of(self, settings: dict[str, Any]) -> str:
         """What `fit` with this config does here: ``fresh``, ``resume`` or ``finished``.
