@@ -164,5 +164,5 @@ def test_the_command_line_starts_light() -> None:
     """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[1].startswith("pretrain3d: error: unknown backbone 'resenc_xxs', did you mean ")
+    assert done.stderr.splitlines()[1].startswith("pretrain3d: error: unknown backbone 'resenc_xxl', did you mean ")
     assert done.stderr.count("\n") == 3
