@@ -242,6 +242,7 @@ class Decoder(nn.Module):
         Returns:
             logits (Ly, B, Q, K) and boxes (Ly, B, Q, 6) of every layer.
         """
+        x = x + self.position(self.sine(boxes))  # a change of a box can only be told by who knows the box
         logits, refined = [], []
         for layer, classifier, box_head in zip(self.layers, self.classifiers, self.box_heads, strict=True):
             reference = boxes.detach()
