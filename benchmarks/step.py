@@ -100,18 +100,16 @@ def main() -> int:
     watch = Stopwatch(cuda)
     with tempfile.TemporaryDirectory() as folder:
         step = Step(write_store(Path(folder)), torch.device("cuda" if cuda else "cpu"))
-        for index in range(REPEATS + 1):
+        for index in range(REPEATS):
             raw = watch("draw, read, collate", lambda index=index: step.data(index))
             batch = watch("augment", lambda raw=raw: step.augment(raw))
             watch("forward", lambda batch=batch: step.forward(batch))
             watch("assign, losses", lambda batch=batch: step.loss(batch))
             watch("backward", step.backward)
             watch("optimise", step.optimise)
-            if index == 0:
-                watch.times.clear()  # it warmed up
         if "profile" in sys.argv[1:]:
             with torch.profiler.profile() as record:
-                step.augment(step.data(REPEATS + 1))
+                step.augment(step.data(REPEATS))
                 step.loss(batch)
             print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
     bound = 0.05 if cuda else 0.1
