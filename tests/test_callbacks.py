@@ -16,8 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
 from pretrain3d.config import UserError
-from pretrain3d.reporting import callbacks
-from pretrain3d.reporting.callbacks import Checkpoints, Pictures, Progress, Throughput, as_images
+from pretrain3d.reporting import callbacks, checkpoints
+from pretrain3d.reporting.callbacks import Pictures, Progress, Throughput, as_images
+from pretrain3d.reporting.checkpoints import Checkpoints
 from pretrain3d.reporting.csv_logger import MetricsCSV
 from pretrain3d.reporting.results import read_rows
 
@@ -215,7 +216,8 @@ def test_pictures_share_the_window_of_the_first():
 def tick(monkeypatch):
     """Every look of the callbacks at the clock is a second later."""
     clock = count()
-    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    for watched in (callbacks, checkpoints):
+        monkeypatch.setattr(watched, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
 
 
 def test_throughput_counts_patches_and_remaining_time(tmp_path, monkeypatch):

@@ -41,6 +41,7 @@ HELD = {
         "data/module",
         "modules",
         "reporting/callbacks",
+        "reporting/checkpoints",
         "reporting/csv_logger",
         "reporting/wandb_logger",
         "commands",
