@@ -8,7 +8,8 @@ from typing import Any, Literal
 import pytest
 
 from pretrain3d import config
-from pretrain3d.config import REQUIRED, UserError, build, check, load, read_options, resolve
+from pretrain3d.config import UserError, build, check, load, resolve
+from pretrain3d.options import REQUIRED, read_options
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASE = """

@@ -20,6 +20,7 @@ LAYERS = (
     ("__init__",),
     ("signatures",),
     ("config", "files"),
+    ("options",),
     ("parallel", "sparse"),
     ("boxes",),
     ("geometry",),

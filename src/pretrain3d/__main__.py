@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs one command.
 
     A command is a module (`module_of`) with the text ``USAGE`` and ``run(paths: list[str], options:
-    dict[str, object]) -> int``, whose options are text for `config.read_options`. One that sets ``TAKES_CONFIG = True``
+    dict[str, object]) -> int``, whose options are text for `options.read_options`. One that sets ``TAKES_CONFIG = True``
     has ``run(config_path: str | None, paths: list[str], overrides: list[str]) -> int``.
 
     Returns:

@@ -28,7 +28,6 @@ NODES = {
     "module.finetune": "pretrain3d.modules:FINETUNE",
 }
 
-REQUIRED = object()  # default of an option that must be given
 _LABELLED = (
     "",
     "data",
@@ -44,82 +43,6 @@ def suggestion(word: str, choices: Iterable[str]) -> str:
     """``", did you mean 'x'?"`` for the closest choice, or nothing when none is close."""
     close = difflib.get_close_matches(word, list(choices), n=1)
     return f", did you mean {close[0]!r}?" if close else ""
-
-
-def read_options(options: Mapping[str, object], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a command, checked against what it takes.
-
-    Args:
-        options: as given. Text (from the command line) is read as the default's type; other values are checked.
-        defaults: every option the command takes. `REQUIRED` or a text default keep the text as it was written; a
-            default of None takes any YAML value, null included; any other default also says the type.
-
-    Returns:
-        A value for every key of ``defaults``, in its order.
-
-    Raises:
-        UserError: an unknown option, a missing required one, or a value of another type.
-    """
-    for key in options:
-        if key not in defaults:
-            known = ", ".join(defaults) or "none"
-            raise UserError(f"unknown option {key!r}{suggestion(key, defaults) or '.'} Options: {known}")
-    missing = [key for key, default in defaults.items() if default is REQUIRED and key not in options]
-    if missing:
-        raise UserError("missing " + " and ".join(f"{key}=VALUE" for key in missing))
-    return {
-        key: _option(key, options[key], default) if key in options else default for key, default in defaults.items()
-    }
-
-
-def _option(key: str, value: object, default: Any) -> Any:
-    if default is REQUIRED or isinstance(default, str):
-        return value
-    if isinstance(value, str) and not isinstance(default, Path):
-        value = parse_value(value)
-    if default is None:
-        return value
-    hint: Any = type(default)
-    if isinstance(default, (list, tuple)) and default:
-        hint = list[type(default[0])] if isinstance(default, list) else tuple[type(default[0]), ...]  # type: ignore[misc]
-    return _fitted(value, hint, key)
-
-
-def output_file(key: str, value: str, endings: Collection[str] = ()) -> Path:
-    """The file that a command is to write, checked before anything is computed.
-
-    Args:
-        endings: one of which its name must have; default: any.
-
-    Raises:
-        UserError: another ending, a folder, or a path below a file.
-    """
-    path = Path(value)
-    if endings and path.suffix not in endings:
-        raise UserError(f"{key}={value}: the name must end in {', '.join(endings)}")
-    if path.is_dir():
-        raise UserError(f"{key}={value} is a folder; expected the name of a file")
-    _below_folders(key, path)
-    return path
-
-
-def output_folder(key: str, value: str) -> Path:
-    """The folder that a command is to write into, which need not exist yet.
-
-    Raises:
-        UserError: a file, or a path below a file.
-    """
-    path = Path(value)
-    if path.is_file():
-        raise UserError(f"{key}={value} is a file; expected the name of a folder")
-    _below_folders(key, path)
-    return path
-
-
-def _below_folders(key: str, path: Path) -> None:
-    for parent in path.parents:
-        if parent.is_file():
-            raise UserError(f"{key}={path} cannot be written: {parent} is a file")
 
 
 def parse_value(text: str) -> Any:
@@ -435,7 +358,7 @@ def checked_arguments(
     for key in takes:
         if named[key].default is inspect.Parameter.empty and key not in arguments:
             raise UserError(f"{where}: argument {key!r} is missing; it takes: {', '.join(takes)}")
-    return {key: _fitted(value, hints.get(key, Any), f"{where}: {key}") for key, value in arguments.items()}
+    return {key: fitted(value, hints.get(key, Any), f"{where}: {key}") for key, value in arguments.items()}
 
 
 def _bound(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, given: Collection[str]) -> tuple[Any, Any]:
@@ -450,7 +373,12 @@ def _attribute(reference: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _fitted(value: Any, hint: Any, where: str) -> Any:
+def fitted(value: Any, hint: Any, where: str) -> Any:
+    """The value as the type of ``hint``; ``where`` it stands is named in the error.
+
+    Raises:
+        UserError: it is none.
+    """
     try:
         return signatures.fit(value, hint)
     except TypeError:

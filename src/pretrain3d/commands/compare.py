@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import UserError, output_file, read_options
+from pretrain3d.config import UserError
+from pretrain3d.options import output_file, read_options
 
 USAGE = """\
 pretrain3d compare RUN RUN ... [out=FILE] [figure=FILE] [samples=1000] [seed=0] [by=COLUMN cases=TABLE]

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import REQUIRED, UserError, read_options
+from pretrain3d.config import UserError
+from pretrain3d.options import REQUIRED, read_options
 from pretrain3d.reporting.run_folder import RunFolder
 
 USAGE = """\

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain3d.commands.export import write_once
-from pretrain3d.config import REQUIRED, UserError, read_options, suggestion
+from pretrain3d.config import UserError, suggestion
+from pretrain3d.options import REQUIRED, read_options
 
 USAGE = """\
 pretrain3d import CHECKPOINT out=FILE [axes=xyz stem=null token_order=null intensity=null spacing_mm=null ...]

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pretrain3d.config import REQUIRED, UserError, read_options
+from pretrain3d.config import UserError
+from pretrain3d.options import REQUIRED, read_options
 
 USAGE = """\
 pretrain3d phantom out=DIR [train=60 test=24 unlabelled=40 seed=0 workers=2] [picture=FILE.png]

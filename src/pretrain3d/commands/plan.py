@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import UserError, check_name, read_options
+from pretrain3d.config import UserError, check_name
+from pretrain3d.options import read_options
 
 USAGE = """\
 pretrain3d plan STORE [backbone=resenc_xs detector=retina_unet memory_gb=null batch_size=4 patch_size=null]

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import REQUIRED, UserError, check_name, output_folder, read_options, resolve
+from pretrain3d.config import UserError, check_name, resolve
+from pretrain3d.options import REQUIRED, output_folder, read_options
 
 USAGE = """\
 pretrain3d predict CHECKPOINT_OR_RUN ... IMAGE_OR_FOLDER out=FOLDER [threshold=0.05] [format=json,csv] [precision=...]

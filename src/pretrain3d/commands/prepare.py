@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import REQUIRED, UserError, read_options, resolve
+from pretrain3d.config import UserError, resolve
+from pretrain3d.options import REQUIRED, read_options
 
 USAGE = """\
 pretrain3d prepare RAW_FOLDER out=STORE reader=NAME [spacing_mm=null patch_size=null workers=2]

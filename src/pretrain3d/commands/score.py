@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import REQUIRED, UserError, output_file, read_options, suggestion
+from pretrain3d.config import UserError, suggestion
+from pretrain3d.options import REQUIRED, output_file, read_options
 
 USAGE = """
 pretrain3d score predictions=FILE targets=FILE [out=FILE] [samples=1000] [sizes=[500,5000]] [by=COLUMN cases=TABLE]

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain3d.commands.test import held_out, load_run
-from pretrain3d.config import UserError, read_options
+from pretrain3d.config import UserError
+from pretrain3d.options import read_options
 from pretrain3d.reporting.run_folder import RunFolder
 
 USAGE = """\

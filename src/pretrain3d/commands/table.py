@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pretrain3d.config import UserError, output_file, read_options
+from pretrain3d.config import UserError
+from pretrain3d.options import output_file, read_options
 
 USAGE = """\
 pretrain3d table RUN ... [out=FILE] [report=FILE] [title=TEXT] [pictures=true]

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pretrain3d.config import REQUIRED, UserError, build, output_folder, read_options
+from pretrain3d.config import UserError, build
+from pretrain3d.options import REQUIRED, output_folder, read_options
 from pretrain3d.reporting.run_folder import RunFolder
 
 USAGE = """\
