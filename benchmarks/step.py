@@ -1,6 +1,6 @@
 """A training step of Retina U-Net, and how much of it is not the network.
 
-ResEnc-S, patches of 96^3, two at a time, 27 anchors per position on strides 4 to 32. Not the network: drawing and
+ResEnc-S, patches of 96^3, two at a time (one on a CPU), 27 anchors per position on strides 4 to 32. Not the network: drawing and
 reading the patches, collating, augmenting, assigning anchors, the losses and their gradient, the optimiser. On a CPU
 the times are processor milliseconds of one thread, so that other processes on the machine do not count.
 
@@ -28,7 +28,8 @@ from pretrain3d.data.store import Store
 from pretrain3d.detection.retina import RetinaUNet
 from pretrain3d.modules.optim import adamw, parameter_groups
 
-PATCH, BATCH, LEVELS, ANCHORS = 96, 2, (2, 3, 4, 5), {"sizes": [[4.0, 8.0, 16.0]] * 3}
+PATCH, LEVELS, ANCHORS = 96, (2, 3, 4, 5), {"sizes": [[4.0, 8.0, 16.0]] * 3}
+BATCH = 2 if torch.cuda.is_available() else 1
 REPEATS = 5
 NETWORK = ("forward", "backward")
 
@@ -114,7 +115,7 @@ def main() -> int:
             print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
     bound = 0.05 if cuda else 0.1
     target = Target("share of what is not the network", _rest, bound, at_most=True)
-    inputs = f"resenc_s, {BATCH} patches of {PATCH}^3, {len(step.detector.anchors.base)} anchors per position"
+    inputs = f"resenc_s, batch of {BATCH}, patches of {PATCH}^3, {len(step.detector.anchors.base)} anchors per position"
     return report("Training step", "ms", inputs, (), watch.times, [target])
 
 
