@@ -1,8 +1,8 @@
 """A training step of Retina U-Net, and how much of it is not the network.
 
-ResEnc-S, patches of 96^3, two at a time (one on a CPU), 27 anchors per position on strides 4 to 32. Not the network: drawing and
-reading the patches, collating, augmenting, assigning anchors, the losses and their gradient, the optimiser. On a CPU
-the times are processor milliseconds of one thread, so that other processes on the machine do not count.
+ResEnc-S, patches of 96^3, two at a time (one on a CPU), 27 anchors per position on strides 4 to 32. Not the network:
+drawing and reading the patches, collating, augmenting, assigning anchors, the losses and their gradient, the optimiser.
+On a CPU the times are processor milliseconds of one thread, so that other processes on the machine do not count.
 
     python benchmarks/step.py [profile]
 """
