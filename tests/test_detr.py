@@ -140,22 +140,6 @@ def test_losses_equal_loops() -> None:
     assert losses["loss"] == pytest.approx(sum(map(sum, expected)), rel=1e-4) and losses["unmatched"] == 0
 
 
-def test_proposals_of_several_tokens_per_object_equal_loops() -> None:
-    batch = make_batch()
-    detector = DeformableDETR(LEVELS, 3, proposals_per_object=3, classification_weight=2.0, **SMALL)
-    outputs = detector(features(), SHAPE)
-    thrice = batch | {key: torch.cat([batch[key]] * 3, dim=1) for key in ("boxes", "labels", "valid")}
-    proposals = outputs["proposal_logits"], outputs["proposal_boxes"]
-    (query,) = match(candidates(*proposals, thrice["boxes"], thrice["labels"], thrice["valid"], SHAPE, 1.0, 0.75))
-    assert len(query[0].unique()) == 6, "three tokens of their own for each of two objects"
-    classification, l1, giou = loss_by_definition(outputs, thrice, query, *proposals)  # divided by thrice the objects
-    losses = detector.loss(outputs, batch)
-    assert losses["proposals"].item() == pytest.approx(2 * classification + l1 + giou, rel=1e-4)
-    plain = DeformableDETR(LEVELS, 3, **SMALL).loss(outputs, batch)
-    assert losses["classification"].item() == pytest.approx(2 * plain["classification"].item(), rel=1e-5)
-    assert losses["l1"] == plain["l1"] and losses["giou"] == plain["giou"]
-
-
 def test_a_query_knows_its_box_before_it_reads() -> None:
     detector = DeformableDETR(LEVELS, 3, **SMALL)
     grid = detector.grids.grid(SHAPE, torch.device("cpu"))
@@ -367,8 +351,6 @@ def test_objects_without_a_query_are_counted() -> None:
         ({"num_queries": 0}, "num_queries is 0; expected at least 1"),
         ({"encoder_layers": -1}, "encoder_layers is -1; expected 0 or more"),
         ({"base_scale": 1.5}, "base_scale is 1.5"),
-        ({"classification_weight": 0.0}, "classification_weight is 0.0; it must be above 0"),
-        ({"proposals_per_object": 0}, "proposals_per_object is 0; expected at least 1"),
         ({"detection_levels": [2, 7]}, "detection_levels is .*between 0 and 3"),
     ],
 )

@@ -45,9 +45,6 @@ class DeformableDETR(nn.Module):
         ffn: channels between the two linear layers of a Transformer layer.
         num_queries: Q; an image with more objects leaves some without one (logged as ``unmatched``).
         base_scale: size of a proposal on the finest level as part of the patch, doubled with the stride.
-        proposals_per_object: tokens that are trained to propose the same object. One, as published, tells the backbone
-            little of where objects are; more teach it sooner, and the decoder still leaves one box per object.
-        classification_weight: of the focal loss, next to 5 of the L1 and 2 of the GIoU loss.
         denoising: about how many contrastive denoising queries are added in training; 0 = none.
         detections_per_patch: boxes kept per patch.
         checkpointing: recompute the encoder's activations in the backward pass: less memory, more time.
@@ -69,22 +66,15 @@ class DeformableDETR(nn.Module):
         ffn: int = 1024,
         num_queries: int = 300,
         base_scale: float = 0.05,
-        proposals_per_object: int = 1,
-        classification_weight: float = 1.0,
         denoising: int = 0,
         detections_per_patch: int = 100,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
         _check(hidden, heads, base_scale, denoising, encoder_layers, decoder_layers=decoder_layers, points=points,
-               ffn=ffn, num_queries=num_queries, proposals_per_object=proposals_per_object,
-               detections_per_patch=detections_per_patch)  # fmt: skip
-        if classification_weight <= 0:
-            raise UserError(f"detector.classification_weight is {classification_weight}; it must be above 0")
+               ffn=ffn, num_queries=num_queries, detections_per_patch=detections_per_patch)  # fmt: skip
         self.num_classes = num_classes
         self.num_queries = num_queries
-        self.proposals_per_object = proposals_per_object
-        self.classification_weight = classification_weight
         self.denoising = denoising
         self.needs_targets = denoising > 0
         self.detections_per_patch = detections_per_patch
@@ -186,19 +176,18 @@ class DeformableDETR(nn.Module):
             these as ``denoising``; ``unmatched``: objects per image for which no query was left, for the log.
         """
         with torch.autocast(outputs["logits"].device.type, enabled=False):
-            targets = Targets.of(batch, self.num_classes, self.classification_weight)
+            targets = Targets.of(batch, self.num_classes)
             layers = len(outputs["logits"])
             logits, boxes = outputs["logits"].float().flatten(0, 1), outputs["boxes"].flatten(0, 1)  # (Ly * B, Q, ...)
             proposal_logits, proposal_boxes = outputs["proposal_logits"].float(), outputs["proposal_boxes"]
-            repeated, proposed = targets.repeat(layers), targets.repeat(1, self.proposals_per_object)
-            query, proposal = match(repeated.costs(logits, boxes), proposed.costs(proposal_logits, proposal_boxes))
+            repeated = targets.repeat(layers)
+            query, proposal = match(repeated.costs(logits, boxes), targets.costs(proposal_logits, proposal_boxes))
             per_layer = repeated.losses(logits, boxes, query).unflatten(1, (layers, -1)).sum(dim=-1)  # (3, Ly)
             classification, l1, giou = per_layer[:, -1]
             parts = {"classification": classification, "l1": l1, "giou": giou}
             if layers > 1:
                 parts["auxiliary"] = per_layer[:, :-1].sum()
-            proposals = proposed.losses(proposal_logits, proposal_boxes, proposal).sum()
-            parts["proposals"] = proposals / self.proposals_per_object
+            parts["proposals"] = targets.losses(proposal_logits, proposal_boxes, proposal).sum()
             if "denoising_logits" in outputs:
                 parts["denoising"] = self._denoising_loss(outputs, targets)
             total = torch.stack(list(parts.values())).sum()

@@ -26,7 +26,6 @@ class Targets:
         annotated: (B, K) bool; the other classes have no classification loss in that image.
         image_shape: voxels of the images.
         divisor: () objects per process, at least one in all processes together.
-        classification_weight: of the focal loss.
     """
 
     boxes: Tensor
@@ -35,10 +34,9 @@ class Targets:
     annotated: Tensor
     image_shape: tuple[int, ...]
     divisor: Tensor
-    classification_weight: float
 
     @classmethod
-    def of(cls, batch: dict[str, Tensor], num_classes: int, classification_weight: float) -> Targets:
+    def of(cls, batch: dict[str, Tensor], num_classes: int) -> Targets:
         """Those of the batch of the data contract; without ``annotated`` every class is."""
         valid = batch["valid"]
         annotated = batch.get("annotated")
@@ -46,7 +44,7 @@ class Targets:
             annotated = torch.ones(len(valid), num_classes, dtype=torch.bool, device=valid.device)
         divisor = all_sum(valid.sum().float()).clamp(min=1) / world_size()
         shape = tuple(batch["image"].shape[2:])
-        return cls(batch["boxes"].float(), batch["labels"], valid, annotated, shape, divisor, classification_weight)
+        return cls(batch["boxes"].float(), batch["labels"], valid, annotated, shape, divisor)
 
     def repeat(self, layers: int, groups: int = 1) -> Targets:
         """The same images ``layers`` times, the objects of each ``groups`` times."""
@@ -64,7 +62,7 @@ class Targets:
         return candidates(logits, boxes, *targets, self.image_shape, FOCAL_GAMMA, FOCAL_ALPHA)
 
     def losses(self, logits: Tensor, boxes: Tensor, query: Tensor, usable: Tensor | None = None) -> Tensor:
-        """Weighted focal loss of all queries; 5 x L1 (relative boxes) and 2 x (1 - GIoU) of matched ones; per image.
+        """Focal loss of all queries, 5 x L1 of the relative boxes and 2 x (1 - GIoU) of the matched ones, per image.
 
         Args:
             logits: (B, Q, K) float32.
@@ -85,5 +83,4 @@ class Targets:
         l1 = (chosen - to_relative(self.boxes, self.image_shape)).abs().sum(dim=-1)
         giou = 1 - box_ops.aligned_giou(to_voxels(chosen, self.image_shape), self.boxes)
         l1, giou = ((value * matched).sum(dim=1) for value in (l1, giou))
-        classification = self.classification_weight * classification.sum(dim=(1, 2))
-        return torch.stack([classification, L1_WEIGHT * l1, GIOU_WEIGHT * giou]) / self.divisor
+        return torch.stack([classification.sum(dim=(1, 2)), L1_WEIGHT * l1, GIOU_WEIGHT * giou]) / self.divisor
