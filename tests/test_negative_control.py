@@ -19,9 +19,10 @@ EXPERIMENT = Path("experiments/demo.yaml")
 def test_boxes_of_other_cases_teach_nothing(tmp_path: Path) -> None:
     raw, store = tmp_path / "raw", tmp_path / "store"
     settings = yaml.safe_load(EXPERIMENT.read_text())["scales"]["short"]
-    assert main(["phantom", f"out={raw}", "train=100", "unlabelled=0"]) == 0
+    assert main(["phantom", f"out={raw}", f"train={settings['train']}", "unlabelled=0"]) == 0
     exchange_annotations(raw)
-    assert main(["prepare", str(raw), f"out={store}", "reader=nndetection", "spacing_mm=2.5"]) == 0
+    spacing = f"spacing_mm={settings['spacing_mm']}"
+    assert main(["prepare", str(raw), f"out={store}", "reader=nndetection", spacing]) == 0
     assert main([
         "fit", "--config", "configs/detect/phantom.yaml", "name=shuffled", f"out={tmp_path}", f"data.store={store}",
         f"trainer.max_steps={settings['steps']}", f"module.warmup_steps={settings['warmup']}",

@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs one command.
 
     A command is a module (`module_of`) with the text ``USAGE`` and ``run(paths: list[str], options:
-    dict[str, object]) -> int``, whose options are text for `options.read_options`. One that sets ``TAKES_CONFIG = True``
-    has ``run(config_path: str | None, paths: list[str], overrides: list[str]) -> int``.
+    dict[str, object]) -> int``, whose options are text for `options.read_options`. One that sets
+    ``TAKES_CONFIG = True`` has ``run(config_path: str | None, paths: list[str], overrides: list[str]) -> int``.
 
     Returns:
         The exit status: the command's own (0 done, 1 done in part), 2 for a user's mistake, 130 when interrupted, 141
