@@ -273,7 +273,7 @@ def test_packaged_configs_are_found_from_anywhere(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.relative_to(CONFIGS).as_posix())
 def test_every_shipped_configuration_binds(file: Path) -> None:
-    from pretrain3d.commands.fit import check_arguments
+    from pretrain3d.commands.settings import check_arguments
 
     values = load(file, ["data.store=somewhere"])  # a base leaves it open
     config.check_names(values)

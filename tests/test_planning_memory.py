@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pretrain3d.__main__ import main
 from pretrain3d.backbones import BACKBONES
-from pretrain3d.commands.fit import of_plan, with_levels
+from pretrain3d.commands.settings import of_plan, with_levels
 from pretrain3d.config import UserError, build
 from pretrain3d.detection.retina import RetinaUNet
 from pretrain3d.planning.anchors import plan_levels, relative_strides

@@ -90,7 +90,7 @@ def load(folder: RunFolder, checkpoint: str) -> tuple[Any, Any]:
 
     import torch
 
-    from pretrain3d.commands.fit import DATA, of_plan
+    from pretrain3d.commands.settings import DATA, of_plan
     from pretrain3d.modules.checkpoint import load_module
 
     module: Any = load_module(weights, "reconstruction", "cuda" if torch.cuda.is_available() else "cpu")

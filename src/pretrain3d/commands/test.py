@@ -96,7 +96,7 @@ def load_run(folder: RunFolder, checkpoint: str) -> tuple[Any, Any]:
 
     import torch
 
-    from pretrain3d.commands.fit import DATA, of_plan
+    from pretrain3d.commands.settings import DATA, of_plan
     from pretrain3d.modules.checkpoint import load_module
 
     module: Any = load_module(weights, "detection", "cuda" if torch.cuda.is_available() else "cpu")
@@ -163,7 +163,7 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
 def about_run(folder: RunFolder, settings: dict[str, Any], module: Any) -> dict[str, Any]:
     """``config, seed, cost, backbone`` of the result of a trained run; see `reporting.results.write_result`."""
     from pretrain3d.backbones.transfer import fingerprint
-    from pretrain3d.commands.fit import of_plan
+    from pretrain3d.commands.settings import of_plan
 
     planned, step, transfer = of_plan(settings), module.note["source"]["step"], module.note.get("transfer")
     batch = planned["data"]["batch_size"] * planned["trainer"]["accumulate_grad_batches"] * module.note["processes"]

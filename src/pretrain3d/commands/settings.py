@@ -1,0 +1,140 @@
+"""What the config of a run says, checked and completed before anything is built: arguments, plan, transfer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pretrain3d.config import UserError, check, checked_arguments, takes
+
+DATA = {"data": "pretrain3d.data.module:DataModule"}
+TRAINER = {"trainer": "lightning:Trainer"}
+OWN_TRAINER_KEYS = ("val_every_n_steps", "checkpoint_every_n_steps", "probe_every_n_validations")
+
+
+def check_arguments(settings: dict[str, Any]) -> None:
+    """Binds and type-checks the arguments of every component.
+
+    Raises:
+        UserError: an argument that a component does not take, lacks, or of another type.
+    """
+    from pretrain3d.backbones import BACKBONES
+    from pretrain3d.data.views import ViewAugmentation
+    from pretrain3d.detection import DETECTORS
+    from pretrain3d.modules import FINETUNE, MODULES
+    from pretrain3d.modules.averaging import StochasticAveraging
+    from pretrain3d.modules.optim import OPTIMIZERS
+    from pretrain3d.objectives import PRETRAINING
+
+    module = settings["module"]
+    planned = [key for key in ("batch_size",) if settings["data"].get(key, 0) is None]
+    check(DATA, {"name": "data", **settings["data"]}, "data", given=("seed", *planned))
+    check(BACKBONES, settings["backbone"], "backbone", given=("in_channels",))
+    given = ["backbone", "patch_size", "note"]
+    if module["name"] == "detection":
+        given += ["classes", "mirror_classes"]
+        detector = with_anchors(module["detector"], {})
+        check(DETECTORS, detector, "module.detector", given=("levels", "num_classes"))
+    else:
+        method_given = ["levels", "in_channels", "patch_size", "decoder"]
+        if module["name"] == "segmentation":
+            check_labels(settings)
+            given.append("label_classes")
+            method_given += ["classes", "make_stem"]
+        check(PRETRAINING, module["method"], "module.method", given=tuple(method_given))
+    check(MODULES, module, "module", given=tuple(given))
+    optimizer = {key: value for key, value in module["optimizer"].items() if key != "weight_decay"}
+    check(OPTIMIZERS, optimizer, "module.optimizer", given=("groups",))
+    if module.get("finetune"):
+        check(FINETUNE, module["finetune"], "module.finetune", given=("schedule", "warmup_steps", "max_steps"))
+    if module.get("swa"):
+        checked_arguments(StochasticAveraging, module["swa"], "module.swa")
+    if module.get("views"):
+        checked_arguments(ViewAugmentation, module["views"], "module.views")
+    known = {key: value for key, value in settings["trainer"].items() if key not in OWN_TRAINER_KEYS}
+    planned = [key for key in ("accumulate_grad_batches",) if known.get(key, 0) is None]
+    check(TRAINER, {"name": "trainer", **known}, "trainer", given=tuple(planned))
+
+
+def check_labels(settings: dict[str, Any]) -> None:
+    """Raises UserError when a segmentation has no labels to learn, or is given a method that learns none."""
+    from pretrain3d.objectives import PRETRAINING
+
+    method = settings["module"]["method"]
+    if not takes(PRETRAINING, method, "module.method", "classes"):
+        raise UserError(f"module.name=segmentation runs module.method=supervised, not {method['name']}")
+    if settings["data"].get("labels") is None:
+        raise UserError("module.name=segmentation: set data.labels to semantic (maps of organs) or objects")
+
+
+def of_plan(settings: dict[str, Any]) -> dict[str, Any]:
+    """The config with the plan's batch size and accumulation where it says null.
+
+    Raises:
+        UserError: the store's plan has none, or was made for another backbone.
+    """
+    from pretrain3d.data.store import Store
+
+    data, trainer = dict(settings["data"]), dict(settings["trainer"])
+    wanted = [
+        (section, key)
+        for section, key in ((data, "batch_size"), (trainer, "accumulate_grad_batches"))
+        if key in section and section[key] is None
+    ]
+    if not wanted:
+        return settings
+    if not isinstance(data["store"], str):
+        raise UserError(f"{wanted[0][1]}=null takes the plan's of one store; with several give a number")
+    plan, backbone = Store(Path(data["store"])).plan, settings["backbone"]["name"]
+    planned = (plan.get("planned_for") or {}).get("backbone")
+    for section, key in wanted:
+        if planned != backbone or plan.get(key) is None:
+            said = f"is for {planned}" if planned else f"has no {key}"
+            raise UserError(
+                f"{key}=null takes the plan's, but {data['store']}/plan.yaml {said}; call `pretrain3d plan "
+                f"{data['store']} backbone={backbone}` or give a number"
+            )
+        section[key] = plan[key]
+    return {**settings, "data": data, "trainer": trainer}
+
+
+def with_levels(detector: dict[str, Any], plan: dict[str, Any], backbone: str) -> dict[str, Any]:
+    """The node of a detector with the planned pyramid levels, when it takes levels and anchors and names neither.
+
+    Levels are indices into the pyramid of the backbone that they were planned for; another one ignores them.
+    """
+    from pretrain3d.detection import DETECTORS
+
+    takes_both = all(takes(DETECTORS, detector, "module.detector", key) for key in ("detection_levels", "anchors"))
+    named = any(detector.get(key) is not None for key in ("detection_levels", "anchors"))
+    levels = plan.get("detection_levels")
+    if not takes_both or named or levels is None or (plan.get("planned_for") or {}).get("backbone") != backbone:
+        return dict(detector)
+    return {**detector, "detection_levels": levels}
+
+
+def with_anchors(detector: dict[str, Any], planned: dict[str, Any] | None) -> dict[str, Any]:
+    """The node of a detector with the planned anchors, when it takes anchors and names none itself."""
+    from pretrain3d.detection import DETECTORS
+
+    if detector.get("anchors") is not None or not takes(DETECTORS, detector, "module.detector", "anchors"):
+        return dict(detector)
+    return {**detector, "anchors": planned}
+
+
+def intensity_of_transfer(settings: dict[str, Any]) -> dict[str, Any]:
+    """The config with ``data.intensity: pretrained`` replaced by what the transferred file was trained on.
+
+    Raises:
+        UserError: nothing is transferred, or its file does not say.
+    """
+    from pretrain3d.backbones.transfer import load_export
+
+    path = (settings.get("transfer") or {}).get("path")
+    if not path:
+        raise UserError("data.intensity=pretrained takes the normalisation of transfer.path, which is not given")
+    intensity = load_export(path)["preprocessing"].get("intensity")
+    if intensity is None:
+        raise UserError(f"data.intensity=pretrained: {path} does not say how its images were normalised; import it "
+                        "with intensity=..., or set data.intensity")  # fmt: skip
+    return {**settings, "data": {**settings["data"], "intensity": intensity}}
