@@ -24,7 +24,7 @@ from pretrain3d.objectives.collapse import MIN_RANK, MIN_STD
 CONFIGS = Path("configs/pretrain")
 CLEARLY = 0.85  # a loss has to end below this share of what knowing nothing costs; VoCo's, by a fifth
 CHUNK = 20  # steps that are averaged
-PRIMUS = "backbone={name: primus, embed_dim: 96, depth: 4, heads: 4, image_size: [32, 32, 32]}"  # of two configs
+PRIMUS = "backbone={name: primus, embed_dim: 96, depth: 4, heads: 4, patch: 4, image_size: [24, 24, 24]}"  # of two
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class Run:
 
 RUNS = {
     "mae": Run(100, ("data.batch_size=4", "module.optimizer.lr=3.0e-3")),
-    "mae_primus": Run(160, ("data.batch_size=8",), (PRIMUS, "data.patch_size=[32,32,32]")),
-    "simmim": Run(160, ("data.batch_size=8",), (PRIMUS, "data.patch_size=[32,32,32]")),
+    "mae_primus": Run(240, detector=(PRIMUS,)),
+    "simmim": Run(240, detector=(PRIMUS,)),
     "s3d": Run(100),
     "slice_mae": Run(100),
     "models_genesis": Run(240),
     "volume_fusion": Run(160),
     "swin_mix": Run(120),
     # regions that fit into volumes of 4 mm
-    "simclr": Run(240, ("data.patch_size=[40,40,24]", "module.method.crop_size=16")),
-    "voco": Run(160, ("data.patch_size=[48,48,16]",)),
-    "voco_v2": Run(160, ("data.patch_size=[48,48,16]",)),
-    "supervised": Run(240),
+    "simclr": Run(160, ("data.patch_size=[40,40,24]", "module.method.crop_size=16")),
+    "voco": Run(120, ("data.patch_size=[48,48,16]",)),
+    "voco_v2": Run(120, ("data.patch_size=[48,48,16]",)),
+    "supervised": Run(120),
 }
 Columns = dict[str, np.ndarray]
 
@@ -121,7 +121,7 @@ def losses(method: str, columns: Columns) -> list[tuple[str, np.ndarray, np.ndar
     if method == "models_genesis":
         return [("loss", loss, CLEARLY * np.minimum(columns["mean_predictor"], columns["copy"]))]
     if method == "swin_mix":
-        levels = {"reconstruction": columns["mean_predictor"], "rotation": math.log(4)}
+        levels = {"reconstruction": columns["mean_predictor"], "rotation": np.full_like(loss, math.log(4))}
         contrast = columns["trivial"] - columns["mean_predictor"] - math.log(4)
         return [(name, columns[name], CLEARLY * level) for name, level in {**levels, "contrast": contrast}.items()]
     return [("loss", loss, CLEARLY * columns.get("mean_predictor", columns.get("trivial")))]
