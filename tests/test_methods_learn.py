@@ -24,7 +24,10 @@ from pretrain3d.objectives.collapse import MIN_RANK, MIN_STD
 CONFIGS = Path("configs/pretrain")
 CLEARLY = 0.85  # a loss has to end below this share of what knowing nothing costs; VoCo's, by a fifth
 CHUNK = 20  # steps that are averaged
-PRIMUS = "backbone={name: primus, embed_dim: 96, depth: 4, heads: 4, patch: 4, image_size: [24, 24, 24]}"  # of two
+PRIMUS = (  # the backbone of two configs; strides 2, 4, 8 of the pyramid made of it
+    "backbone={name: primus, embed_dim: 96, depth: 4, heads: 4, patch: 4, image_size: [24, 24, 24]}",
+    "module.detector.detection_levels=[0,1,2]",
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Run:
 
 RUNS = {
     "mae": Run(100, ("data.batch_size=4", "module.optimizer.lr=3.0e-3")),
-    "mae_primus": Run(240, detector=(PRIMUS,)),
-    "simmim": Run(240, detector=(PRIMUS,)),
+    "mae_primus": Run(240, detector=PRIMUS),
+    "simmim": Run(240, detector=PRIMUS),
     "s3d": Run(100),
     "slice_mae": Run(100),
     "models_genesis": Run(240),
@@ -109,7 +112,7 @@ def rows_of(folder: Path) -> tuple[Columns, dict[str, float]]:
 
 
 def losses(method: str, columns: Columns) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Name, values and what is allowed, step by step; of a method with several tasks each one has to be learned."""
+    """Name, values and what is allowed, step by step."""
     loss = columns["loss"]
     if method == "voco":
         placed = columns["positive"] + columns["negative"]
@@ -121,7 +124,8 @@ def losses(method: str, columns: Columns) -> list[tuple[str, np.ndarray, np.ndar
     if method == "models_genesis":
         return [("loss", loss, CLEARLY * np.minimum(columns["mean_predictor"], columns["copy"]))]
     if method == "swin_mix":
-        levels = {"reconstruction": columns["mean_predictor"], "rotation": np.full_like(loss, math.log(4))}
-        contrast = columns["trivial"] - columns["mean_predictor"] - math.log(4)
-        return [(name, columns[name], CLEARLY * level) for name, level in {**levels, "contrast": contrast}.items()]
-    return [("loss", loss, CLEARLY * columns.get("mean_predictor", columns.get("trivial")))]
+        levels = {"loss": columns["trivial"], "reconstruction": columns["mean_predictor"]}
+        levels["rotation"] = np.full_like(loss, math.log(4))
+        return [(name, columns[name], CLEARLY * level) for name, level in levels.items()]
+    level = columns["trivial"] if "trivial" in columns else columns["mean_predictor"]
+    return [("loss", loss, CLEARLY * level)]
