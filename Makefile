@@ -55,8 +55,9 @@ data-named:
 test: setup  ## the fast tests
 	$(PY) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
+# Files in their order: the longest ones do not come last, beside nothing.
 test-all: setup  ## all tests, slow ones too
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: setup  ## style and types
 	$(PY) -m ruff check .

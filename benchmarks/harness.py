@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from pretrain3d.data.case import Case
 from pretrain3d.data.fingerprint import Histogram
 from pretrain3d.data.normalise import Normalisation
 from pretrain3d.data.patches import PatchDataset
 from pretrain3d.data.spatial import SpatialSettings
-from pretrain3d.data.store import Case, Store, StoreWriter
+from pretrain3d.data.store import Store, StoreWriter
 from pretrain3d.geometry import Frame
 
 NOT_RUN = 2

@@ -21,12 +21,13 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from pretrain3d.data.augment import Augmentation
 from pretrain3d.data.batch import collate, is_raw
+from pretrain3d.data.case import Case
 from pretrain3d.data.fingerprint import Histogram
 from pretrain3d.data.module import GlobalBatches
 from pretrain3d.data.normalise import Normalisation
 from pretrain3d.data.patches import PatchDataset
 from pretrain3d.data.spatial import SpatialSettings
-from pretrain3d.data.store import Case, Store, StoreWriter
+from pretrain3d.data.store import Store, StoreWriter
 from pretrain3d.geometry import Frame
 
 SHAPE, PATCH = (256, 256, 200), (96, 96, 96)

@@ -12,8 +12,8 @@ import torch
 from harness import Target, interleave, report
 from monai.apps.detection.transforms.dictionary import RandCropBoxByPosNegLabeld
 
+from pretrain3d.data.case import Case
 from pretrain3d.data.patches import PatchSampler
-from pretrain3d.data.store import Case
 from pretrain3d.geometry import Frame
 
 SHAPE, PATCH = (256, 256, 200), (96, 96, 96)

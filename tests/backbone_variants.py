@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pretrain3d.backbones import BACKBONES
-from pretrain3d.config import build
+from pretrain3d.registry import build
 
 STAGES = {"channels": [4, 6, 8], "blocks": [1, 2, 1], "strides": [1, [1, 2, 2], 2], "kernels": [[1, 3, 3], 3, 3]}
 RESNET = {"layers": [1, 1, 1, 1], "widths": [4, 4, 6, 8]}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pretrain3d.backbones.decoders import image_decoder
 from pretrain3d.backbones.resenc import ResEnc
-from pretrain3d.config import build
 from pretrain3d.objectives import PRETRAINING
+from pretrain3d.registry import build
 
 Shape = tuple[int, int, int]
 

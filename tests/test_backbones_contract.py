@@ -8,7 +8,8 @@ from backbone_variants import VARIANTS, half_hidden
 
 from pretrain3d.backbones import BACKBONES
 from pretrain3d.backbones.decoders import image_decoder
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
+from pretrain3d.registry import build
 
 EMBEDDING = [name for name in VARIANTS if name.split("-")[0] in ("primus", "vit", "swin")]
 CHECKPOINTING = ("resenc", "resenc-sparse", "primus", "vit", "swin")

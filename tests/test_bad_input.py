@@ -15,10 +15,11 @@ from raw_folder import write_cases
 from tiny_store import blocks, image_of, make_case, tiny_store, write_store
 
 from pretrain3d.config import UserError
+from pretrain3d.data.case import case_path
 from pretrain3d.data.prepare import prepare
 from pretrain3d.data.readers.contract import RawVolume
 from pretrain3d.data.readers.nndetection import NnDetection
-from pretrain3d.data.store import Store, case_path
+from pretrain3d.data.store import Store
 from pretrain3d.modules.base import BaseModule
 
 NAN = float("nan")

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import pytest
 
 from pretrain3d import config
-from pretrain3d.config import UserError, build, check, load, resolve
+from pretrain3d.config import UserError, load
 from pretrain3d.options import REQUIRED, read_options
+from pretrain3d.registry import build, check, check_names, resolve
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASE = """
@@ -276,7 +277,7 @@ def test_every_shipped_configuration_binds(file: Path) -> None:
     from pretrain3d.commands.settings import check_arguments
 
     values = load(file, ["data.store=somewhere"])  # a base leaves it open
-    config.check_names(values)
+    check_names(values)
     check_arguments(values)
 
 
@@ -285,12 +286,12 @@ def test_every_shipped_configuration_binds(file: Path) -> None:
 
 def test_check_names(folder: Path) -> None:
     values = load(folder / "child.yaml")
-    config.check_names(values)
+    check_names(values)
     values["backbone"]["name"] = "resnc_s"
-    text = message(config.check_names, values)
+    text = message(check_names, values)
     assert text.startswith("unknown backbone 'resnc_s', did you mean 'resenc_s'? Known: ") and " resenc_l," in text
     del values["backbone"]
-    assert message(config.check_names, values) == "the configuration has no section 'backbone'"
+    assert message(check_names, values) == "the configuration has no section 'backbone'"
 
 
 class Component:

@@ -13,13 +13,14 @@ from torch import nn
 from pretrain3d import boxes as box_ops
 from pretrain3d.__main__ import main
 from pretrain3d.backbones.contract import Level
-from pretrain3d.config import UserError, check
+from pretrain3d.config import UserError
 from pretrain3d.detection import DETECTORS, queries
 from pretrain3d.detection.deformable import DeformableAttention
 from pretrain3d.detection.detr import DeformableDETR
 from pretrain3d.detection.queries import candidates, denoising_queries, inverse_sigmoid, match, to_relative, to_voxels
 from pretrain3d.detection.transformer import SineEmbedding, TokenGrids
 from pretrain3d.evaluation.metric import DetectionMetric
+from pretrain3d.registry import check
 
 LEVELS = [Level(8, (1, 1, 1)), Level(8, (1, 2, 2)), Level(12, (2, 4, 4)), Level(16, (4, 8, 8))]
 SHAPE = (8, 16, 16)

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
 from pretrain3d.modules import FINETUNE
 from pretrain3d.modules.averaging import Average, StochasticAveraging
 from pretrain3d.modules.base import BaseModule
 from pretrain3d.modules.finetune import Timetable
+from pretrain3d.registry import build
 
 
 def timetable(max_steps: int, warmup_steps: int = 0, schedule: str = "poly", **node: Any) -> Timetable:

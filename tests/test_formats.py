@@ -11,9 +11,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from pretrain3d.config import UserError, resolve
+from pretrain3d.config import UserError
 from pretrain3d.evaluation import scorefile
 from pretrain3d.geometry import Frame
+from pretrain3d.registry import resolve
 from pretrain3d.reporting.formats import FILES, TABLES
 from pretrain3d.reporting.formats.found import Found
 from pretrain3d.reporting.formats.overlay import write_png

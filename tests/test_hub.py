@@ -17,7 +17,8 @@ from pretrain3d.backbones import BACKBONES, load_backbone
 from pretrain3d.backbones.checkpoints import nnssl
 from pretrain3d.backbones.checkpoints.hub import local, name_of
 from pretrain3d.backbones.transfer import export_weights, fingerprint, load_export, transfer_into
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
+from pretrain3d.registry import build
 
 hub = pytest.importorskip("huggingface_hub", reason="the hub's client is an extra")
 

@@ -17,7 +17,8 @@ from pretrain3d.backbones.checkpoints.axes import permuted
 from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes
 from pretrain3d.backbones.checkpoints.importing import convert
 from pretrain3d.backbones.transfer import export_weights, fingerprint, load_export
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
+from pretrain3d.registry import build
 
 RESENC = {"name": "resenc", "channels": [4, 6, 6], "blocks": [1, 2, 1], "strides": [1, 2, [1, 2, 2]], "in_channels": 1,
           "kernels": [[1, 3, 3], 3, 3]}  # fmt: skip

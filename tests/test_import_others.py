@@ -12,7 +12,8 @@ from pretrain3d.backbones.checkpoints import released_resenc
 from pretrain3d.backbones.checkpoints.contract import Wishes
 from pretrain3d.backbones.checkpoints.importing import convert
 from pretrain3d.backbones.resenc import ResEnc
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
+from pretrain3d.registry import build
 
 KERNELS, STRIDES = [[1, 3, 3], [3, 3, 3]], [[1, 1, 1], [1, 2, 2]]
 CT = {"percentile_00_5": -900.0, "percentile_99_5": 300.0, "mean": 40.0, "std": 120.0, "median": 1.0}

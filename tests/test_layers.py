@@ -20,6 +20,7 @@ LAYERS = (
     ("__init__",),
     ("signatures",),
     ("config", "files"),
+    ("registry",),
     ("options",),
     ("parallel", "sparse"),
     ("boxes",),

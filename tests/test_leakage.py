@@ -13,11 +13,12 @@ import pytest
 from pretrain3d.__main__ import main
 from pretrain3d.backbones import BACKBONES
 from pretrain3d.backbones.transfer import export_weights, load_export
-from pretrain3d.config import build
+from pretrain3d.data.case import case_path
 from pretrain3d.data.identity import ALIKE, best_matches, signature, signature_values
 from pretrain3d.data.leakage import SIGNATURE, Corpus, find, merged, warning
 from pretrain3d.data.resample import resample_image
-from pretrain3d.data.store import Store, case_path
+from pretrain3d.data.store import Store
+from pretrain3d.registry import build
 
 
 def full(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,10 +10,11 @@ from torch import nn
 from pretrain3d.backbones.contract import Level
 from pretrain3d.backbones.decoders import UNetDecoder
 from pretrain3d.backbones.resenc import ResEnc, resenc_xs
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
 from pretrain3d.objectives import PRETRAINING
 from pretrain3d.objectives.mae import MAE
 from pretrain3d.objectives.masking import hidden_cells
+from pretrain3d.registry import build
 
 PATCH = (16, 8, 16)
 

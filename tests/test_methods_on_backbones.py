@@ -11,9 +11,10 @@ from method_checks import generators, make_batch
 from torch import nn
 
 from pretrain3d.backbones.decoders import image_decoder
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
 from pretrain3d.modules.reconstruction import ReconstructionModule
 from pretrain3d.objectives import PRETRAINING
+from pretrain3d.registry import build
 
 SLOW = ("resenc_xs", "swin", "checkpointing", "deep", "resnet-batch")
 BACKBONES = [

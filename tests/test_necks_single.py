@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from pretrain3d.backbones.contract import Level
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.necks import ChannelMapper, SimplePyramid, chosen_levels, pyramid_levels
+from pretrain3d.registry import build
 
 ANCHORS = {"boxes": [[4, 4, 4]]}
 SMALL = {

@@ -13,9 +13,10 @@ from tiny_store import blocks, image_of, make_case, tiny_store, write_store
 from pretrain3d.config import UserError
 from pretrain3d.data import spatial
 from pretrain3d.data.batch import generator, torch_generator
+from pretrain3d.data.case import Case
 from pretrain3d.data.normalise import Normalisation
 from pretrain3d.data.patches import LATERAL, PatchDataset, PatchSampler
-from pretrain3d.data.store import Case, Store
+from pretrain3d.data.store import Store
 
 STILL = spatial.SpatialSettings(flip_axes=(), rotation_p=0.0, scale_p=0.0)
 FLIPS = spatial.SpatialSettings(rotation_p=0.0, scale_p=0.0)

@@ -13,12 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 from pretrain3d.__main__ import main
 from pretrain3d.backbones import BACKBONES
 from pretrain3d.commands.settings import of_plan, with_levels
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
 from pretrain3d.detection.retina import RetinaUNet
 from pretrain3d.planning.anchors import plan_levels, relative_strides
 from pretrain3d.planning.memory import GIB, Footprint, footprint, is_out_of_memory, out_of_memory_advice, usable_bytes
 from pretrain3d.planning.patch import plan_patch
 from pretrain3d.planning.plan import make_plan, write_plan
+from pretrain3d.registry import build
 
 SMALL = {"name": "retina_unet", "fpn_channels": 16, "num_convs": 1}
 

@@ -10,11 +10,12 @@ from torch import nn
 
 from pretrain3d import boxes as box_ops
 from pretrain3d.backbones.contract import Level
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.assign import atss
 from pretrain3d.detection.losses import PositiveNormaliser, box_giou, box_l1, dice_and_cross_entropy, focal
 from pretrain3d.detection.retina import RetinaUNet, retinanet
+from pretrain3d.registry import build
 
 LEVELS = [Level(8, (1, 1, 1)), Level(8, (1, 2, 2)), Level(12, (2, 4, 4)), Level(16, (4, 8, 8))]
 SHAPE = (8, 16, 16)

@@ -144,7 +144,7 @@ def backbone() -> Any:
     import torch
 
     from pretrain3d.backbones import BACKBONES
-    from pretrain3d.config import build
+    from pretrain3d.registry import build
 
     torch.manual_seed(0)
     return build(BACKBONES, {"name": "resenc_xs", "in_channels": 1}, "backbone")

@@ -12,12 +12,13 @@ from torch import nn
 from pretrain3d.backbones.contract import Level
 from pretrain3d.backbones.decoders import UNetDecoder
 from pretrain3d.backbones.resenc import ResEnc
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
 from pretrain3d.data.views import ViewAugmentation
 from pretrain3d.objectives import PRETRAINING
 from pretrain3d.objectives.crops import cut, partner_positions, random_positions
 from pretrain3d.objectives.projection import Projector, pooled, pooled_channels
 from pretrain3d.objectives.simclr import SimCLR, nt_xent
+from pretrain3d.registry import build
 
 REGION, CROP = (16, 12, 8), (8, 8, 4)
 

@@ -11,10 +11,11 @@ from backbone_variants import VARIANTS
 from torch import nn
 
 from pretrain3d.backbones.decoders import PatchDecoder, UNetDecoder, image_decoder
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
 from pretrain3d.modules.reconstruction import ReconstructionModule
 from pretrain3d.objectives import PRETRAINING
 from pretrain3d.objectives.simmim import SimMIM
+from pretrain3d.registry import build
 
 EMBEDDING = ("primus", "vit", "swin")
 

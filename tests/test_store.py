@@ -9,7 +9,8 @@ from tiny_store import blocks, make_case, write_store
 
 from pretrain3d.config import UserError
 from pretrain3d.data import store as store_module
-from pretrain3d.data.store import Case, Store, StoreWriter, array_path, case_path
+from pretrain3d.data.case import Case, case_path
+from pretrain3d.data.store import Store, StoreWriter, array_path
 
 SHAPE = (70, 40, 33)  # more than one chunk along x, no multiple of a block
 

@@ -13,7 +13,8 @@ from pretrain3d.__main__ import main
 from pretrain3d.backbones import BACKBONES, transfer
 from pretrain3d.backbones.resenc import ResEnc
 from pretrain3d.backbones.transfer import export_weights, fingerprint, load_backbone, load_export, transfer_into
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
+from pretrain3d.registry import build
 
 STAGES = {"channels": [4, 6], "blocks": [1, 1], "strides": [1, 2], "in_channels": 1}
 NODE = {"name": "resenc", **STAGES}

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from pretrain3d.backbones import BACKBONES
-from pretrain3d.config import build
 from pretrain3d.modules import MODULES
 from pretrain3d.modules.base import NOTE
+from pretrain3d.registry import build
 
 
 def tiny_checkpoint(

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from pretrain3d.data.case import Case
 from pretrain3d.data.fingerprint import Histogram
-from pretrain3d.data.store import Case, Store, StoreWriter
+from pretrain3d.data.store import Store, StoreWriter
 from pretrain3d.geometry import Frame, boxes_of_instances
 
 PLAN = {

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from pretrain3d.config import UserError
+from pretrain3d.data.cached import Cached, image_histograms, prepare_volume
 from pretrain3d.data.normalise import normalisation_of
-from pretrain3d.data.prepare import Cached, image_histograms, prepare_volume
 from pretrain3d.data.readers import nifti
 from pretrain3d.data.readers.contract import RawVolume
 from pretrain3d.detection.ensemble import merge_members

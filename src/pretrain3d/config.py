@@ -1,38 +1,21 @@
-"""One YAML names one run: composition, overrides, registries and the error a user sees.
+"""One YAML names one run: composition, overrides and the error a user sees.
 
 Imports neither torch nor lightning, and omegaconf only when a value or a file is read, so that a typing mistake is
-answered at once. Registries are dict literals ``name: "module:attribute"``; nothing is imported before its use.
+answered at once.
 """
 
 from __future__ import annotations
 
 import difflib
-import importlib
-import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain3d import signatures
-
 SECTIONS = ("name", "out", "seed", "data", "backbone", "transfer", "module", "trainer", "logger")
 
-# The nodes whose `name:` names a component, and the registry that knows it. Registries are named here, not imported:
-# config stays below them, and their folders import nothing.
-NODES = {
-    "backbone": "pretrain3d.backbones:BACKBONES",
-    "module": "pretrain3d.modules:MODULES",
-    "module.method": "pretrain3d.objectives:PRETRAINING",
-    "module.detector": "pretrain3d.detection:DETECTORS",
-    "module.finetune": "pretrain3d.modules:FINETUNE",
-}
-
-_LABELLED = (
-    "",
-    "data",
-    "transfer",
-)  # here `name:` is a label, elsewhere it names the component its neighbours belong to
+# Here `name:` is a label; elsewhere it names the component that its neighbours belong to.
+_LABELLED = ("", "data", "transfer")
 
 
 class UserError(ValueError):
@@ -130,23 +113,6 @@ def default_name(config: Mapping[str, Any]) -> str:
     if data.get("label_fraction", 1) != 1:
         words.append(f"l{data['label_fraction']}")
     return f"{dataset}/{'-'.join(str(word) for word in words if word)}"
-
-
-def check_names(config: Mapping[str, Any]) -> None:
-    """Checks the name of every component against its registry; imports no component.
-
-    Raises:
-        UserError: a section that a run needs is missing, or a name is in no registry.
-    """
-    for section in ("data", "backbone", "module"):
-        if not config.get(section):
-            raise UserError(f"the configuration has no section {section!r}")
-    for where, reference in NODES.items():
-        node: Any = config
-        for key in where.split("."):
-            node = node.get(key) if isinstance(node, Mapping) else None
-        if node is not None:
-            check_name(_attribute(reference), node, where)
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -268,118 +234,3 @@ def _resolved(config: dict[str, Any], path: str | Path) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     """The line that matters of an error of YAML's or omegaconf's."""
     return getattr(error, "problem", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def check_name(registry: Mapping[str, str], node: Any, kind: str) -> str:
-    """The ``name`` of a node, when the registry knows it; imports nothing.
-
-    Raises:
-        UserError: the node has no name, or an unknown one.
-    """
-    known = ", ".join(sorted(registry))
-    name = node.get("name") if isinstance(node, Mapping) else node
-    if not isinstance(name, str):
-        raise UserError(f"{kind} needs a name, one of {known}; got {node!r}")
-    if name not in registry:
-        raise UserError(f"unknown {kind} {name!r}{suggestion(name, registry) or '.'} Known: {known}")
-    return name
-
-
-def resolve(registry: Mapping[str, str], name: str, kind: str) -> Any:
-    """Imports what a registry calls ``name``.
-
-    Raises:
-        UserError: no such name; raised before anything is imported.
-    """
-    return _attribute(registry[check_name(registry, name, kind)])
-
-
-def build(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, **given: Any) -> Any:
-    """Builds a component from its node.
-
-    Args:
-        registry: ``name: "module:attribute"``.
-        node: ``{"name": ..., **arguments}``; lists become tuples where the signature says so.
-        kind: what the user calls it, for errors: "backbone".
-        given: arguments that the code supplies; a user may only write null for them.
-
-    Raises:
-        UserError: see `check`.
-    """
-    target, arguments = _bound(registry, node, kind, given)
-    return target(**given, **arguments)
-
-
-def check(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, given: Collection[str] = ()) -> None:
-    """Binds and type-checks the arguments of a node without building it.
-
-    Raises:
-        UserError: an unknown name or argument, a missing argument, or a value that does not fit its annotation.
-    """
-    _bound(registry, node, kind, given)
-
-
-def takes(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, argument: str) -> bool:
-    """Whether the component of a node has an argument of that name.
-
-    Raises:
-        UserError: an unknown name.
-    """
-    return argument in inspect.signature(_attribute(registry[check_name(registry, node, kind)])).parameters
-
-
-def checked_arguments(
-    target: Callable[..., Any], arguments: Mapping[str, Any], where: str, given: Collection[str] = ()
-) -> dict[str, Any]:
-    """The arguments as the signature of ``target`` wants them, its annotations taken as types.
-
-    Args:
-        target: class or function.
-        arguments: what the user set.
-        where: begins the error: "backbone resenc_s".
-        given: names of the arguments that the code supplies; the user may only write null for them ("as it follows").
-
-    Raises:
-        UserError: see `check`.
-    """
-    arguments = {key: value for key, value in arguments.items() if key not in given or value is not None}
-    parameters = inspect.signature(target).parameters
-    hints = signatures.hints(target)
-    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = {key: p for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    assert free or set(given) <= set(named), f"{where} does not take {sorted(set(given) - set(named))}"
-    takes = [key for key in named if key not in given]
-    for key in arguments:
-        if key in given:
-            raise UserError(f"{where}: {key} follows from the rest of the configuration and cannot be set; remove it")
-        if key not in named and not free:
-            known = ", ".join(takes) or "no arguments"
-            raise UserError(f"{where}: unknown argument {key!r}{suggestion(str(key), takes) or '.'} It takes: {known}")
-    for key in takes:
-        if named[key].default is inspect.Parameter.empty and key not in arguments:
-            raise UserError(f"{where}: argument {key!r} is missing; it takes: {', '.join(takes)}")
-    return {key: fitted(value, hints.get(key, Any), f"{where}: {key}") for key, value in arguments.items()}
-
-
-def _bound(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, given: Collection[str]) -> tuple[Any, Any]:
-    name = check_name(registry, node, kind)
-    target = _attribute(registry[name])
-    arguments = {key: value for key, value in node.items() if key != "name"}
-    return target, checked_arguments(target, arguments, kind if name == kind else f"{kind} {name}", given)
-
-
-def _attribute(reference: str) -> Any:
-    module, _, attribute = reference.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
-def fitted(value: Any, hint: Any, where: str) -> Any:
-    """The value as the type of ``hint``; ``where`` it stands is named in the error.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        return signatures.fit(value, hint)
-    except TypeError:
-        raise UserError(f"{where} must be {signatures.described(hint)}, got {value!r}") from None

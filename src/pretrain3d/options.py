@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import UserError, fitted, parse_value, suggestion
+from pretrain3d.config import UserError, parse_value, suggestion
+from pretrain3d.registry import fitted
 
 REQUIRED = object()  # default of an option that must be given
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from pretrain3d.backbones import BACKBONES
 from pretrain3d.backbones.checkpoints.hub import local
-from pretrain3d.config import UserError, build, suggestion
+from pretrain3d.config import UserError, suggestion
 from pretrain3d.files import replacing
+from pretrain3d.registry import build
 
 FORMAT = "pretrain3d-backbone"
 VERSION = 1

@@ -18,7 +18,8 @@ from pretrain3d.commands.settings import (
     with_anchors,
     with_levels,
 )
-from pretrain3d.config import UserError, build, check_names, load
+from pretrain3d.config import UserError, load
+from pretrain3d.registry import build, check_names
 from pretrain3d.reporting.run_folder import RunFolder
 
 TAKES_CONFIG = True

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import UserError, check_name
+from pretrain3d.config import UserError
 from pretrain3d.options import read_options
+from pretrain3d.registry import check_name
 
 USAGE = """\
 pretrain3d plan STORE [backbone=resenc_xs detector=retina_unet memory_gb=null batch_size=4 patch_size=null]

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import UserError, check_name, resolve
+from pretrain3d.config import UserError
 from pretrain3d.options import REQUIRED, output_folder, read_options
+from pretrain3d.registry import check_name, resolve
 
 USAGE = """\
 pretrain3d predict CHECKPOINT_OR_RUN ... IMAGE_OR_FOLDER out=FOLDER [threshold=0.05] [format=json,csv] [precision=...]

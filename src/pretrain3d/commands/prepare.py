@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import UserError, resolve
+from pretrain3d.config import UserError
 from pretrain3d.options import REQUIRED, read_options
+from pretrain3d.registry import resolve
 
 USAGE = """\
 pretrain3d prepare RAW_FOLDER out=STORE reader=NAME [spacing_mm=null patch_size=null workers=2]

@@ -6,8 +6,9 @@ import sys
 import time
 from typing import Any
 
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
 from pretrain3d.options import read_options
+from pretrain3d.registry import build
 from pretrain3d.reporting.run_folder import RunFolder
 
 DEFAULTS = {"checkpoint": "last", "split": "test", "samples": 1000, "patches": 4}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import UserError, check, checked_arguments, takes
+from pretrain3d.config import UserError
+from pretrain3d.registry import check, checked_arguments, takes
 
 DATA = {"data": "pretrain3d.data.module:DataModule"}
 TRAINER = {"trainer": "lightning:Trainer"}

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
 from pretrain3d.options import REQUIRED, read_options
+from pretrain3d.registry import build
 from pretrain3d.reporting.run_folder import RunFolder
 
 USAGE = """\

@@ -15,11 +15,11 @@ from pretrain3d.config import UserError
 from pretrain3d.data import intensity as intensities
 from pretrain3d.data.augment import Augmentation
 from pretrain3d.data.batch import collate, is_raw
+from pretrain3d.data.case import Case
 from pretrain3d.data.identity import data_hash
 from pretrain3d.data.patches import PatchDataset
 from pretrain3d.data.sets import DataSet, LabelMap, Labels, PatchMixture, Pool, open_stores, same_channels, set_names
 from pretrain3d.data.spatial import SpatialSettings
-from pretrain3d.data.store import Case
 
 STILL = SpatialSettings(flip_axes=(), rotation_p=0.0, scale_p=0.0)  # patches as they lie in the volume
 

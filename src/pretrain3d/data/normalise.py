@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from pretrain3d.config import UserError
+from pretrain3d.data.case import Case
 from pretrain3d.data.fingerprint import Histogram, merge
 from pretrain3d.data.splits import fold_cases
-from pretrain3d.data.store import Case, Store
+from pretrain3d.data.store import Store
 
 SCHEMES = ("ct", "zscore", "window", "windows")
 FOREGROUNDS = ("objects", "body")

@@ -16,9 +16,10 @@ from torch.utils.data import Dataset
 from pretrain3d.config import UserError
 from pretrain3d.data import intensity, spatial
 from pretrain3d.data.batch import generator
+from pretrain3d.data.case import Case
 from pretrain3d.data.normalise import Normalisation
 from pretrain3d.data.semantic import SemanticMaps, mirror_table
-from pretrain3d.data.store import Case, Store
+from pretrain3d.data.store import Store
 from pretrain3d.geometry import transform_boxes
 
 LATERAL = re.compile(r"(?i:(?<![a-z])(?:left|right))|(?:Left|Right)|[ _.-][LR]$")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pretrain3d.data.batch import generator
+from pretrain3d.data.case import Case
 from pretrain3d.data.normalise import Normalisation
-from pretrain3d.data.store import Case, Store
+from pretrain3d.data.store import Store
 
 MIN_SHARE = 0.01  # of a patch's voxels, for an organ to count as there
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pretrain3d.config import UserError
 from pretrain3d.data.batch import generator
-from pretrain3d.data.store import Case, Store
+from pretrain3d.data.case import Case
+from pretrain3d.data.store import Store
 
 VOXELS = 256  # remembered per organ and case, to place patches on
 

@@ -17,11 +17,12 @@ from torch.utils.data import Dataset
 
 from pretrain3d.config import UserError
 from pretrain3d.data.batch import generator
+from pretrain3d.data.case import Case
 from pretrain3d.data.normalise import normalisation_for
 from pretrain3d.data.patches import PatchDataset
 from pretrain3d.data.semantic import annotated_organs
 from pretrain3d.data.splits import fold_cases
-from pretrain3d.data.store import Case, Store
+from pretrain3d.data.store import Store
 
 Pool = Literal["train", "pretrain", "all"]
 Labels = Literal["semantic", "objects"]

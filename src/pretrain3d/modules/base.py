@@ -10,12 +10,13 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
-from pretrain3d.config import UserError, build, checked_arguments
+from pretrain3d.config import UserError
 from pretrain3d.modules import FINETUNE
 from pretrain3d.modules.averaging import Average, StochasticAveraging
 from pretrain3d.modules.finetune import Timetable
 from pretrain3d.modules.optim import OPTIMIZERS, parameter_groups, schedule
 from pretrain3d.parallel import all_sum, world_size
+from pretrain3d.registry import build, checked_arguments
 
 NOTE = "pretrain3d"  # key of the checkpoint under which everything lies that `export`, `test` and `predict` need
 

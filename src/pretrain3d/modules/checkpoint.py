@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from pretrain3d.backbones import BACKBONES
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
 from pretrain3d.files import replacing
 from pretrain3d.modules import MODULES
 from pretrain3d.modules.base import NOTE, BaseModule
+from pretrain3d.registry import build
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from pretrain3d.config import checked_arguments
 from pretrain3d.data.batch import torch_generator
 from pretrain3d.data.views import ViewAugmentation
 from pretrain3d.modules.pretraining import PretrainingModule
+from pretrain3d.registry import checked_arguments
 
 PURPOSES = {"train": "views", "val": "validation views"}
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.contract import Detections
 from pretrain3d.detection.merge import Merging, TileDetections, merge
 from pretrain3d.detection.tiles import predict_views
 from pretrain3d.evaluation.metric import DetectionMetric
 from pretrain3d.modules.base import BaseModule
+from pretrain3d.registry import build
 
 PRECISIONS: dict[str, torch.dtype | None] = {"32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

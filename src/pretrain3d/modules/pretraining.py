@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pretrain3d.backbones.decoders import image_decoder
-from pretrain3d.config import build, resolve
 from pretrain3d.modules.base import BaseModule
 from pretrain3d.objectives import PRETRAINING
+from pretrain3d.registry import build, resolve
 
 
 class PretrainingModule(BaseModule):

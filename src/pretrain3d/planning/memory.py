@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pretrain3d.backbones import BACKBONES
-from pretrain3d.config import UserError, build, takes
+from pretrain3d.config import UserError
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.necks import pyramid_levels
+from pretrain3d.registry import build, takes
 
 GIB = 2**30
 CONTEXT_BYTES = GIB // 2  # of a CUDA process before its first tensor

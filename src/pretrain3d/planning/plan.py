@@ -12,9 +12,10 @@ import yaml
 from torch import Tensor
 
 from pretrain3d.config import UserError
+from pretrain3d.data.case import Case
 from pretrain3d.data.normalise import SCHEMES, resolve_intensity
 from pretrain3d.data.splits import fold_cases
-from pretrain3d.data.store import Case, Store
+from pretrain3d.data.store import Store
 from pretrain3d.detection.anchors import base_sizes, best_iou
 from pretrain3d.files import write_text
 from pretrain3d.planning.anchors import plan_levels, relative_strides, search_anchors

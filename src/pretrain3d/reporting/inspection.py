@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import SECTIONS, UserError, check_names, load, read_yaml, resolve, to_yaml
+from pretrain3d.config import SECTIONS, UserError, load, read_yaml, to_yaml
+from pretrain3d.registry import check_names, resolve
 
 Rows = list[tuple[str, object]]  # what is said of a thing, line by line
 

@@ -13,7 +13,8 @@ from pretrain3d.backbones.checkpoints.contract import Imported
 from pretrain3d.backbones.checkpoints.released_primus import exchanged, turned
 from pretrain3d.backbones.primus import Primus
 from pretrain3d.backbones.resenc import ResEnc
-from pretrain3d.config import UserError, build
+from pretrain3d.config import UserError
+from pretrain3d.registry import build
 
 REVERSED = (2, 1, 0)  # its own inverse
 

@@ -14,8 +14,9 @@ from pretrain3d.backbones.checkpoints.axes import REVERSED, permuted
 from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes, method_of
 from pretrain3d.backbones.primus import Primus
 from pretrain3d.backbones.resenc import ResEnc
-from pretrain3d.config import UserError, build, suggestion
+from pretrain3d.config import UserError, suggestion
 from pretrain3d.files import replacing
+from pretrain3d.registry import build
 
 PLAN = "nnssl_adaptation_plan"
 OURS = "pretrain3d"  # where a file that we wrote keeps what the format has no place for

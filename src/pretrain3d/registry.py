@@ -1,0 +1,156 @@
+"""Components by name: what a `name:` in a config stands for, its arguments checked against its signature, and built.
+
+Registries are dict literals ``name: "module:attribute"``; nothing is imported before its use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from pretrain3d import signatures
+from pretrain3d.config import UserError, suggestion
+
+# The nodes whose `name:` names a component, and the registry that knows it. Registries are named here, not imported:
+# this file stays below them.
+NODES = {
+    "backbone": "pretrain3d.backbones:BACKBONES",
+    "module": "pretrain3d.modules:MODULES",
+    "module.method": "pretrain3d.objectives:PRETRAINING",
+    "module.detector": "pretrain3d.detection:DETECTORS",
+    "module.finetune": "pretrain3d.modules:FINETUNE",
+}
+
+
+def check_names(config: Mapping[str, Any]) -> None:
+    """Checks the name of every component against its registry; imports no component.
+
+    Raises:
+        UserError: a section that a run needs is missing, or a name is in no registry.
+    """
+    for section in ("data", "backbone", "module"):
+        if not config.get(section):
+            raise UserError(f"the configuration has no section {section!r}")
+    for where, reference in NODES.items():
+        node: Any = config
+        for key in where.split("."):
+            node = node.get(key) if isinstance(node, Mapping) else None
+        if node is not None:
+            check_name(_attribute(reference), node, where)
+
+
+def check_name(registry: Mapping[str, str], node: Any, kind: str) -> str:
+    """The ``name`` of a node, when the registry knows it; imports nothing.
+
+    Raises:
+        UserError: the node has no name, or an unknown one.
+    """
+    known = ", ".join(sorted(registry))
+    name = node.get("name") if isinstance(node, Mapping) else node
+    if not isinstance(name, str):
+        raise UserError(f"{kind} needs a name, one of {known}; got {node!r}")
+    if name not in registry:
+        raise UserError(f"unknown {kind} {name!r}{suggestion(name, registry) or '.'} Known: {known}")
+    return name
+
+
+def resolve(registry: Mapping[str, str], name: str, kind: str) -> Any:
+    """Imports what a registry calls ``name``.
+
+    Raises:
+        UserError: no such name; raised before anything is imported.
+    """
+    return _attribute(registry[check_name(registry, name, kind)])
+
+
+def build(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, **given: Any) -> Any:
+    """Builds a component from its node.
+
+    Args:
+        registry: ``name: "module:attribute"``.
+        node: ``{"name": ..., **arguments}``; lists become tuples where the signature says so.
+        kind: what the user calls it, for errors: "backbone".
+        given: arguments that the code supplies; a user may only write null for them.
+
+    Raises:
+        UserError: see `check`.
+    """
+    target, arguments = _bound(registry, node, kind, given)
+    return target(**given, **arguments)
+
+
+def check(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, given: Collection[str] = ()) -> None:
+    """Binds and type-checks the arguments of a node without building it.
+
+    Raises:
+        UserError: an unknown name or argument, a missing argument, or a value that does not fit its annotation.
+    """
+    _bound(registry, node, kind, given)
+
+
+def takes(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, argument: str) -> bool:
+    """Whether the component of a node has an argument of that name.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    return argument in inspect.signature(_attribute(registry[check_name(registry, node, kind)])).parameters
+
+
+def checked_arguments(
+    target: Callable[..., Any], arguments: Mapping[str, Any], where: str, given: Collection[str] = ()
+) -> dict[str, Any]:
+    """The arguments as the signature of ``target`` wants them, its annotations taken as types.
+
+    Args:
+        target: class or function.
+        arguments: what the user set.
+        where: begins the error: "backbone resenc_s".
+        given: names of the arguments that the code supplies; the user may only write null for them ("as it follows").
+
+    Raises:
+        UserError: see `check`.
+    """
+    arguments = {key: value for key, value in arguments.items() if key not in given or value is not None}
+    parameters = inspect.signature(target).parameters
+    hints = signatures.hints(target)
+    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {key: p for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    assert free or set(given) <= set(named), f"{where} does not take {sorted(set(given) - set(named))}"
+    takes = [key for key in named if key not in given]
+    for key in arguments:
+        if key in given:
+            raise UserError(f"{where}: {key} follows from the rest of the configuration and cannot be set; remove it")
+        if key not in named and not free:
+            known = ", ".join(takes) or "no arguments"
+            raise UserError(f"{where}: unknown argument {key!r}{suggestion(str(key), takes) or '.'} It takes: {known}")
+    for key in takes:
+        if named[key].default is inspect.Parameter.empty and key not in arguments:
+            raise UserError(f"{where}: argument {key!r} is missing; it takes: {', '.join(takes)}")
+    return {key: fitted(value, hints.get(key, Any), f"{where}: {key}") for key, value in arguments.items()}
+
+
+def fitted(value: Any, hint: Any, where: str) -> Any:
+    """The value as the type of ``hint``; ``where`` it stands is named in the error.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return signatures.fit(value, hint)
+    except TypeError:
+        raise UserError(f"{where} must be {signatures.described(hint)}, got {value!r}") from None
+
+
+def _bound(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, given: Collection[str]) -> tuple[Any, Any]:
+    name = check_name(registry, node, kind)
+    target = _attribute(registry[name])
+    arguments = {key: value for key, value in node.items() if key != "name"}
+    return target, checked_arguments(target, arguments, kind if name == kind else f"{kind} {name}", given)
+
+
+def _attribute(reference: str) -> Any:
+    module, _, attribute = reference.partition(":")
+    return getattr(importlib.import_module(module), attribute)
