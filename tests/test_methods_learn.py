@@ -47,11 +47,11 @@ RUNS = {
     "slice_mae": Run(100),
     "models_genesis": Run(240),
     "volume_fusion": Run(160),
-    "swin_mix": Run(120),
-    # regions that fit into volumes of 4 mm
-    "simclr": Run(160, ("data.patch_size=[40,40,24]", "module.method.crop_size=16")),
+    # from here on regions that fit into volumes of 4 mm
+    "swin_mix": Run(160, ("data.patch_size=[40,40,24]",)),
+    "simclr": Run(240, ("data.patch_size=[40,40,24]", "module.method.crop_size=16")),
     "voco": Run(120, ("data.patch_size=[48,48,16]",)),
-    "voco_v2": Run(120, ("data.patch_size=[48,48,16]",)),
+    "voco_v2": Run(240, ("data.patch_size=[48,48,16]",)),
     "supervised": Run(120),
 }
 Columns = dict[str, np.ndarray]
