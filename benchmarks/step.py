@@ -1,6 +1,6 @@
 """A training step of Retina U-Net, and how much of it is not the network.
 
-ResEnc-S, patches of 96^3, two at a time (one on a CPU), 27 anchors per position on strides 4 to 32. Not the network:
+ResEnc-S, patches of 96^3, two at a time, 27 anchors per position on strides 4 to 32. Not the network:
 drawing and reading the patches, collating, augmenting, assigning anchors, the losses and their gradient, the optimiser.
 On a CPU the times are processor milliseconds of one thread, so that other processes on the machine do not count.
 
@@ -29,7 +29,7 @@ from pretrain3d.detection.retina import RetinaUNet
 from pretrain3d.modules.optim import adamw, parameter_groups
 
 PATCH, LEVELS, ANCHORS = 96, (2, 3, 4, 5), {"sizes": [[4.0, 8.0, 16.0]] * 3}
-BATCH = 2 if torch.cuda.is_available() else 1
+BATCH = 2
 REPEATS = 5
 NETWORK = ("forward", "backward")
 

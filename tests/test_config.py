@@ -281,6 +281,25 @@ def test_every_shipped_configuration_binds(file: Path) -> None:
     check_arguments(values)
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("val_every_n_steps=often", "trainer: val_every_n_steps must be int, got 'often'"),
+        ("val_every_n_steps=0", "trainer.val_every_n_steps is 0; 1 or more"),
+        ("checkpoint_every_n_steps=-1", "trainer.checkpoint_every_n_steps is -1; 1 or more"),
+        ("probe_every_n_validations=-1", "trainer.probe_every_n_validations is -1; 0 or more"),
+        ("compile=3", "trainer: compile must be bool, got 3"),
+    ],
+)
+def test_keys_of_the_trainer_that_are_ours(override: str, expected: str) -> None:
+    from pretrain3d.commands.settings import trainer_keys
+
+    keys, rest = trainer_keys(load("configs/pretrain/base.yaml", ["data.store=x"]))
+    assert keys.val_every_n_steps == 100 and "max_steps" in rest and "compile" not in rest
+    values = load("configs/pretrain/base.yaml", ["data.store=x", f"trainer.{override}"])
+    assert message(trainer_keys, values) == expected
+
+
 # ---- names and arguments
 
 

@@ -15,6 +15,7 @@ from pretrain3d.commands.settings import (
     check_arguments,
     intensity_of_transfer,
     of_plan,
+    trainer_keys,
     with_anchors,
     with_levels,
 )
@@ -72,6 +73,8 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> None:
         settings = intensity_of_transfer(settings)
     datamodule = build(DATA, {"name": "data", **settings["data"]}, "data", seed=settings["seed"])
     module = assemble(settings, datamodule, folder)
+    if trainer_keys(settings)[0].compile:
+        module.compile_networks()
     trainer = make_trainer(settings, folder)
     if trainer.is_global_zero:
         folder.open(asked)
@@ -194,11 +197,8 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:
     from pretrain3d.reporting.csv_logger import MetricsCSV
     from pretrain3d.reporting.wandb_logger import make_wandb_logger
 
-    node = dict(settings["trainer"])
+    own, node = trainer_keys(settings)
     accumulate = int(node.get("accumulate_grad_batches", 1))
-    val_every = int(node.pop("val_every_n_steps"))
-    checkpoint_every = int(node.pop("checkpoint_every_n_steps"))
-    probe_every = int(node.pop("probe_every_n_validations", 1))
     kind = settings["module"]["name"]
     monitor, mode = {"detection": ("val/mAP", "max"), "segmentation": ("val/dice", "max")}.get(
         kind, ("val/loss", "min")
@@ -207,13 +207,13 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:
     wandb_logger = make_wandb_logger((settings.get("logger") or {}).get("wandb"), folder.path, settings)
     if wandb_logger is not None:
         loggers.append(wandb_logger)
-    checkpoints = Checkpoints(folder.path, every_n_steps=checkpoint_every, monitor=monitor, mode=mode)
-    monitors = [] if kind == "detection" else [FeatureMonitor(probe_every)]
+    checkpoints = Checkpoints(folder.path, every_n_steps=own.checkpoint_every_n_steps, monitor=monitor, mode=mode)
+    monitors = [] if kind == "detection" else [FeatureMonitor(own.probe_every_n_validations)]
     return lightning.Trainer(
         **{"num_sanity_val_steps": 0, "enable_model_summary": False, **node},
         default_root_dir=folder.path,
         max_epochs=-1,
-        val_check_interval=val_every * accumulate,
+        val_check_interval=own.val_every_n_steps * accumulate,
         check_val_every_n_epoch=None,
         use_distributed_sampler=False,
         enable_checkpointing=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,44 @@ from pretrain3d.registry import check, checked_arguments, takes
 
 DATA = {"data": "pretrain3d.data.module:DataModule"}
 TRAINER = {"trainer": "lightning:Trainer"}
-OWN_TRAINER_KEYS = ("val_every_n_steps", "checkpoint_every_n_steps", "probe_every_n_validations")
+
+
+@dataclass(frozen=True)
+class TrainerKeys:
+    """The keys of `trainer` that are ours; all others are those of Lightning's Trainer.
+
+    Attributes:
+        val_every_n_steps: optimiser steps between validations.
+        checkpoint_every_n_steps: optimiser steps between checkpoints.
+        probe_every_n_validations: how often frozen features are probed for organs in pretraining; 0 never.
+        compile: the networks go through `torch.compile`.
+
+    Raises:
+        UserError: a number below what it may be.
+    """
+
+    val_every_n_steps: int
+    checkpoint_every_n_steps: int
+    probe_every_n_validations: int = 1
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        least = {"val_every_n_steps": 1, "checkpoint_every_n_steps": 1, "probe_every_n_validations": 0}
+        for key, bound in least.items():
+            if getattr(self, key) < bound:
+                raise UserError(f"trainer.{key} is {getattr(self, key)}; {bound} or more")
+
+
+def trainer_keys(settings: dict[str, Any]) -> tuple[TrainerKeys, dict[str, Any]]:
+    """Our keys of `trainer`, and the rest.
+
+    Raises:
+        UserError: one of ours is missing or of another type.
+    """
+    names = {field.name for field in fields(TrainerKeys)}
+    own = {key: value for key, value in settings["trainer"].items() if key in names}
+    rest = {key: value for key, value in settings["trainer"].items() if key not in names}
+    return TrainerKeys(**checked_arguments(TrainerKeys, own, "trainer")), rest
 
 
 def check_arguments(settings: dict[str, Any]) -> None:
@@ -52,7 +90,7 @@ def check_arguments(settings: dict[str, Any]) -> None:
         checked_arguments(StochasticAveraging, module["swa"], "module.swa")
     if module.get("views"):
         checked_arguments(ViewAugmentation, module["views"], "module.views")
-    known = {key: value for key, value in settings["trainer"].items() if key not in OWN_TRAINER_KEYS}
+    _, known = trainer_keys(settings)
     planned = [key for key in ("accumulate_grad_batches",) if known.get(key, 0) is None]
     check(TRAINER, {"name": "trainer", **known}, "trainer", given=tuple(planned))
 

@@ -71,6 +71,16 @@ class BaseModule(lightning.LightningModule):
         self._phase: int | None = None
         self._frozen: list[nn.Parameter] = []  # of the backbone, in a phase that freezes it
         self._pending: tuple[int, Tensor, list[str]] | None = None
+        self._compiled = False
+
+    def compile_networks(self) -> None:
+        """Lets `torch.compile` make kernels of both networks at the first training step; parameters keep their names.
+
+        Validation stays eager: its last tiles and batches have other shapes, and each shape would be compiled.
+        """
+        self._compiled = True
+        for network in self.networks.values():
+            network.compile(dynamic=False)  # shapes do not change; dynamic ones break strided 3D convolutions
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -183,6 +193,14 @@ class BaseModule(lightning.LightningModule):
         """Anything that draws from torch's global generator (stochastic depth, say) becomes a function of the step."""
         self._enter_phase(self.global_step)
         torch.manual_seed((int(self.note["seed"]) * 1_000_003 + batch["sample_index"][0]) % 2**63)
+
+    def on_validation_start(self) -> None:
+        if self._compiled:
+            torch.compiler.set_stance("force_eager")
+
+    def on_validation_end(self) -> None:
+        if self._compiled:
+            torch.compiler.set_stance("default")
 
     def finish_losses(self, losses: dict[str, Tensor], batch: dict[str, Any], stage: str) -> Tensor:
         """Logs every part of the loss; stops on a non-finite one, one step late so that no step waits for the device.
