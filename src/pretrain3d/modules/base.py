@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning
@@ -19,6 +22,30 @@ from pretrain3d.parallel import all_sum, world_size
 from pretrain3d.registry import build, checked_arguments
 
 NOTE = "pretrain3d"  # key of the checkpoint under which everything lies that `export`, `test` and `predict` need
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A training loss that nobody looked at yet, on its way to the host."""
+
+    step: int
+    loss: Tensor
+    copied: torch.cuda.Event | None
+    cases: tuple[str, ...]
+
+    @classmethod
+    def of(cls, step: int, loss: Tensor, cases: Sequence[str]) -> _Pending:
+        loss, copied = loss.detach(), None
+        if loss.is_cuda:
+            loss, copied = loss.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        return cls(step, loss, copied, tuple(cases))
+
+    def value(self) -> float:
+        """Waits for the copy alone, not for what the device was given to do since."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return float(self.loss)
 
 
 class BaseModule(lightning.LightningModule):
@@ -70,7 +97,7 @@ class BaseModule(lightning.LightningModule):
         self._timetable: Timetable | None = None
         self._phase: int | None = None
         self._frozen: list[nn.Parameter] = []  # of the backbone, in a phase that freezes it
-        self._pending: tuple[int, Tensor, list[str]] | None = None
+        self._pending: _Pending | None = None
         self._compiled = False
 
     def compile_networks(self) -> None:
@@ -211,7 +238,7 @@ class BaseModule(lightning.LightningModule):
         self.check_pending()
         total, size = losses["loss"], len(batch["case_ids"])
         if stage == "train":
-            self._pending = (self.global_step, total.detach(), list(batch["case_ids"]))
+            self._pending = _Pending.of(self.global_step, total, batch["case_ids"])
             losses = self._mean_over_processes(losses)
             self._log_rates()
         for key, value in losses.items():
@@ -247,12 +274,12 @@ class BaseModule(lightning.LightningModule):
         """Looks at the last training loss that was not looked at yet."""
         if self._pending is None:
             return
-        step, value, cases = self._pending
-        self._pending = None
-        if not torch.isfinite(value):
-            names = ", ".join(dict.fromkeys(cases))
+        pending, self._pending = self._pending, None
+        value = pending.value()
+        if not math.isfinite(value):
+            names = ", ".join(dict.fromkeys(pending.cases))
             raise UserError(
-                f"the training loss became {float(value)} at step {step} (cases {names}); "
+                f"the training loss became {value} at step {pending.step} (cases {names}); "
                 "look at these cases, lower module.optimizer.lr or set trainer.gradient_clip_val"
             )
 
