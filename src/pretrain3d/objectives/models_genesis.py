@@ -105,7 +105,7 @@ class ModelsGenesis(nn.Module):
             return low, high
         step = (image[0, 0].numel() // SAMPLED) | 1  # odd: even steps meet the same planes again and again
         values = image.flatten(2)[..., ::step].masked_fill(~inside.flatten(2)[..., ::step], float("nan"))
-        shares = torch.tensor(self.percentiles, device=image.device) / 100
+        shares = torch.stack([image.new_full((), percentile / 100) for percentile in self.percentiles])
         low, high = torch.nanquantile(values, shares, dim=2).nan_to_num()[..., None, None, None]  # (B, C, 1, 1, 1) each
         return low, torch.where(high > low, high, low + 1.0)  # a constant image becomes 0
 

@@ -100,7 +100,7 @@ class SimCLR(nn.Module):
         loss, top1 = nt_xent(first, second, self.temperature)
         with torch.no_grad():
             std = spread(embeddings.flatten(0, 1))
-        trivial = loss.new_tensor(math.log(2 * len(first) - 1))
+        trivial = loss.new_full((), math.log(2 * len(first) - 1))
         return {"loss": loss, "trivial": trivial, "top1": top1, "embedding_std": std}
 
     def after_step(self) -> None:

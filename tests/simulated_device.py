@@ -1,0 +1,269 @@
+"""A device that is none: tensors on ``sim`` are computed on the CPU, every wait of the host is recorded, and no
+operation may mix the two. What a GPU would be asked to do can so be seen without one.
+
+Recorded is what CUDA's sync debug mode reports: reading a value, operations whose output's size depends on values, and
+copies between host and device that block. A copy with ``non_blocking=True`` passes, as it does there. `torch.autocast`
+changes nothing on ``sim``, so all is float32.
+
+    python tests/simulated_device.py '[["fit", "--config", ...], ...]'
+
+runs these command lines of pretrain3d on it and prints, after all else, a line of JSON: exit status and waits of each.
+It takes a process of its own, because a backend cannot be unregistered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import lightning
+import torch
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+
+WARM = 2  # steps that are not watched
+aten = torch.ops.aten
+READS_VALUES = {
+    aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default,
+    aten.masked_select.default, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
+    aten.bincount.default, aten.linalg_inv_ex.default, aten.multinomial.default,
+}  # fmt: skip
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+
+
+class _Backend(backend_registration._DummyBackendModule):
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
+def register() -> torch.device:
+    """Makes ``torch.device("sim")`` known to this process."""
+    backend_registration._setup_privateuseone_for_python_backend("sim", backend_module=_Backend())
+    library = torch.library.Library("_", "IMPL")
+    library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    _KEPT.append(library)  # it is taken back when it is collected
+    torch.tensor, torch.as_tensor = _of_host(torch.tensor), _of_host(torch.as_tensor)
+    torch.Tensor.new_tensor = lambda self, data, **more: torch.tensor(  # type: ignore[method-assign]
+        data, **{"dtype": self.dtype, "device": self.device, **more}
+    )
+    to_list = Tensor.tolist
+    Tensor.tolist = lambda self: to_list(self.cpu() if isinstance(self, OnDevice) else self)  # type: ignore[method-assign]
+    torch.Generator = _generator  # type: ignore[misc, assignment]
+    return torch.device("sim:0")
+
+
+_KEPT: list[torch.library.Library] = []
+
+
+class OnDevice(Tensor):
+    """A tensor on ``sim``, whose numbers are in ``host``."""
+
+    host: Tensor
+
+    @staticmethod
+    def __new__(cls, host: Tensor) -> OnDevice:
+        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, host.size(), strides=host.stride(), storage_offset=host.storage_offset(), dtype=host.dtype,
+            layout=host.layout, device=torch.device("sim:0"),
+        )  # fmt: skip
+        made.host = host
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["host"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class Simulation(TorchDispatchMode):
+    """Within it, factories make tensors on ``sim`` too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class Watch:
+    """Records waits while it is on.
+
+    Attributes:
+        waits: ``"what @ file:line < ..."``, the innermost line of the package first.
+    """
+
+    on = False
+    waits: ClassVar[list[str]] = []
+
+    @classmethod
+    @contextlib.contextmanager
+    def during(cls, on: bool) -> Iterator[None]:
+        before, cls.on = cls.on, on
+        try:
+            yield
+        finally:
+            cls.on = before
+
+    @classmethod
+    def note(cls, what: str) -> None:
+        if cls.on:
+            frames = [frame for frame in traceback.extract_stack() if "/pretrain3d/" in frame.filename][::-1]
+            lines = [f"{frame.filename.rpartition('/pretrain3d/')[2]}:{frame.lineno}" for frame in frames[:3]]
+            cls.waits.append(f"{what} @ {' < '.join(lines)}")
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    here = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
+    asked = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
+    if not here and asked != "sim":
+        return func(*args, **kwargs)
+    to_device = asked == "sim" if asked is not None else True
+    if func in (aten._to_copy.default, aten.copy_.default):
+        _note_copy(func, args, kwargs, asked)
+    elif func in INDEXING:
+        _note_index(func, args)
+    elif func in READS_VALUES or (func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None):
+        Watch.note(str(func))
+    elif here and asked is None:
+        strangers = [t for t in tensors if not isinstance(t, OnDevice)]
+        if any(t.dim() > 0 or torch.Tag.pointwise not in func.tags for t in strangers):
+            raise RuntimeError(f"{func} mixes devices: {[(str(t.device), tuple(t.shape)) for t in tensors]}")
+    host_args, host_kwargs = tree_map(lambda leaf: leaf.host if isinstance(leaf, OnDevice) else leaf, (args, kwargs))
+    if "device" in host_kwargs:
+        host_kwargs = {**host_kwargs, "device": torch.device("cpu"), "pin_memory": False}
+    result = func(*host_args, **host_kwargs)
+    if to_device:
+        result = tree_map(lambda leaf: OnDevice(leaf) if isinstance(leaf, Tensor) else leaf, result)
+    return return_and_correct_aliasing(func, args, kwargs, result) if here and to_device else result
+
+
+def _note_copy(func: Any, args: Any, kwargs: dict[str, Any], asked: str | None) -> None:
+    if func is aten.copy_.default:
+        source, target, free = args[1].device.type, args[0].device.type, any(args[2:]) or kwargs.get("non_blocking")
+    else:
+        source, target, free = args[0].device.type, asked or args[0].device.type, kwargs.get("non_blocking")
+    if source != target and not free:
+        Watch.note(f"copy from {source} to {target}")
+
+
+def _note_index(func: Any, args: Any) -> None:
+    for index in args[1]:
+        if index is None:
+            continue
+        one_value = func is not aten.index.Tensor and args[2].numel() == 1  # is done by masked_fill
+        if index.dtype in (torch.bool, torch.uint8) and not one_value:
+            Watch.note(f"{func} by a mask")
+        elif not isinstance(index, OnDevice):
+            Watch.note(f"{func} by an index on the host")
+
+
+def _of_host(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        if device is None or torch.device(device).type != "sim":
+            return real(data, *args, **({} if device is None else {"device": device}), **kwargs)
+        if isinstance(data, OnDevice):
+            return data
+        Watch.note(f"torch.{real.__name__} on the device")
+        return OnDevice(real(data, *args, **kwargs))
+
+    return made
+
+
+_HostGenerator = torch.Generator
+
+
+class _DeviceGenerator(_HostGenerator):
+    @property
+    def device(self) -> torch.device:
+        return torch.device("sim:0")
+
+
+def _generator(device: Any = "cpu") -> torch.Generator:
+    return _HostGenerator() if torch.device(device).type == "cpu" else _DeviceGenerator()
+
+
+class _SimulatedAccelerator(Accelerator):
+    """What Lightning asks of one."""
+
+    def setup_device(self, device: torch.device) -> None: ...
+
+    def teardown(self) -> None: ...
+
+    def get_device_stats(self, device: Any) -> dict[str, Any]:
+        return {}
+
+    @staticmethod
+    def parse_devices(devices: Any) -> int:
+        return 1
+
+    @staticmethod
+    def get_parallel_devices(devices: Any) -> list[torch.device]:
+        return [torch.device("sim:0")]
+
+    @staticmethod
+    def auto_device_count() -> int:
+        return 1
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def name() -> str:
+        return "sim"
+
+
+def _watch_training(device: torch.device) -> None:
+    """Trainers train on the device; the steps after the first ones, and the augmentation of batches, are watched."""
+    from pretrain3d.data.module import DataModule
+    from pretrain3d.modules import base
+
+    trainer, step, look = lightning.Trainer, base.BaseModule.optimizer_step, base._Pending.value
+    augment = DataModule.on_after_batch_transfer
+
+    def train(**kwargs: Any) -> lightning.Trainer:
+        on_device = {"accelerator": _SimulatedAccelerator(), "strategy": SingleDeviceStrategy(device=device)}
+        return trainer(**{**kwargs, **on_device, "devices": 1, "precision": "32-true"})
+
+    def watched_step(self: Any, *args: Any, **kwargs: Any) -> None:
+        with Watch.during(self.global_step >= WARM):
+            step(self, *args, **kwargs)
+
+    def watched_augmentation(self: Any, batch: Any, index: int) -> Any:
+        with Watch.during(True):
+            return augment(self, batch, index)
+
+    def free_look(self: Any) -> float:  # on CUDA at a copy that was made a step ago
+        with Watch.during(False):
+            return look(self)
+
+    lightning.Trainer = train  # type: ignore[misc, assignment]
+    base.BaseModule.optimizer_step = watched_step  # type: ignore[method-assign]
+    base._Pending.value = free_look  # type: ignore[method-assign]
+    DataModule.on_after_batch_transfer = watched_augmentation  # type: ignore[method-assign]
+
+
+def main(lines: list[list[str]]) -> None:
+    """Runs command lines on the device."""
+    from pretrain3d.__main__ import main as pretrain3d
+
+    _watch_training(register())
+    results = []
+    for line in lines:
+        Watch.waits = []
+        with Simulation():
+            status = pretrain3d(line)
+        results.append({"status": status, "waits": sorted(set(Watch.waits))})
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
