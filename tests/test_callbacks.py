@@ -16,11 +16,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
 from pretrain3d.config import UserError
-from pretrain3d.reporting import callbacks, checkpoints
-from pretrain3d.reporting.callbacks import Pictures, Progress, Throughput, as_images
+from pretrain3d.reporting import callbacks, checkpoints, throughput
+from pretrain3d.reporting.callbacks import Pictures, Progress, as_images
 from pretrain3d.reporting.checkpoints import Checkpoints
 from pretrain3d.reporting.csv_logger import MetricsCSV
 from pretrain3d.reporting.results import read_rows
+from pretrain3d.reporting.throughput import Throughput
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 ACCUMULATE, STEPS, VALIDATE = 2, 12, 4
@@ -96,7 +97,7 @@ def fit(folder: Path, *extra: Callback, module=None, steps=STEPS, resume=False, 
 
 def state_of(folder):
     state = json.loads((folder / "state.json").read_text())
-    assert state.keys() == {"status", "step", "seconds"}
+    assert state.keys() == {"status", "step", "seconds", "device"}
     return state["status"], state["step"]
 
 
@@ -216,19 +217,41 @@ def test_pictures_share_the_window_of_the_first():
 def tick(monkeypatch):
     """Every look of the callbacks at the clock is a second later."""
     clock = count()
-    for watched in (callbacks, checkpoints):
+    for watched in (callbacks, checkpoints, throughput):
         monkeypatch.setattr(watched, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
 
 
 def test_throughput_counts_patches_and_remaining_time(tmp_path, monkeypatch):
     tick(monkeypatch)
-    fit(tmp_path, Throughput(), steps=4)
+    fit(tmp_path, Throughput(), steps=5)
     rows = {int(row["step"]): row for row in read_rows(tmp_path / "metrics.csv")}
-    assert "perf/patches_per_second" not in rows[1]  # the first step is warming up
+    assert all("perf/patches_per_second" not in rows[step] for step in (1, 2))  # warming up
     patches_per_step = 2 * ACCUMULATE
-    assert all(0 < float(rows[step]["perf/patches_per_second"]) <= patches_per_step for step in (2, 3, 4))
+    assert all(0 < float(rows[step]["perf/patches_per_second"]) <= patches_per_step for step in (3, 4, 5))
     assert float(rows[3]["perf/samples_seen"]) == 3 * patches_per_step
-    assert float(rows[2]["perf/seconds_left"]) > float(rows[4]["perf/seconds_left"]) == 0.0
+    assert float(rows[3]["perf/seconds_left"]) > float(rows[5]["perf/seconds_left"]) == 0.0
+    assert not {"perf/tflop_per_second", "perf/memory_gib", "perf/mfu"} & rows[4].keys()  # nothing is known of them
+
+
+@pytest.mark.parametrize(("gpu", "known"), [("NVIDIA H100 80GB HBM3", True), ("NVIDIA Something", False)])
+def test_throughput_says_what_is_used_of_a_gpu(tmp_path, monkeypatch, gpu, known):
+    tick(monkeypatch)
+    resets = []
+    monkeypatch.setattr(throughput, "_on_gpu", lambda trainer: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
+    module = Tiny()
+    module.flop_per_sample = 5e12
+    fit(tmp_path, Throughput(), module=module, steps=4)
+    rows = {int(row["step"]): row for row in read_rows(tmp_path / "metrics.csv")}
+    assert len(resets) == 1
+    assert float(rows[3]["perf/memory_gib"]) == 3.0
+    tflop = float(rows[3]["perf/tflop_per_second"])
+    assert tflop == pytest.approx(5 * float(rows[3]["perf/patches_per_second"]))
+    assert ("perf/mfu" in rows[3]) == known
+    if known:
+        assert float(rows[3]["perf/mfu"]) == pytest.approx(tflop / (989.4 / 2))  # full precision: TF32
 
 
 def test_progress_writes_lines_into_a_file(tmp_path, capsys):

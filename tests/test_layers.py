@@ -45,6 +45,7 @@ HELD = {
         "reporting/callbacks",
         "reporting/checkpoints",
         "reporting/csv_logger",
+        "reporting/throughput",
         "reporting/wandb_logger",
         "commands",
     ),

@@ -106,7 +106,9 @@ def test_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "  cases          2, of phantom, hash abc\n"
         "  backbone       name resenc_xs fingerprint f00d\n"
         "  seed           3\n"
-        "  cost           61 seconds, 1,500 steps, 6,000 samples\n"
+        "  steps          1,500\n"
+        "  samples        6,000\n"
+        "  training time  1 min 01 s\n"
         "  commit         1234 with changes\n"
     )
 

@@ -192,9 +192,10 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:
     import lightning
 
     from pretrain3d.modules.monitors import FeatureMonitor
-    from pretrain3d.reporting.callbacks import Pictures, Progress, Throughput
+    from pretrain3d.reporting.callbacks import Pictures, Progress
     from pretrain3d.reporting.checkpoints import Checkpoints
     from pretrain3d.reporting.csv_logger import MetricsCSV
+    from pretrain3d.reporting.throughput import Throughput
     from pretrain3d.reporting.wandb_logger import make_wandb_logger
 
     own, node = trainer_keys(settings)

@@ -165,13 +165,14 @@ def about_run(folder: RunFolder, settings: dict[str, Any], module: Any) -> dict[
     """``config, seed, cost, backbone`` of the result of a trained run; see `reporting.results.write_result`."""
     from pretrain3d.backbones.transfer import fingerprint
     from pretrain3d.commands.settings import of_plan
+    from pretrain3d.reporting.cost import cost_of
 
     planned, step, transfer = of_plan(settings), module.note["source"]["step"], module.note.get("transfer")
     batch = planned["data"]["batch_size"] * planned["trainer"]["accumulate_grad_batches"] * module.note["processes"]
     return {
         "config": settings,
         "seed": settings["seed"],
-        "cost": {"seconds": folder.state().get("seconds"), "steps": step, "samples": step * batch},
+        "cost": {**cost_of(folder), "steps": step, "samples": step * batch},
         "backbone": {
             "name": settings["backbone"]["name"],
             "fingerprint": fingerprint(module.best_networks()[0].state_dict()),

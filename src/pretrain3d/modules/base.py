@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from pretrain3d.config import UserError
 from pretrain3d.modules import FINETUNE
 from pretrain3d.modules.averaging import Average, StochasticAveraging
 from pretrain3d.modules.finetune import Timetable
+from pretrain3d.modules.flop import ModelFlop
 from pretrain3d.modules.optim import OPTIMIZERS, parameter_groups, schedule
 from pretrain3d.parallel import all_sum, world_size
 from pretrain3d.registry import build, checked_arguments
@@ -63,6 +65,9 @@ class BaseModule(lightning.LightningModule):
         finetune: ``{"name": a name in FINETUNE, ...}``, see `modules.finetune`; ``None``: the whole net from the start.
         swa: arguments of `StochasticAveraging`, ``None`` for none; once there is an average it stands where that of
             ``ema`` would.
+
+    Attributes:
+        flop_per_sample: model FLOP of a training step per sample, forward and backward; known after the first step.
     """
 
     def __init__(
@@ -99,11 +104,14 @@ class BaseModule(lightning.LightningModule):
         self._frozen: list[nn.Parameter] = []  # of the backbone, in a phase that freezes it
         self._pending: _Pending | None = None
         self._compiled = False
+        self._batch_size = 0
+        self.flop_per_sample: float | None = None
 
     def compile_networks(self) -> None:
-        """Lets `torch.compile` make kernels of both networks at the first training step; parameters keep their names.
+        """Lets `torch.compile` make kernels of both networks at the second training step; parameters keep their names.
 
-        Validation stays eager: its last tiles and batches have other shapes, and each shape would be compiled.
+        The first step is eager, so that its operations can be counted. Validation stays eager: its last tiles and
+        batches have other shapes, and each shape would be compiled.
         """
         self._compiled = True
         for network in self.networks.values():
@@ -211,7 +219,12 @@ class BaseModule(lightning.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The average follows every optimiser step, before any checkpoint of that step is written."""
-        super().optimizer_step(*args, **kwargs)
+        if self.flop_per_sample is None:
+            with self._eager(), ModelFlop() as counter:
+                super().optimizer_step(*args, **kwargs)
+            self.flop_per_sample = counter.flop / self._batch_size
+        else:
+            super().optimizer_step(*args, **kwargs)
         due = self.swa is None or self.swa.due(self.global_step + 1)  # Lightning counts this step when this returns
         if self.averaged is not None and due:
             self.averaged.update(self.networks)
@@ -219,7 +232,12 @@ class BaseModule(lightning.LightningModule):
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Anything that draws from torch's global generator (stochastic depth, say) becomes a function of the step."""
         self._enter_phase(self.global_step)
+        self._batch_size = len(batch["sample_index"])
         torch.manual_seed((int(self.note["seed"]) * 1_000_003 + batch["sample_index"][0]) % 2**63)
+
+    def _eager(self) -> AbstractContextManager[Any]:
+        """Within it nothing is compiled."""
+        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
 
     def on_validation_start(self) -> None:
         if self._compiled:

@@ -1,4 +1,4 @@
-"""What watches a run: pictures, speed, and a progress bar without epochs."""
+"""What shows how a run goes: pictures, and a progress bar without epochs."""
 
 from __future__ import annotations
 
@@ -64,49 +64,6 @@ def as_images(pictures: Mapping[str, Any]) -> dict[str, Image.Image]:
             array = np.round(np.nan_to_num(np.clip(array, 0.0, 1.0)) * 255).astype(np.uint8)
         images[name] = Image.fromarray(array)
     return images
-
-
-class Throughput(Callback):
-    """Logs ``perf/patches_per_second`` (training only, all processes), ``perf/seconds_left`` (everything) and
-    ``perf/samples_seen`` (since the start of the run, all processes).
-    """
-
-    def __init__(self) -> None:
-        self._first: tuple[float, int] | None = None  # time and step at the end of this session's first step
-        self._since = 0.0
-        self._paused = 0.0
-        self._patches = 0
-        self._step = -1
-
-    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
-        self._first, self._step = None, trainer.global_step
-        self._since, self._paused, self._patches = time.monotonic(), 0.0, 0
-
-    def on_validation_start(self, trainer: Trainer, pl_module: Module) -> None:
-        self._paused -= time.monotonic()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
-        self._paused += time.monotonic()
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._patches += len(batch["image"]) * trainer.world_size
-        step = trainer.global_step
-        if step == self._step:  # a micro batch of an unfinished step
-            return
-        self._step = step
-        now = time.monotonic()
-        if self._first is None:  # compilation and the workers' start are not speed
-            self._first = (now, step)
-            self._since, self._paused, self._patches = now, 0.0, 0
-        elif step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            seconds = max(now - self._since - self._paused, 1e-9)
-            pl_module.log("perf/patches_per_second", self._patches / seconds)
-            per_step = len(batch["image"]) * trainer.world_size * trainer.accumulate_grad_batches
-            pl_module.log("perf/samples_seen", float(step * per_step))
-            start, first_step = self._first
-            if trainer.max_steps >= 0:
-                pl_module.log("perf/seconds_left", (trainer.max_steps - step) * (now - start) / (step - first_step))
-            self._since, self._paused, self._patches = now, 0.0, 0
 
 
 class Progress(TQDMProgressBar):

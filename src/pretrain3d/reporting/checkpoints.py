@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from pretrain3d.config import UserError
 from pretrain3d.modules.base import BaseModule
 from pretrain3d.reporting.csv_logger import MetricsCSV
-from pretrain3d.reporting.results import write_json
+from pretrain3d.reporting.results import device_name, write_json
 
 Trainer = lightning.Trainer
 Module = lightning.LightningModule
@@ -30,7 +30,8 @@ class Checkpoints(Checkpoint):
     whatever was not over. A checkpoint is written every ``every_n_steps`` steps, after each validation and at the end.
 
     It takes the place of Lightning's own checkpoints: ``Trainer(enable_checkpointing=True)`` adds none beside it.
-    ``state.json`` is ``{"status": "running" | "finished", "step": n, "seconds": wall time of training up to there}``.
+    ``state.json`` is ``{"status": "running" | "finished", "step": n, "seconds": wall time of training up to there,
+    "device": its name}``.
 
     Args:
         folder: the run's folder.
@@ -52,6 +53,7 @@ class Checkpoints(Checkpoint):
         self.mode = mode
         self.best: float | None = None
         self.seconds = 0.0  # of earlier sessions up to the checkpoint, then up to the last checkpoint of this one
+        self._device: str | None = None
         self._clock: float | None = None  # the time at which `seconds` would have been 0
         self._best_is_new = False
         self._validated_step = -1
@@ -72,6 +74,7 @@ class Checkpoints(Checkpoint):
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in self.folder.glob("*.tmp"):
                 stale.unlink()
+            self._device = device_name(trainer.strategy.root_device)
             self._write_state("running", step)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
@@ -141,7 +144,8 @@ class Checkpoints(Checkpoint):
         self._saved_step = trainer.global_step
 
     def _write_state(self, status: str, step: int) -> None:
-        write_json(self.run_folder / "state.json", {"status": status, "step": step, "seconds": self.seconds})
+        state = {"status": status, "step": step, "seconds": self.seconds, "device": self._device}
+        write_json(self.run_folder / "state.json", state)
 
 
 def _end_of_step(loops: dict[str, Any], step: int, validated_step: int) -> None:

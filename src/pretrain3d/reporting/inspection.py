@@ -253,6 +253,7 @@ def _json(path: Path) -> list[str]:
 
 
 def _result(path: Path) -> list[str]:
+    from pretrain3d.reporting.cost import in_words
     from pretrain3d.reporting.results import read_result
 
     result = read_result(path)
@@ -268,7 +269,7 @@ def _result(path: Path) -> list[str]:
         ("cases", f"{len(result['cases'])}, of {data.get('name', 'unknown data')}, hash {data.get('hash', 'unknown')}"),
         ("backbone", " ".join(f"{key} {value}" for key, value in backbone.items())),
         ("seed", result["seed"]),
-        ("cost", ", ".join(f"{value:,.0f} {key}" for key, value in cost.items() if value is not None)),
+        *in_words(cost).items(),
         ("commit", f"{commit.get('hash', 'unknown')}{' with changes' if commit.get('dirty') else ''}"),
     ]
     return _lines(f"{path}: result of {result['run']}", rows)

@@ -9,11 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import UserError, read_yaml, to_yaml
+from pretrain3d.config import read_yaml, to_yaml
 from pretrain3d.files import write_text
 from pretrain3d.reporting import figures
+from pretrain3d.reporting.cost import cost_of, duration, in_words
 from pretrain3d.reporting.results import read_result, read_rows
-from pretrain3d.reporting.tables import CLASS_KEY, by_cases, describe_cases, is_reconstruction, make_tables
+from pretrain3d.reporting.run_folder import RunFolder
+from pretrain3d.reporting.tables import (
+    CLASS_KEY,
+    Table,
+    by_cases,
+    check_paths,
+    cost_table,
+    describe_cases,
+    is_reconstruction,
+    make_tables,
+)
 
 CASES = 4  # with pictures
 ORDER = ("original", "masked", "reconstructed")
@@ -54,6 +65,7 @@ class Run:
         result: of a tested detector, of a baseline, or of a tested reconstruction.
         config: resolved.
         rows: of ``metrics.csv``.
+        cost: of its training, see `reporting.cost`; empty for a baseline.
     """
 
     label: str
@@ -61,6 +73,7 @@ class Run:
     result: dict[str, Any] | None
     config: dict[str, Any]
     rows: list[dict[str, str]]
+    cost: dict[str, Any]
 
     def curve(self, key: str) -> figures.Curve:
         """Steps and values of a logged key; empty when it was not logged."""
@@ -94,14 +107,14 @@ def write_report(path: str | Path, runs: Sequence[str | Path], title: str = "Res
     Raises:
         UserError: a run is not there, or is a detector without a result.
     """
-    read = _read_runs(runs)
+    read = read_runs(runs)
     colours = figures.palette([run.label for run in read])
     tested = [run for run in read if run.result is not None and run.is_detection]
-    tables = make_tables([run.result for run in read if run.result is not None])
     sections = [
         (
             "Results",
-            "".join(f'<div class="wide">{table.as_html()}</div>' for table in tables) + _per_class(tested, colours),
+            "".join(f'<div class="wide">{table.as_html()}</div>' for table in tables_of(read))
+            + _per_class(tested, colours),
         ),
         ("Training", _training(read, colours)),
         ("Detection curves", _curves(tested, colours)),
@@ -122,7 +135,19 @@ def write_report(path: str | Path, runs: Sequence[str | Path], title: str = "Res
     )
 
 
-def _read_runs(paths: Sequence[str | Path]) -> list[Run]:
+def tables_of(runs: Sequence[Run]) -> list[Table]:
+    """The results of runs, and what their training cost."""
+    costs = cost_table({run.label: run.cost for run in runs})
+    return make_tables([run.result for run in runs if run.result is not None]) + ([] if costs is None else [costs])
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """What tables and reports need of run folders or ``result.json`` files.
+
+    Raises:
+        UserError: none is given, one is given twice, is not there, or is a detector without a result.
+    """
+    check_paths(paths)
     runs: list[Run] = []
     for path in map(Path, paths):
         folder = path if path.is_dir() else path.parent
@@ -131,9 +156,8 @@ def _read_runs(paths: Sequence[str | Path]) -> list[Run]:
         rows = read_rows(folder / "metrics.csv") if path.is_dir() and (folder / "metrics.csv").exists() else []
         name = result["run"] if result is not None else str(config.get("name") or folder.name)
         again = sum(re.sub(r" #\d+$", "", run.label) == name for run in runs)
-        runs.append(Run(f"{name} #{again + 1}" if again else name, folder, result, config, rows))
-    if not runs:
-        raise UserError("no run is given; a report takes run folders or result.json files")
+        cost = cost_of(RunFolder(folder)) if result is None else result.get("cost") or {}
+        runs.append(Run(f"{name} #{again + 1}" if again else name, folder, result, config, rows, cost))
     return runs
 
 
@@ -279,35 +303,22 @@ def _facts_of(run: Run) -> dict[str, str | None]:
     module = config.get("module") or {}
     what = (module.get("detector") or module.get("method") or {}).get("name") or config.get("baseline")
     backbone = (result.get("backbone") or {}) or {"name": (config.get("backbone") or {}).get("name")}
-    cost, data, machine = (result.get(key) or {} for key in ("cost", "data", "environment"))
-    commit = result.get("commit")
-    steps = cost.get("steps") or (int(run.rows[-1]["step"]) if run.rows else None)
+    data, machine = (result.get(key) or {} for key in ("data", "environment"))
+    commit, seconds = result.get("commit"), result.get("test_seconds")
     versions = [f"{name} {machine[name]}" for name in ("python", "torch", "lightning", "monai") if machine.get(name)]
     return {
         "method": what,
         "backbone": backbone.get("name"),
         "starts from": backbone.get("init"),
-        "steps": f"{steps:,}" if steps else None,
-        "training samples": f"{cost['samples']:,}" if cost.get("samples") else None,
-        "training time": duration(cost.get("seconds")),
-        "prediction time": duration(result.get("test_seconds")),
+        **in_words(run.cost),
+        "prediction time": None if seconds is None else duration(seconds),
         "seed": _text(result.get("seed", config.get("seed"))),
         "data": f"{data.get('name')} ({data.get('hash')})" if data else (config.get("data") or {}).get("store"),
         "licence of the data": data.get("licence"),
-        "machine": machine.get("gpu") or (f"{machine['cpu']}, {machine.get('cores')} cores" if machine else None),
+        "tested on": machine.get("gpu") or (f"{machine['cpu']}, {machine.get('cores')} cores" if machine else None),
         "software": ", ".join(versions) or None,
         "commit": f"{commit['hash'][:12]}{', with changes' if commit['dirty'] else ''}" if commit else None,
     }
-
-
-def duration(seconds: float | None) -> str | None:
-    """``"1 h 02 min"``, ``"3 min 20 s"`` or ``"4.5 s"``."""
-    if seconds is None:
-        return None
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _svg(figure: Any, caption: str) -> str:

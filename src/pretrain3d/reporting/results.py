@@ -77,7 +77,7 @@ def write_result(
         config: the resolved configuration.
         seed: of the run.
         data: ``{"hash", "name", "licence", "cases"}``.
-        cost: ``{"seconds", "steps", "samples"}``; None for a baseline that was not trained.
+        cost: see `reporting.cost.cost_of`; None for a baseline that was not trained.
         backbone: ``{"name", "fingerprint", "init"}``; None for a baseline.
         asked: what the result was made from; see `is_current`.
         test_seconds: wall time of prediction.
@@ -146,6 +146,13 @@ def environment() -> dict[str, Any]:
             versions[package] = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"python": platform.python_version(), **versions, "cpu": _cpu(), "cores": _cores(), "gpu": gpu}
+
+
+def device_name(device: Any) -> str:
+    """Of a `torch.device`: the GPU, or the processor of this machine."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
 
 
 def commit() -> dict[str, Any] | None:

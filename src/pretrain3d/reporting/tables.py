@@ -12,6 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from pretrain3d.config import UserError
+from pretrain3d.reporting.cost import in_words
 from pretrain3d.reporting.results import read_result
 
 KEYS = ("mAP", "AP@0.10", "AP@0.50", "FROC@0.10")
@@ -61,13 +62,18 @@ def read_results(paths: Sequence[str | Path]) -> list[Result]:
     Raises:
         UserError: none is given, one is given twice, or one is no result.
     """
+    check_paths(paths)
+    return [read_result(path) for path in paths]
+
+
+def check_paths(paths: Sequence[str | Path]) -> None:
+    """Raises UserError when no run folder or result file is given, or one twice."""
     if not paths:
-        raise UserError("no run is given; a table takes run folders or result.json files")
+        raise UserError("no run is given; expected run folders or result.json files")
     files = [Path(path) / "result.json" if Path(path).is_dir() else Path(path) for path in paths]
     for index, file in enumerate(files):
         if file.resolve() in [other.resolve() for other in files[:index]]:
             raise UserError(f"{paths[index]} is given twice")
-    return [read_result(path) for path in paths]
 
 
 def make_tables(results: Sequence[Result]) -> list[Table]:
@@ -88,6 +94,18 @@ def make_tables(results: Sequence[Result]) -> list[Table]:
         tables.append(Table(f"{CLASS_KEY} per class, {about}", ["run", *classes], body))
     reconstructed = by_cases([result for result in results if is_reconstruction(result)])
     return tables + [_reconstruction_table(same_cases) for same_cases in reconstructed.values()]
+
+
+def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table | None:
+    """What the training of each run cost, by the name of its row; None where nothing was trained.
+
+    Args:
+        costs: see `reporting.cost.cost_of`; empty for a baseline, which gets no row.
+    """
+    rows = {name: in_words(cost) for name, cost in costs.items() if cost}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    body = [[name, *(row.get(column, "–") for column in columns)] for name, row in rows.items()]
+    return Table("training", ["run", *columns], body) if rows else None
 
 
 def is_reconstruction(result: Result) -> bool:
