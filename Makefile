@@ -4,7 +4,7 @@
 #   TORCH=system        the torch that PYTHON already has (GPU images); otherwise the one of constraints.txt
 #   VENV=folder         another place for the environment
 #   SCALE=long          a longer demo, with a result of its own
-#   DATA=folder         the OpenKBP collection, for `make openkbp`
+#   DATA=folder         the OpenKBP collection, for `make openkbp` and `make study` (SCALE=gpu, SEED=1)
 #
 # pip reads its own settings: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the small torch without CUDA.
 
@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed-$(TORCH)
 WORKERS ?= 2
 SYSTEM_SITES = import sys, sysconfig; print(sysconfig.get_path("purelib")) if sys.prefix != sys.base_prefix else None
 
-.PHONY: help setup demo test test-all check format openkbp data-named bench clean
+.PHONY: help setup demo test test-all check format openkbp study data-named bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -49,8 +49,11 @@ demo: setup  ## the whole way on embedded data: table and report in runs/demo
 openkbp: data-named setup  ## the same on real CTs: make openkbp DATA=<folder>
 	$(PY) experiments/run.py experiments/openkbp.yaml data="$(DATA)"
 
+study: data-named setup  ## every pretraining method, and a detector from each, on real CTs: make study DATA=<folder>
+	$(PY) experiments/run.py experiments/study.yaml data="$(DATA)" $(if $(SCALE),scale=$(SCALE)) $(if $(SEED),seed=$(SEED))
+
 data-named:
-	@test -n "$(DATA)" || { echo "make openkbp needs DATA=<folder of the OpenKBP collection>" >&2; exit 2; }
+	@test -n "$(DATA)" || { echo "make $(MAKECMDGOALS) needs DATA=<folder of the OpenKBP collection>" >&2; exit 2; }
 
 test: setup  ## the fast tests
 	$(PY) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile

@@ -3,7 +3,8 @@
     python experiments/run.py experiments/demo.yaml [scale=long] [key=value ...]
 
 A stage is a pretrain3d command line. `{key}` in it is replaced by a value of the file's `values`, of the chosen entry
-of `scales`, or of the command line, in rising order.
+of `scales`, or of the command line, in rising order. A stage with `each: LIST` runs once for every entry of that list
+of `lists`, with `{entry}` its name and `{options}` what it holds; elsewhere a word with `{LIST}` becomes one per entry.
 """
 
 from __future__ import annotations
@@ -34,9 +35,26 @@ def read(path: Path, options: dict[str, str]) -> list[tuple[str, list[str]]]:
     missing = [key for key, value in values.items() if value is None]
     if missing:
         sys.exit(f"{path} needs {missing[0]}=...")
-    for _ in range(2):  # values may mention values
+    for _ in range(3):  # values may mention values
         values = {key: value.format(**values) if isinstance(value, str) else value for key, value in values.items()}
-    return [(stage["name"], stage["run"].format(**values).split()) for stage in experiment["stages"]]
+    lists = {
+        name: {entry: text.format(**values) for entry, text in entries.items()}
+        for name, entries in (experiment.get("lists") or {}).items()
+    }
+    lines = []
+    for stage in experiment["stages"]:
+        entries = lists[stage["each"]] if "each" in stage else {"": ""}
+        for entry, text in entries.items():
+            known = {**values, "entry": entry, "options": text}
+            words = [word for word in stage["run"].split() for word in _one_per_entry(word, lists)]
+            line = [part for word in words for part in word.format(**known).split()]
+            lines.append((stage["name"].format(**known), line))
+    return lines
+
+
+def _one_per_entry(word: str, lists: dict[str, dict[str, str]]) -> list[str]:
+    named = [name for name in lists if f"{{{name}}}" in word]
+    return [word.replace(f"{{{named[0]}}}", entry) for entry in lists[named[0]]] if named else [word]
 
 
 def main(arguments: list[str]) -> int:

@@ -103,7 +103,7 @@ def test_a_run_counts_its_own_operations(phantom_store: Path, tmp_path: Path) ->
     for batch in (2, 4):
         assert main([*common, f"name=b{batch}", f"data.batch_size={batch}"]) == 0
     costs = [cost_of(RunFolder(tmp_path / name)) for name in ("b2", "b4")]
-    assert costs[0]["tflop_per_sample"] == pytest.approx(costs[1]["tflop_per_sample"], rel=1e-9)
+    assert costs[0]["tflop_per_sample"] == pytest.approx(costs[1]["tflop_per_sample"], rel=1e-6)  # logged in float32
     assert [cost["samples"] for cost in costs] == [6, 12]
     assert costs[0]["device"] and costs[0]["memory_gib"] is None
     assert len([row for row in read_rows(tmp_path / "b2" / "metrics.csv") if "perf/tflop_per_second" in row]) == 1

@@ -89,6 +89,16 @@ def test_finished_run_is_left_alone_and_another_config_is_refused(
     assert json.loads((runs / "mae" / "state.json").read_text())["step"] == 3
 
 
+def test_a_run_that_never_began_can_be_corrected(
+    phantom_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["fit", "--config", "configs/pretrain/phantom_mae.yaml", "name=mae", f"out={tmp_path}",
+            f"data.store={phantom_store}", *TINY]  # fmt: skip
+    assert main([*line, "module.warmup_steps=1000"]) == 2
+    assert "module.warmup_steps is 1000" in capsys.readouterr().err
+    assert main(line) == 0
+
+
 def test_mistakes_cost_one_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "configs/detect/phantom.yaml", "data.store=nowhere/store"]) == 2
     assert main(["test", str(runs / "absent")]) == 2

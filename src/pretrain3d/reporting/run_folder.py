@@ -64,10 +64,12 @@ class RunFolder:
     def start_of(self, settings: dict[str, Any]) -> str:
         """What `fit` with this config does here: ``fresh``, ``resume`` or ``finished``.
 
+        A run that ended before its first checkpoint left nothing to go on from, whatever its config was.
+
         Raises:
             UserError: the folder belongs to another config, or `max_steps` would shrink.
         """
-        if not (self.path / "config.yaml").is_file():
+        if not (self.path / "config.yaml").is_file() or not self.last.is_file():
             return "fresh"
         old = _flat(self.config())
         new = _flat(settings)
@@ -85,7 +87,7 @@ class RunFolder:
                 )
             if new[steps] == state["step"]:
                 return "finished"
-        return "resume" if self.last.is_file() else "fresh"
+        return "resume"
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""Experiment files: every stage is a command line that pretrain3d takes, at every scale."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pretrain3d.__main__ import COMMANDS
+from pretrain3d.commands.settings import check_arguments
+from pretrain3d.config import load
+from pretrain3d.objectives import PRETRAINING
+from pretrain3d.registry import check_names
+
+EXPERIMENTS = sorted(Path("experiments").glob("*.yaml"))
+
+
+def runner() -> Any:
+    spec = importlib.util.spec_from_file_location("run", "experiments/run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def scales(path: Path) -> list[str]:
+    return list(yaml.safe_load(path.read_text()).get("scales") or {"": None})
+
+
+@pytest.mark.parametrize(("path", "scale"), [(path, scale) for path in EXPERIMENTS for scale in scales(path)])
+def test_every_stage_is_a_command_with_a_config_that_holds(path: Path, scale: str) -> None:
+    options = {"scale": scale} if scale else {}
+    if "data" in yaml.safe_load(path.read_text())["values"]:
+        options["data"] = "DATA"
+    lines = runner().read(path, options)
+    assert len({name for name, _ in lines}) == len(lines)
+    runs = set()
+    for name, (command, *words) in lines:
+        assert command in COMMANDS and not [word for word in words if "{" in word], name
+        if command == "fit":
+            settings = load(words[words.index("--config") + 1], words[2:])
+            check_names(settings)
+            check_arguments(settings)
+            source = settings["transfer"]["path"]
+            assert source is None or source in runs
+            runs.add(f"{settings['out']}/{settings['name']}")
+        elif command == "export":
+            assert words[0] in runs
+            runs.add(words[1].removeprefix("out="))
+        elif command in ("table", "compare"):
+            assert {word for word in words if "=" not in word} <= runs
+        elif command == "test":
+            runs.update([words[0]] if words[0] in runs else [words[2].removeprefix("out=")])
+
+
+def test_the_study_runs_every_method() -> None:
+    lines = [line for _, line in runner().read(Path("experiments/study.yaml"), {"data": "DATA"}) if line[0] == "fit"]
+    settings = [load(line[2], line[3:]) for line in lines]
+    methods = [one["module"]["method"]["name"] for one in settings if one["module"]["name"] != "detection"]
+    assert set(methods) == set(PRETRAINING)
+    assert sum(one["module"]["name"] == "detection" for one in settings) == len(methods) + 2  # from scratch
+
+
+def test_a_list_becomes_stages_and_words(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "values: {out: runs, a: 1}\nlists:\n  names: {x: 'n={a}', y: ''}\nstages:\n"
+        "- {name: 'do {entry}', each: names, run: 'fit {out}/{entry} {options}'}\n"
+        "- {name: all, run: 'table {out}/{names}-s0 out={out}'}\n"
+    )
+    assert runner().read(path, {"a": "2"}) == [
+        ("do x", ["fit", "runs/x", "n=2"]), ("do y", ["fit", "runs/y"]),
+        ("all", ["table", "runs/x-s0", "runs/y-s0", "out=runs"]),
+    ]  # fmt: skip
