@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
             print(f"{name} ended with status {status} after {took[-1][1]:.0f} s", file=sys.stderr)
             return status
     print("\n" + "\n".join(f"{name:<28}{seconds:8.1f} s" for name, seconds in took))
-    print(f"{"all":<28}{sum(seconds for _, seconds in took):8.1f} s")
+    print(f"{'all':<28}{sum(seconds for _, seconds in took):8.1f} s")
     return 0
 
 
