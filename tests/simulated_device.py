@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import lightning
 import torch
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils import backend_registration
@@ -221,41 +222,49 @@ class _SimulatedAccelerator(Accelerator):
         return "sim"
 
 
-def _watch_training(device: torch.device) -> None:
-    """Trainers train on the device; the steps after the first ones, and the augmentation of batches, are watched."""
-    from pretrain3d.data.module import DataModule
-    from pretrain3d.modules import base
+class _Watching(Callback):
+    """Everything from the end of the first steps to the first validation: batches, steps, callbacks, loggers."""
 
-    trainer, step, look = lightning.Trainer, base.BaseModule.optimizer_step, base._Pending.value
-    augment = DataModule.on_after_batch_transfer
+    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        Watch.on = trainer.global_step >= WARM
+
+    def on_validation_start(self, *_: Any) -> None:
+        Watch.on = False
+
+    def on_exception(self, *_: Any) -> None:
+        Watch.on = False
+
+
+def _unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with Watch.during(False):
+            return function(*args, **kwargs)
+
+    return called
+
+
+def _train_on(device: torch.device) -> None:
+    """Every trainer trains on the device from now on, and is watched."""
+    from pretrain3d.modules import base
+    from pretrain3d.reporting.callbacks import Progress
+
+    trainer = lightning.Trainer
 
     def train(**kwargs: Any) -> lightning.Trainer:
         on_device = {"accelerator": _SimulatedAccelerator(), "strategy": SingleDeviceStrategy(device=device)}
-        return trainer(**{**kwargs, **on_device, "devices": 1, "precision": "32-true"})
-
-    def watched_step(self: Any, *args: Any, **kwargs: Any) -> None:
-        with Watch.during(self.global_step >= WARM):
-            step(self, *args, **kwargs)
-
-    def watched_augmentation(self: Any, batch: Any, index: int) -> Any:
-        with Watch.during(True):
-            return augment(self, batch, index)
-
-    def free_look(self: Any) -> float:  # on CUDA at a copy that was made a step ago
-        with Watch.during(False):
-            return look(self)
+        callbacks = [*kwargs["callbacks"], _Watching()]
+        return trainer(**{**kwargs, **on_device, "devices": 1, "precision": "32-true", "callbacks": callbacks})
 
     lightning.Trainer = train  # type: ignore[misc, assignment]
-    base.BaseModule.optimizer_step = watched_step  # type: ignore[method-assign]
-    base._Pending.value = free_look  # type: ignore[method-assign]
-    DataModule.on_after_batch_transfer = watched_augmentation  # type: ignore[method-assign]
+    base._Pending.value = _unwatched(base._Pending.value)  # type: ignore[method-assign]  # a copy that was made a step ago
+    Progress.get_metrics = _unwatched(Progress.get_metrics)  # type: ignore[method-assign]  # twenty times in a run
 
 
 def main(lines: list[list[str]]) -> None:
     """Runs command lines on the device."""
     from pretrain3d.__main__ import main as pretrain3d
 
-    _watch_training(register())
+    _train_on(register())
     results = []
     for line in lines:
         Watch.waits = []

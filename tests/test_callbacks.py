@@ -74,12 +74,13 @@ class Tiny(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def fit(folder: Path, *extra: Callback, module=None, steps=STEPS, resume=False, every=3, monitor="val/mAP"):
+def fit(folder: Path, *extra: Callback, module=None, steps=STEPS, resume=False, every=3, monitor="val/mAP",
+        log_every=1):  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     module = module or Tiny()
     trainer = lightning.Trainer(
         max_steps=steps, max_epochs=-1, val_check_interval=VALIDATE * ACCUMULATE, check_val_every_n_epoch=None,
-        accumulate_grad_batches=ACCUMULATE, log_every_n_steps=1, accelerator="cpu",
+        accumulate_grad_batches=ACCUMULATE, log_every_n_steps=log_every, accelerator="cpu",
         num_sanity_val_steps=1, enable_model_summary=False, 
         enable_progress_bar=any(isinstance(c, Progress) for c in extra),
         logger=[MetricsCSV(folder)], callbacks=[Checkpoints(folder, every, monitor), *extra],
@@ -273,6 +274,19 @@ def test_progress_bar_counts_steps_of_the_whole_run(tmp_path, monkeypatch):
     bar._terminal, bar._refresh_rate = True, 1
     fit(tmp_path, bar, Spy(), resume=True)
     assert seen[-1] == (12, 12, 12) and {total for _, _, total in seen} == {12}
+
+
+def test_progress_bar_looks_at_the_loss_only_where_it_is_logged(tmp_path, monkeypatch):
+    seen, real = [], Progress.get_metrics
+    monkeypatch.setattr(
+        Progress,
+        "get_metrics",
+        lambda self, trainer, module: seen.append(trainer.global_step) or real(self, trainer, module),
+    )
+    bar = Progress()
+    bar._terminal, bar._refresh_rate = True, 1
+    fit(tmp_path, bar, steps=8, log_every=3, module=Tiny())
+    assert set(seen) - {0, 4, 8} == {3, 6}  # Lightning shows a validation's numbers at 4 and 8
 
 
 def test_training_time_adds_up_over_sessions(tmp_path, monkeypatch):

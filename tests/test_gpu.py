@@ -15,6 +15,8 @@ from pretrain3d.__main__ import main
 from pretrain3d.backbones.resenc import ResEnc
 from pretrain3d.detection.retina import RetinaUNet
 from pretrain3d.modules.base import BaseModule
+from pretrain3d.reporting.cost import cost_of
+from pretrain3d.reporting.run_folder import RunFolder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STEPS, WARM = 8, 4
@@ -67,6 +69,9 @@ def test_no_step_of_retina_unet_waits(phantom_store: Path, tmp_path: Path, no_wa
 def test_bf16_trains(config: str, phantom_store: Path, tmp_path: Path) -> None:
     losses = fit(config, phantom_store, tmp_path, "trainer.log_every_n_steps=1")
     assert len(losses) == STEPS and all(math.isfinite(loss) for loss in losses)
+    cost = cost_of(RunFolder(tmp_path / "run"))
+    assert cost["memory_gib"] > 0 and cost["samples_per_second"] > 0 and cost["tflop_per_sample"] > 0
+    assert cost["device"] == torch.cuda.get_device_name()
 
 
 @pytest.mark.slow

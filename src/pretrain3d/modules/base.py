@@ -267,7 +267,7 @@ class BaseModule(lightning.LightningModule):
                 on_epoch=stage != "train",
                 sync_dist=stage != "train",
                 batch_size=size,
-                prog_bar=key == "loss",
+                prog_bar=stage != "train" and key == "loss",  # Lightning waits for what its bar shows in every step
             )
         return total
 

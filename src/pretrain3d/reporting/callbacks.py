@@ -102,8 +102,9 @@ class Progress(TQDMProgressBar):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         bar, step = self.train_progress_bar, trainer.global_step
         if bar.n != step and not bar.disable:
-            bar.n = step
-            bar.set_postfix(self.get_metrics(trainer, pl_module))
+            if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # otherwise every step waited for it
+                bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+            bar.update(step - bar.n)
         elif not self._terminal and self._line_of(trainer) != self._last_line:
             self._last_line = self._line_of(trainer)
             if trainer.is_global_zero:
@@ -113,7 +114,8 @@ class Progress(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: Module) -> dict[str, int | str | float | dict[str, float]]:
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
-        return items
+        loss = trainer.callback_metrics.get("train/loss")
+        return items if loss is None else {"train/loss": float(loss), **items}
 
     def _line_of(self, trainer: Trainer) -> int:
         return trainer.global_step * self.lines // max(trainer.max_steps, 1)
