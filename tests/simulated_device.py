@@ -3,7 +3,7 @@ operation may mix the two. What a GPU would be asked to do can so be seen withou
 
 Recorded is what CUDA's sync debug mode reports: reading a value, operations whose output's size depends on values, and
 copies between host and device that block. A copy with ``non_blocking=True`` passes, as it does there. `torch.autocast`
-changes nothing on ``sim``, so all is float32.
+has CUDA's lists of operations, so types meet on ``sim`` as they do there.
 
     python tests/simulated_device.py '[["fit", "--config", ...], ...]'
 
@@ -24,6 +24,7 @@ import lightning
 import torch
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils import backend_registration
@@ -48,9 +49,7 @@ class _Backend(backend_registration._DummyBackendModule):
 def register() -> torch.device:
     """Makes ``torch.device("sim")`` known to this process."""
     backend_registration._setup_privateuseone_for_python_backend("sim", backend_module=_Backend())
-    library = torch.library.Library("_", "IMPL")
-    library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    _KEPT.append(library)  # it is taken back when it is collected
+    _register_autocast()
     torch.tensor, torch.as_tensor = _of_host(torch.tensor), _of_host(torch.as_tensor)
     torch.Tensor.new_tensor = lambda self, data, **more: torch.tensor(  # type: ignore[method-assign]
         data, **{"dtype": self.dtype, "device": self.device, **more}
@@ -61,7 +60,62 @@ def register() -> torch.device:
     return torch.device("sim:0")
 
 
-_KEPT: list[torch.library.Library] = []
+# PyTorch's aten/src/ATen/autocast_mode.h, as far as it is of use here
+LOWER = """
+conv1d conv2d conv3d conv_transpose2d.input conv_transpose3d.input convolution prelu addmm addmv addr matmul einsum mm
+mv linear addbmm baddbmm bmm scaled_dot_product_attention
+"""
+FULL = """
+acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow.Tensor_Scalar pow.Tensor_Tensor
+pow.Scalar softplus layer_norm native_layer_norm group_norm cosine_similarity nll_loss kl_div l1_loss smooth_l1_loss
+huber_loss mse_loss binary_cross_entropy_with_logits dist cdist logsumexp upsample_nearest3d.vec
+upsample_trilinear3d.vec prod prod.dim_int softmax.int
+log_softmax.int cumprod cumsum linalg_vector_norm sum sum.dim_IntList norm.Scalar
+norm.ScalarOpt_dim
+"""
+WIDEST = "addcdiv addcmul atan2 cross dot grid_sampler index_put scatter_add tensordot"
+AUTOCAST = "AutocastPrivateUse1"
+_KEPT: list[torch.library.Library] = []  # they are taken back when they are collected
+
+
+def _register_autocast() -> None:
+    rest = torch.library.Library("_", "IMPL")
+    rest.fallback(torch.library.fallthrough_kernel, AUTOCAST)
+    listed = torch.library.Library("aten", "IMPL")
+    _KEPT.extend([rest, listed])
+    for names, type_of in ((LOWER, _lower), (FULL, _full), (WIDEST, _widest)):
+        for name in names.split():
+            packet, _, overload = name.partition(".")
+            listed.impl(name, _casting(getattr(getattr(aten, packet), overload or "default"), type_of), AUTOCAST)
+
+
+def _casting(op: Any, type_of: Callable[[list[torch.dtype]], torch.dtype]) -> Callable[..., Any]:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+    def castable(leaf: Any) -> bool:
+        return isinstance(leaf, OnDevice) and leaf.is_floating_point() and leaf.dtype != torch.float64
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            types = [leaf.dtype for leaf in tree_leaves((args, kwargs)) if castable(leaf)]
+            if types:
+                wanted = type_of(types)
+                args, kwargs = tree_map(lambda leaf: leaf.to(wanted) if castable(leaf) else leaf, (args, kwargs))
+            return op(*args, **kwargs)
+
+    return kernel
+
+
+def _lower(types: list[torch.dtype]) -> torch.dtype:
+    return torch.get_autocast_dtype("sim")
+
+
+def _full(types: list[torch.dtype]) -> torch.dtype:
+    return torch.float32
+
+
+def _widest(types: list[torch.dtype]) -> torch.dtype:
+    return torch.float32 if torch.float32 in types else types[0]
 
 
 class OnDevice(Tensor):
@@ -140,10 +194,25 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     host_args, host_kwargs = tree_map(lambda leaf: leaf.host if isinstance(leaf, OnDevice) else leaf, (args, kwargs))
     if "device" in host_kwargs:
         host_kwargs = {**host_kwargs, "device": torch.device("cpu"), "pin_memory": False}
-    result = func(*host_args, **host_kwargs)
+    result = _on_host(func, host_args, host_kwargs)
     if to_device:
         result = tree_map(lambda leaf: OnDevice(leaf) if isinstance(leaf, Tensor) else leaf, result)
     return return_and_correct_aliasing(func, args, kwargs, result) if here and to_device else result
+
+
+def _on_host(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The CPU lacks some operations in bf16 that GPUs have: they are done in float32 and rounded."""
+
+    def change(found: torch.dtype, wanted: torch.dtype, values: Any) -> Any:
+        return tree_map(lambda v: v.to(wanted) if isinstance(v, Tensor) and v.dtype == found else v, values)
+
+    try:
+        return func(*args, **kwargs)
+    except NotImplementedError as error:
+        if "not implemented for 'BFloat16'" not in str(error):
+            raise
+        args, kwargs = change(torch.bfloat16, torch.float32, (args, kwargs))
+        return change(torch.float32, torch.bfloat16, func(*args, **kwargs))
 
 
 def _note_copy(func: Any, args: Any, kwargs: dict[str, Any], asked: str | None) -> None:
@@ -253,7 +322,8 @@ def _train_on(device: torch.device) -> None:
     def train(**kwargs: Any) -> lightning.Trainer:
         on_device = {"accelerator": _SimulatedAccelerator(), "strategy": SingleDeviceStrategy(device=device)}
         callbacks = [*kwargs["callbacks"], _Watching()]
-        return trainer(**{**kwargs, **on_device, "devices": 1, "precision": "32-true", "callbacks": callbacks})
+        precision = {"plugins": MixedPrecision("bf16-mixed", device="sim"), "precision": None}
+        return trainer(**{**kwargs, **on_device, **precision, "devices": 1, "callbacks": callbacks})
 
     lightning.Trainer = train  # type: ignore[misc, assignment]
     base._Pending.value = _unwatched(base._Pending.value)  # type: ignore[method-assign]  # a copy that was made a step ago

@@ -44,6 +44,12 @@ with Simulation(), Watch.during(True):
     z = torch.zeros(6, device=device)
     z[flags] = 1.0
     assert not Watch.waits and z.host.tolist() == [0, 0, 0, 1, 1, 1]
+    with torch.autocast("sim", torch.bfloat16):
+        product = x.view(2, 3) @ x.view(3, 2)
+        assert product.dtype == torch.bfloat16 and (product * 2).dtype == torch.bfloat16
+        assert product.softmax(0).dtype == product.exp().dtype == product.sum().dtype == torch.float32
+        with torch.autocast("sim", enabled=False):
+            assert (x.view(2, 3) @ x.view(3, 2)).dtype == torch.float32
     try:
         x + torch.zeros(6)
     except RuntimeError as error:
