@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,17 @@ from pretrain3d.backbones import BACKBONES
 from pretrain3d.commands.settings import of_plan, with_levels
 from pretrain3d.config import UserError
 from pretrain3d.detection.retina import RetinaUNet
+from pretrain3d.planning import memory
 from pretrain3d.planning.anchors import plan_levels, relative_strides
-from pretrain3d.planning.memory import GIB, Footprint, footprint, is_out_of_memory, out_of_memory_advice, usable_bytes
+from pretrain3d.planning.memory import (
+    GIB,
+    Footprint,
+    footprint,
+    is_out_of_memory,
+    measure_step,
+    out_of_memory_advice,
+    usable_bytes,
+)
 from pretrain3d.planning.patch import plan_patch
 from pretrain3d.planning.plan import make_plan, write_plan
 from pretrain3d.registry import build
@@ -72,27 +83,50 @@ def test_the_estimate_is_that_of_a_real_step() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_estimate_is_that_of_a_gpu() -> None:
-    need = footprint("resenc_s")
-    torch.cuda.reset_peak_memory_stats()
-    backbone = build(BACKBONES, {"name": "resenc_s"}, "backbone", in_channels=1).cuda()
-    detector = RetinaUNet(backbone.levels, 1, {"sizes": [[4.0, 8.0, 16.0]] * 3}).cuda()
-    optimizer = torch.optim.AdamW([*backbone.parameters(), *detector.parameters()])
-    size, count = 128, 2
-    batch = {
-        "image": torch.randn(count, 1, size, size, size).cuda(), "labels": torch.zeros(count, 1).long().cuda(),
-        "boxes": torch.tensor([[4.0, 4, 4, 12, 12, 12]]).expand(count, 1, 6).cuda(),
-        "valid": torch.ones(count, 1).bool().cuda(), "mask": torch.zeros(count, size, size, size).byte().cuda(),
-    }  # fmt: skip
-    for _ in range(3):
-        with torch.autocast("cuda", torch.bfloat16):
-            outputs = detector(backbone(batch["image"]), (size,) * 3)
-        detector.loss(outputs, batch)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    weights = 4 * sum(p.numel() for net in (backbone, detector) for p in net.parameters())
-    estimate = need.bytes((size,) * 3, count) - weights  # no averaged weights here
-    assert torch.cuda.max_memory_allocated() == pytest.approx(estimate, rel=0.25)
-    assert torch.cuda.max_memory_reserved() < 1.15 * 1.25 * estimate
+    need, size, count = footprint("resenc_s"), (128, 128, 128), 2
+    measured = measure_step("resenc_s", "retina_unet", size, count, torch.device("cuda"))
+    assert measured == pytest.approx(need.bytes(size, count), rel=0.25)
+    assert torch.cuda.max_memory_reserved() < 1.15 * 1.25 * need.bytes(size, count)
+
+
+@pytest.mark.parametrize(("detector", "off"), [("retina_unet", 0.25), ("deformable_detr", 0.4)])
+def test_a_measured_step_is_about_the_estimate(detector: str, off: float) -> None:
+    size, count = (48, 48, 48), 2
+    measured = measure_step("resenc_xxs", detector, size, count, torch.device("cpu"))
+    assert measured == pytest.approx(footprint("resenc_xxs", detector).bytes(size, count), rel=off)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_plan_is_tried_where_a_gpu_is(
+    fits: bool, phantom_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step(*arguments: Any) -> int:
+        asked.append(arguments)
+        if not fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 3 * GIB // 2
+
+    asked: list[Any] = []
+    gpu = SimpleNamespace(total_memory=8 * GIB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(memory, "measure_step", step)
+    before = (phantom_store / "plan.yaml").read_text()
+    try:
+        assert main(["plan", str(phantom_store), "patch_size=32"]) == (0 if fits else 2)
+        plan = yaml.safe_load((phantom_store / "plan.yaml").read_text())
+        printed = capsys.readouterr()
+        assert asked[0][:4] == ("resenc_xs", "retina_unet", [32, 32, 32], 4)
+        if fits:
+            assert plan["planned_for"]["measured_gb"] == 1.5 and "measured 1.5 GiB" in printed.out
+            assert main(["plan", str(phantom_store), "patch_size=32", "memory_gb=24"]) == 0  # for another machine
+            assert len(asked) == 1
+        else:
+            assert "does not fit on a GPU" in printed.err and "memory_gb=6" in printed.err
+            assert (phantom_store / "plan.yaml").read_text() == before
+    finally:
+        (phantom_store / "plan.yaml").write_text(before)
 
 
 def need_of(per_voxel: float, multiple: int = 16) -> Footprint:

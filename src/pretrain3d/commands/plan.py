@@ -13,7 +13,8 @@ USAGE = """\
 pretrain3d plan STORE [backbone=resenc_xs detector=retina_unet memory_gb=null batch_size=4 patch_size=null]
 
 Plans what `prepare` planned for the default backbone again, for another backbone, detector or memory, and writes it to
-STORE/plan.yaml. Spacing and intensities stay as they are there. The memory is estimated, no GPU is needed.
+STORE/plan.yaml. Spacing and intensities stay as they are there. The memory is estimated, no GPU is needed; where there
+is one, a step of the plan is done on it, and what that took stands beside the estimate.
 
   backbone=NAME        what will be trained: its strides and its memory count
   detector=NAME        on top of it
@@ -66,9 +67,37 @@ def run(paths: list[str], options: dict[str, object]) -> int:
         given["batch_size"],
     )
     plan |= {key: old[key] for key in KEPT if key in old}
+    check_on_gpu(plan, store)
     write_plan(path, plan, store)
     _report(path, plan, old)
     return 0
+
+
+def check_on_gpu(plan: dict[str, Any], store: Any) -> None:
+    """Adds ``planned_for.measured_gb`` where a GPU is here that should be large enough.
+
+    Raises:
+        UserError: a step of the plan runs out of its memory.
+    """
+    import torch
+
+    from pretrain3d.planning.memory import GIB, is_out_of_memory, measure_step
+
+    about = plan["planned_for"]
+    if not torch.cuda.is_available() or about["memory_gb"] > torch.cuda.get_device_properties(0).total_memory / GIB + 1:
+        return
+    channels = max((case.channels for case in store.cases.values()), default=1)
+    what = about["backbone"], about["detector"], plan["patch_size"], plan["batch_size"]
+    try:
+        found = measure_step(*what, torch.device("cuda"), channels, max(len(store.classes), 1))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"a step of this plan does not fit on {torch.cuda.get_device_name(0)}, although about "
+            f"{about['estimated_gb']} GiB were estimated; plan with memory_gb={0.8 * about['memory_gb']:.0f}"
+        ) from None
+    about["measured_gb"] = round(found / GIB, 2)
 
 
 def _report(path: Path, plan: dict[str, Any], old: dict[str, Any]) -> None:
@@ -76,6 +105,7 @@ def _report(path: Path, plan: dict[str, Any], old: dict[str, Any]) -> None:
     print(
         f"{path}: planned for {about['detector']} on {about['backbone']} with {about['memory_gb']} GiB "
         f"({about['memory_of']}); a step needs about {about['estimated_gb']} GiB"
+        + (f", measured {about['measured_gb']} GiB" if "measured_gb" in about else "")
     )
     for key in SHOWN:
         changed = f", was {old[key]}" if key in old and old[key] != plan[key] else ""

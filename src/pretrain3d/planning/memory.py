@@ -7,6 +7,7 @@ the allocator adds (fragments, workspaces of the convolution library, the contex
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -84,11 +85,8 @@ def footprint(
 @lru_cache(maxsize=16)
 def _measured(nodes: str, in_channels: int, num_classes: int, precision: str) -> Footprint:
     backbone_node, detector_node = json.loads(nodes)
-    backbone = build(BACKBONES, backbone_node, "backbone", in_channels=in_channels)
+    backbone, detector = _networks(backbone_node, detector_node, in_channels, num_classes)
     strides = tuple(level.stride for level in pyramid_levels(backbone.levels))
-    if takes(DETECTORS, detector_node, "detector", "anchors"):
-        detector_node = {"anchors": ANCHORS, **detector_node}
-    detector = build(DETECTORS, detector_node, "detector", levels=backbone.levels, num_classes=num_classes)
     weights = sum(p.numel() * p.element_size() for net in (backbone, detector) for p in net.parameters())
     multiple = tuple(math.lcm(a, b) for a, b in zip(backbone.size_multiple, strides[-1], strict=True))
     sizes = [tuple(steps * m for m in multiple) for steps in REFERENCE_STEPS]
@@ -101,6 +99,65 @@ def _measured(nodes: str, in_channels: int, num_classes: int, precision: str) ->
     per_voxel = (large - small) / (math.prod(sizes[1]) - math.prod(sizes[0]))
     per_patch = max(large - casts - per_voxel * math.prod(sizes[1]), 0.0)
     return Footprint(fixed, per_patch, per_voxel, multiple, strides)  # type: ignore[arg-type]
+
+
+def measure_step(
+    backbone: str | Mapping[str, Any],
+    detector: str | Mapping[str, Any],
+    patch_size: Sequence[int],
+    batch_size: int,
+    device: torch.device,
+    in_channels: int = 1,
+    num_classes: int = 1,
+    precision: str = "bf16-mixed",
+) -> int:
+    """Bytes that a training step really takes: the same as `Footprint.bytes`, by doing it twice on noise.
+
+    Args:
+        backbone, detector, in_channels, num_classes, precision: see `footprint`.
+        patch_size, batch_size: of the step.
+        device: on which.
+
+    Raises:
+        RuntimeError: out of memory, see `is_out_of_memory`.
+    """
+    nodes = [dict(node) if isinstance(node, Mapping) else {"name": node} for node in (backbone, detector)]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    with LiveMemory() as memory:
+        network, head = (net.to(device) for net in _networks(nodes[0], nodes[1], in_channels, num_classes))
+        average = copy.deepcopy((network, head))
+        optimizer = torch.optim.AdamW([*network.parameters(), *head.parameters()])
+        batch = {
+            key: value.expand(batch_size, *value.shape[1:]).to(device).contiguous()
+            for key, value in _batch(patch_size, in_channels).items()
+        }
+        batch["image"].normal_()
+        for _ in range(2):  # the optimiser has its state from the first one on
+            outputs = _outputs(network, head, batch, precision)
+            head.loss(outputs, batch)["loss"].backward()
+            del outputs
+            optimizer.step()
+            optimizer.zero_grad()
+        del average
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak
+
+
+def _networks(
+    backbone_node: dict[str, Any], detector_node: dict[str, Any], in_channels: int, num_classes: int
+) -> tuple[Any, Any]:
+    backbone = build(BACKBONES, backbone_node, "backbone", in_channels=in_channels)
+    if takes(DETECTORS, detector_node, "detector", "anchors"):
+        detector_node = {"anchors": ANCHORS, **detector_node}
+    return backbone, build(DETECTORS, detector_node, "detector", levels=backbone.levels, num_classes=num_classes)
+
+
+def _outputs(backbone: nn.Module, detector: Any, batch: dict[str, Any], precision: str) -> Any:
+    targets = {"targets": batch} if getattr(detector, "needs_targets", False) else {}
+    half = {"bf16": torch.bfloat16, "16-": torch.float16}.get(precision[:4], torch.bfloat16)
+    with torch.autocast(batch["image"].device.type, half, enabled="mixed" in precision):
+        return detector(backbone(batch["image"]), batch["image"].shape[2:], **targets)
 
 
 def _without_numbers(network: nn.Module, mode: FakeTensorMode) -> None:
@@ -127,12 +184,8 @@ def _batch(size: Sequence[int], channels: int) -> dict[str, Any]:
 
 def _peak(backbone: nn.Module, detector: Any, batch: dict[str, Any], precision: str) -> int:
     """Bytes alive at the worst moment of forward and backward pass, beyond weights and input."""
-    size = batch["image"].shape[2:]
-    targets = {"targets": batch} if getattr(detector, "needs_targets", False) else {}
-    half = {"bf16": torch.bfloat16, "16-": torch.float16}.get(precision[:4], torch.bfloat16)
     with LiveMemory() as memory:
-        with torch.autocast("cpu", half, enabled="mixed" in precision):
-            outputs = detector(backbone(batch["image"]), size, **targets)
+        outputs = _outputs(backbone, detector, batch, precision)
         try:
             loss = detector.loss(outputs, batch)["loss"]
         except RuntimeError:  # a loss that asks for values (Hungarian matching) finds none; with few boxes it is small
