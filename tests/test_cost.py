@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pretrain3d.__main__ import main
 from pretrain3d.backbones.primus import Primus
 from pretrain3d.backbones.resenc import ResEnc
 from pretrain3d.files import write_text
@@ -94,9 +95,22 @@ def test_table_of_costs() -> None:
     assert cost_table({"a baseline": {}}) is None
 
 
-def test_a_run_counts_its_own_operations(phantom_store: Path, tmp_path: Path) -> None:
-    from pretrain3d.__main__ import main
+def test_a_frozen_backbone_costs_less_and_is_counted_again_when_it_is_freed(
+    phantom_store: Path, tmp_path: Path
+) -> None:
+    line = ["fit", "--config", "configs/detect/phantom.yaml", "name=x", f"out={tmp_path}",
+            f"data.store={phantom_store}", "data.batch_size=2", "data.num_workers=0", "module.warmup_steps=0", "trainer.max_steps=6",
+            "trainer.val_every_n_steps=6", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "module.overlap=0",
+            "module.finetune={name: two_phase, head_steps: 4}"]  # fmt: skip
+    assert main(line) == 0
+    rows = [{key: float(text) for key, text in row.items()} for row in read_rows(tmp_path / "x" / "metrics.csv")]
+    tflop = [row["perf/tflop_per_second"] / row["perf/patches_per_second"] for row in rows[2:]]
+    frozen, free = tflop[:2], tflop[2:]
+    assert frozen[0] == pytest.approx(frozen[1], rel=1e-6) and free[0] == pytest.approx(free[1], rel=1e-6)
+    assert free[0] > 1.2 * frozen[0]
 
+
+def test_a_run_counts_its_own_operations(phantom_store: Path, tmp_path: Path) -> None:
     common = ["fit", "--config", "configs/pretrain/phantom_mae.yaml", f"out={tmp_path}", f"data.store={phantom_store}",
               "data.pool=all", "data.patch_size=[16,16,16]", "module.warmup_steps=1", "trainer.max_steps=3",
               "trainer.val_every_n_steps=3", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"]  # fmt: skip

@@ -67,7 +67,8 @@ class BaseModule(lightning.LightningModule):
             ``ema`` would.
 
     Attributes:
-        flop_per_sample: model FLOP of a training step per sample, forward and backward; known after the first step.
+        flop_per_sample: model FLOP of a training step per sample, forward and backward; known after the first step, and
+            counted again where a phase freezes or frees the backbone.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class BaseModule(lightning.LightningModule):
             optimizer.state.clear()
         if phase.frozen != bool(self._frozen):
             self._freeze(phase.frozen)
+            self.flop_per_sample = None  # another step from here on
             self._rebuild_ddp()
 
     def _freeze(self, frozen: bool) -> None:
