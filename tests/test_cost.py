@@ -101,7 +101,8 @@ def test_a_frozen_backbone_costs_less_and_is_counted_again_when_it_is_freed(
     line = ["fit", "--config", "configs/detect/phantom.yaml", "name=x", f"out={tmp_path}",
             f"data.store={phantom_store}", "data.batch_size=2", "data.num_workers=0", "module.warmup_steps=0",
             "trainer.max_steps=6", "trainer.val_every_n_steps=6", "trainer.log_every_n_steps=1",
-            "trainer.accelerator=cpu", "module.overlap=0", "module.finetune={name: two_phase, head_steps: 4}"]  # fmt: skip
+            "trainer.accelerator=cpu", "module.overlap=0",
+            "module.finetune={name: two_phase, head_steps: 4}"]  # fmt: skip
     assert main(line) == 0
     rows = [{key: float(text) for key, text in row.items()} for row in read_rows(tmp_path / "x" / "metrics.csv")]
     tflop = [row["perf/tflop_per_second"] / row["perf/patches_per_second"] for row in rows[2:]]
