@@ -26,7 +26,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
@@ -75,13 +75,13 @@ norm.ScalarOpt_dim
 """
 WIDEST = "addcdiv addcmul atan2 cross dot grid_sampler index_put scatter_add tensordot"
 AUTOCAST = "AutocastPrivateUse1"
-_KEPT: list[torch.library.Library] = []  # they are taken back when they are collected
+_KEPT: list[library.Library] = []  # they are taken back when they are collected
 
 
 def _register_autocast() -> None:
-    rest = torch.library.Library("_", "IMPL")
-    rest.fallback(torch.library.fallthrough_kernel, AUTOCAST)
-    listed = torch.library.Library("aten", "IMPL")
+    rest = library.Library("_", "IMPL")
+    rest.fallback(library.fallthrough_kernel, AUTOCAST)
+    listed = library.Library("aten", "IMPL")
     _KEPT.extend([rest, listed])
     for names, type_of in ((LOWER, _lower), (FULL, _full), (WIDEST, _widest)):
         for name in names.split():

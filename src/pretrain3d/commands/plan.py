@@ -82,14 +82,14 @@ def check_on_gpu(plan: dict[str, Any], store: Any) -> None:
     import torch
 
     from pretrain3d.planning.memory import GIB, is_out_of_memory, measure_step
+    from pretrain3d.planning.plan import channels_of
 
     about = plan["planned_for"]
     if not torch.cuda.is_available() or about["memory_gb"] > torch.cuda.get_device_properties(0).total_memory / GIB + 1:
         return
-    channels = max((case.channels for case in store.cases.values()), default=1)
     what = about["backbone"], about["detector"], plan["patch_size"], plan["batch_size"]
     try:
-        found = measure_step(*what, torch.device("cuda"), channels, max(len(store.classes), 1))
+        found = measure_step(*what, torch.device("cuda"), channels_of(store), max(len(store.classes), 1))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

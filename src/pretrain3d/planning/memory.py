@@ -78,7 +78,7 @@ def footprint(
     Raises:
         UserError: an unknown name or argument.
     """
-    nodes = [dict(node) if isinstance(node, Mapping) else {"name": node} for node in (backbone, detector)]
+    nodes = [_node(backbone), _node(detector)]
     return _measured(json.dumps(nodes, sort_keys=True), in_channels, num_classes, precision)
 
 
@@ -121,12 +121,13 @@ def measure_step(
     Raises:
         RuntimeError: out of memory, see `is_out_of_memory`.
     """
-    nodes = [dict(node) if isinstance(node, Mapping) else {"name": node} for node in (backbone, detector)]
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     with LiveMemory() as memory:
-        network, head = (net.to(device) for net in _networks(nodes[0], nodes[1], in_channels, num_classes))
+        network, head = (
+            net.to(device) for net in _networks(_node(backbone), _node(detector), in_channels, num_classes)
+        )
         average = copy.deepcopy((network, head))
         optimizer = torch.optim.AdamW([*network.parameters(), *head.parameters()])
         batch = {
@@ -142,6 +143,10 @@ def measure_step(
             optimizer.zero_grad()
         del average
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak
+
+
+def _node(named: str | Mapping[str, Any]) -> dict[str, Any]:
+    return dict(named) if isinstance(named, Mapping) else {"name": named}
 
 
 def _networks(

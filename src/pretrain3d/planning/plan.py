@@ -60,7 +60,7 @@ def make_plan(
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: at least 1")
-    need = footprint(backbone, detector, _channels(store), max(len(store.classes), 1))
+    need = footprint(backbone, detector, channels_of(store), max(len(store.classes), 1))
     budget = patch_budget(patch_size, need.multiple)
     memory, device = (memory_gb, "named") if memory_gb is not None else device_memory_gb()
     cases = _pool(store, store.cases.values())
@@ -211,7 +211,7 @@ def _first_fold(store: Store) -> set[str]:
     return {case.id for case in store.cases.values() if case.split == "train"}
 
 
-def _channels(store: Store) -> int:
+def channels_of(store: Store) -> int:
     """Channels of the image."""
     return max((case.channels for case in store.cases.values()), default=1)
 

@@ -28,7 +28,10 @@ def cost_of(folder: RunFolder) -> dict[str, Any]:
     def column(key: str) -> list[float]:
         return [row[f"perf/{key}"] for row in rows if f"perf/{key}" in row]
 
-    speeds, tflop = column("patches_per_second"), column("tflop_per_second")
+    speeds = column("patches_per_second")
+    tflop = [
+        row["perf/tflop_per_second"] / row["perf/patches_per_second"] for row in rows if "perf/tflop_per_second" in row
+    ]
     per_step = rows[-1]["perf/samples_seen"] / rows[-1]["step"] if rows else None
     return {
         "steps": state["step"] or None,
@@ -36,7 +39,7 @@ def cost_of(folder: RunFolder) -> dict[str, Any]:
         "samples": None if per_step is None else round(per_step * state["step"]),
         "device": state.get("device"),
         "samples_per_second": median(speeds) if speeds else None,
-        "tflop_per_sample": median(a / b for a, b in zip(tflop, speeds, strict=True)) if tflop else None,
+        "tflop_per_sample": median(tflop) if tflop else None,
         "memory_gib": max(column("memory_gib"), default=None),
         "mfu": median(column("mfu")) if column("mfu") else None,
     }
