@@ -314,7 +314,7 @@ def _unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _train_on(device: torch.device) -> None:
     """Every trainer trains on the device from now on, and is watched."""
-    from pretrain3d.modules import base
+    from pretrain3d.modules.pending import PendingLoss
     from pretrain3d.reporting.callbacks import Progress
 
     trainer = lightning.Trainer
@@ -326,7 +326,7 @@ def _train_on(device: torch.device) -> None:
         return trainer(**{**kwargs, **on_device, **precision, "devices": 1, "callbacks": callbacks})
 
     lightning.Trainer = train  # type: ignore[misc, assignment]
-    base._Pending.value = _unwatched(base._Pending.value)  # type: ignore[method-assign]  # a copy that was made a step ago
+    PendingLoss.value = _unwatched(PendingLoss.value)  # type: ignore[method-assign]  # a copy that was made a step ago
     Progress.get_metrics = _unwatched(Progress.get_metrics)  # type: ignore[method-assign]  # twenty times in a run
 
 

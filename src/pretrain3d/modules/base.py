@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import lightning
@@ -20,34 +18,11 @@ from pretrain3d.modules.averaging import Average, StochasticAveraging
 from pretrain3d.modules.finetune import Timetable
 from pretrain3d.modules.flop import ModelFlop
 from pretrain3d.modules.optim import OPTIMIZERS, parameter_groups, schedule
+from pretrain3d.modules.pending import PendingLoss
 from pretrain3d.parallel import all_sum, world_size
 from pretrain3d.registry import build, checked_arguments
 
 NOTE = "pretrain3d"  # key of the checkpoint under which everything lies that `export`, `test` and `predict` need
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A training loss that nobody looked at yet, on its way to the host."""
-
-    step: int
-    loss: Tensor
-    copied: torch.cuda.Event | None
-    cases: tuple[str, ...]
-
-    @classmethod
-    def of(cls, step: int, loss: Tensor, cases: Sequence[str]) -> _Pending:
-        loss, copied = loss.detach(), None
-        if loss.is_cuda:
-            loss, copied = loss.to("cpu", non_blocking=True), torch.cuda.Event()
-            copied.record()
-        return cls(step, loss, copied, tuple(cases))
-
-    def value(self) -> float:
-        """Waits for the copy alone, not for what the device was given to do since."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        return float(self.loss)
 
 
 class BaseModule(lightning.LightningModule):
@@ -103,7 +78,7 @@ class BaseModule(lightning.LightningModule):
         self._timetable: Timetable | None = None
         self._phase: int | None = None
         self._frozen: list[nn.Parameter] = []  # of the backbone, in a phase that freezes it
-        self._pending: _Pending | None = None
+        self._pending: PendingLoss | None = None
         self._compiled = False
         self._batch_size = 0
         self.flop_per_sample: float | None = None
@@ -258,7 +233,7 @@ class BaseModule(lightning.LightningModule):
         self.check_pending()
         total, size = losses["loss"], len(batch["case_ids"])
         if stage == "train":
-            self._pending = _Pending.of(self.global_step, total, batch["case_ids"])
+            self._pending = PendingLoss.of(self.global_step, total, batch["case_ids"])
             losses = self._mean_over_processes(losses)
             self._log_rates()
         for key, value in losses.items():
