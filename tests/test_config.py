@@ -266,7 +266,7 @@ def test_packaged_configs_are_found_from_anywhere(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     assert config.find_config("configs/detect/phantom.yaml").is_file()
     assert load("configs/detect/phantom.yaml")["module"]["name"] == "detection"
-    assert "did you mean" in message(load, "configs/detect/phantm.yaml")
+    assert "did you mean 'configs/detect/phantom.yaml'" in message(load, "configs/detect/phantm.yaml")
     (tmp_path / "configs/detect").mkdir(parents=True)
     (tmp_path / "configs/detect/phantom.yaml").write_text("name: mine\n")  # the user's own comes first
     assert load("configs/detect/phantom.yaml")["name"] == "mine"

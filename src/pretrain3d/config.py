@@ -85,7 +85,8 @@ def find_config(path: str | Path) -> Path:
             return candidate
     if path.is_dir():
         raise UserError(f"{path} is a folder; --config takes a YAML file")
-    nearby = [str(file) for root in (Path(), *roots) for file in sorted((root / path).parent.glob("*.yaml"))]
+    beside = [(root / path).parent for root in (Path(), *roots)]
+    nearby = [str(path.parent / file.name) for folder in beside for file in sorted(folder.glob("*.yaml"))]
     raise UserError(f"no configuration file {str(path)!r}{suggestion(str(path), nearby)}")
 
 
