@@ -100,7 +100,7 @@ def test_wandb_logs_offline_and_keeps_its_id(tmp_path):
         warnings.simplefilter("error", UserWarning)  # a failure of the tables or curves would be one
         log_result(node, tmp_path, {"name": "run"}, RESULT)
     ids = [path.stem.removeprefix("run-") for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")]
-    assert ids == [run_id, run_id]  # a resumed run is the same run
+    assert set(ids) == {run_id}  # a resumed run is the same run (W&B's folders have names by the second: one or two)
 
 
 def test_curves_without_points_are_not_drawn():
