@@ -15,7 +15,8 @@ from pretrain3d.data import spatial
 from pretrain3d.data.batch import generator, torch_generator
 from pretrain3d.data.case import Case
 from pretrain3d.data.normalise import Normalisation
-from pretrain3d.data.patches import LATERAL, PatchDataset, PatchSampler
+from pretrain3d.data.patches import PatchDataset, PatchSampler
+from pretrain3d.data.semantic import LATERAL
 from pretrain3d.data.store import Store
 
 STILL = spatial.SpatialSettings(flip_axes=(), rotation_p=0.0, scale_p=0.0)

@@ -117,7 +117,8 @@ def test_a_plan_is_tried_where_a_gpu_is(
         assert main(["plan", str(phantom_store), "patch_size=32"]) == (0 if fits else 2)
         plan = yaml.safe_load((phantom_store / "plan.yaml").read_text())
         printed = capsys.readouterr()
-        assert asked[0][:4] == ("resenc_xs", "retina_unet", [32, 32, 32], 4)
+        detector = {"name": "retina_unet", "detection_levels": [1, 2, 3, 4]}  # the step has the planned levels
+        assert asked[0][:4] == ("resenc_xs", detector, [32, 32, 32], 4)
         if fits:
             assert plan["planned_for"]["measured_gb"] == 1.5 and "measured 1.5 GiB" in printed.out
             assert main(["plan", str(phantom_store), "patch_size=32", "memory_gb=24"]) == 0  # for another machine

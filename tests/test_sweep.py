@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from test_tiles import PerfectDetector, coordinates, spread_objects
-from tiny_detector import tiny_checkpoint
+from tiny_detector import INTENSITY, tiny_checkpoint
 from tiny_store import tiny_store
 
 from pretrain3d import boxes as box_ops
 from pretrain3d.__main__ import main
+from pretrain3d.commands.fit import about_sets
 from pretrain3d.config import UserError, to_yaml
+from pretrain3d.data.module import DataModule
 from pretrain3d.detection.contract import Detections
 from pretrain3d.detection.merge import Merging, merge
 from pretrain3d.detection.sweep import GRID, SweepCase, measure_at, operating_points, sweep
@@ -141,13 +145,34 @@ def run(tmp_path: Path) -> Path:
     """The folder of a finished run: an untrained detector on a small store."""
     store = tiny_store(tmp_path / "store", num_train=3, num_pretrain=0)
     folder = tmp_path / "run"
-    tiny_checkpoint(folder / "checkpoints" / "last.ckpt", transfer=None, processes=1)
-    data = {"store": str(store.path), "fold": 1, "num_folds": 3, "batch_size": 1}
+    data = {"store": str(store.path), "fold": 1, "num_folds": 3, "batch_size": None}  # null: the plan's
+    sets = about_sets({"data": data}, DataModule(**{**data, "batch_size": 1}, intensity=INTENSITY))
+    tiny_checkpoint(folder / "checkpoints" / "last.ckpt", transfer=None, processes=1, sets=sets)
     settings = {"name": "run", "seed": 0, "data": data, "backbone": {"name": "resenc"},
                 "trainer": {"accumulate_grad_batches": 1}}  # fmt: skip
     (folder / "config.yaml").write_text(to_yaml(settings))
     (folder / "state.json").write_text('{"status": "finished", "step": 1, "seconds": 1.0}')
     return folder
+
+
+def test_a_store_is_what_it_was_in_training(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = run.parent / "store"
+    plan = {
+        **yaml.safe_load((store / "plan.yaml").read_text()),
+        "patch_size": [32, 32, 32],
+        "intensity": {"scheme": "ct"},
+    }
+    (store / "plan.yaml").write_text(yaml.safe_dump(plan))  # planned again since: the run goes on with its own
+    assert main(["test", str(run), "samples=5", "pictures=0"]) == 0
+    index = json.loads((store / "index.json").read_text())
+    for key, value, there in (("spacing_mm", [2.0, 2.0, 2.0], r"spacing_mm \[1.0, 1.0, 1.0\] there, \[2.0, 2.0, 2.0\] now"),
+                              ("classes", ["lesion", "nodule"], r"classes \['nodule', 'lesion'\] there"),
+                              ("data_hash", "other", "data_hash '.*' there, 'other' now")):  # fmt: skip
+        (store / "index.json").write_text(json.dumps({**index, key: value}))
+        capsys.readouterr()
+        for command in ("test", "sweep"):
+            assert main([command, str(run)]) == 2
+            assert re.search(there, capsys.readouterr().err)
 
 
 def test_the_command_keeps_what_it_found_and_test_uses_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

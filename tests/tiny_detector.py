@@ -12,6 +12,8 @@ from pretrain3d.modules import MODULES
 from pretrain3d.modules.base import NOTE
 from pretrain3d.registry import build
 
+INTENSITY = {"scheme": "window", "low": -1000.0, "high": 300.0, "mean": -350.0, "std": 650.0}
+
 
 def tiny_checkpoint(
     path: Path,
@@ -30,11 +32,11 @@ def tiny_checkpoint(
     detector = {"name": "retinanet", "detection_levels": [1], "anchors": {"boxes": [[6, 6, 6], [3, 3, 3]]},
                 "fpn_channels": 16, "num_convs": 0, "detections_per_patch": 20}  # fmt: skip
     module = {"name": "detection", "detector": detector, "optimizer": {"name": "adamw", "lr": 0.001}, "overlap": 0.25}
-    intensity = {"scheme": "window", "low": -1000.0, "high": 300.0, "mean": -350.0, "std": 650.0}
     note = {
         "kind": "detection", "backbone": backbone, "module": module, "classes": list(classes), "mirror_classes": {},
         "preprocessing": {"modality": list(modality), "spacing_mm": list(spacing_mm), "patch_size": [16, 16, 16],
-                          "intensity": intensity},
+                          "intensity": INTENSITY},
+        "batch": {"batch_size": 1, "accumulate_grad_batches": 1},
         "precision": "32-true", "weights": "online", "seed": 0, "source": {"run": "tiny", "step": 0}, **more,
     }  # fmt: skip
     built = build(

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pretrain3d.commands.settings import (
     DATA,
     check_arguments,
@@ -38,7 +40,9 @@ trainer.max_steps may grow.
 A key that the file or its base mentions is overridden with key=value, another argument of a component is added with
 +key=value. `pretrain3d show FILE` prints the resolved config."""
 
+WORSE_IOU = 0.03  # of the training boxes with their best anchors, against the plan, from which it is said
 SPLITS = ("train", "val", "test")
+TAKEN = ("classes", "mirror_classes", "sets", "batch", "backbone", "module")  # of a note: from config, store and plan
 
 
 def run(config_path: str | None, paths: list[str], overrides: list[str]) -> int:
@@ -61,6 +65,8 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> None:
     import lightning
     import torch
 
+    from pretrain3d.modules.base import NOTE
+    from pretrain3d.modules.checkpoint import read_checkpoint
     from pretrain3d.planning.memory import is_out_of_memory, out_of_memory_advice
 
     check_arguments(settings)
@@ -75,6 +81,8 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> None:
     module = assemble(settings, datamodule, folder)
     if trainer_keys(settings)[0].compile:
         module.compile_networks()
+    if resume:
+        folder.check_same(read_checkpoint(folder.last)[NOTE], {key: module.note[key] for key in TAKEN})
     trainer = make_trainer(settings, folder)
     if trainer.is_global_zero:
         folder.open(asked)
@@ -131,14 +139,10 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         "classes": list(store.classes),
         "mirror_classes": dict(store.mirror_classes),
         "preprocessing": preprocessing(settings, datamodule, datamodule.sets[0]),
-        "sets": {
-            part.name: {
-                "data_hash": part.store.data_hash,
-                "licence": part.store.licence,
-                "label_classes": list(part.label_classes),
-                "preprocessing": preprocessing(settings, datamodule, part),
-            }
-            for part in datamodule.sets
+        "sets": about_sets(settings, datamodule),
+        "batch": {
+            "batch_size": datamodule.batch_size,
+            "accumulate_grad_batches": settings["trainer"].get("accumulate_grad_batches", 1),
         },
         "precision": settings["trainer"].get("precision", "32-true"),
         "source": {
@@ -162,7 +166,22 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
     note["corpus"] = merged(*(Corpus.of(part.store, part.train_ids).to_dict() for part in datamodule.sets))
     if note["leakage"]:
         print(warning(note["leakage"], str(transfer["path"])), file=sys.stderr)
-    return build(MODULES, module_node, "module", note=note, **given)
+    module = build(MODULES, module_node, "module", note=note, **given)
+    if "anchors" in module_node.get("detector", {}) and settings["module"]["detector"].get("anchors") is None:
+        warn_of_anchors(module.detector.anchors.level_sizes(), datamodule, settings["backbone"]["name"])
+    return module
+
+
+def about_sets(settings: dict[str, Any], datamodule: Any) -> dict[str, dict[str, Any]]:
+    """What a run takes from each of its stores; see docs/design.md, "Checkpoints"."""
+    return {
+        part.name: {
+            "data_hash": part.store.data_hash,
+            "label_classes": list(part.label_classes),
+            "preprocessing": preprocessing(settings, datamodule, part),
+        }
+        for part in datamodule.sets
+    }
 
 
 def preprocessing(settings: dict[str, Any], datamodule: Any, part: Any) -> dict[str, Any]:
@@ -185,6 +204,26 @@ def warn_of_spacing(pretrained_mm: Sequence[float] | None, store_mm: Sequence[fl
         return
     texts = [" x ".join(f"{value:g}" for value in spacing) for spacing in (pretrained_mm, store_mm)]
     print(f"note: the weights were pretrained at {texts[0]} mm, the store has voxels of {texts[1]} mm", file=sys.stderr)
+
+
+def warn_of_anchors(sizes: Any, datamodule: Any, backbone: str) -> None:
+    """Says so when the plan's anchors, (L, A, 3) voxels on the levels of this detector, fit worse than planned."""
+    import torch
+
+    from pretrain3d.detection.anchors import mean_best_iou
+
+    store = datamodule.store
+    planned = (store.plan.get("coverage") or {}).get("mean_best_anchor_iou")
+    boxes = torch.from_numpy(np.concatenate([store.cases[case_id].boxes for case_id in datamodule.train_ids]))
+    if planned is None or not len(boxes):
+        return
+    fit = float(mean_best_iou(sizes.flatten(0, 1), boxes[:, 3:] - boxes[:, :3]))
+    if fit < planned - WORSE_IOU:
+        print(
+            f"note: on the levels of {backbone} the anchors of {store.path}/plan.yaml overlap the boxes less than they "
+            f"should (mean best IoU {fit:.2f}, planned {planned:.2f}); call `pretrain3d plan {store.path} backbone={backbone}`",
+            file=sys.stderr,
+        )
 
 
 def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:

@@ -82,12 +82,13 @@ def check_on_gpu(plan: dict[str, Any], store: Any) -> None:
     import torch
 
     from pretrain3d.planning.memory import GIB, is_out_of_memory, measure_step
-    from pretrain3d.planning.plan import channels_of
+    from pretrain3d.planning.plan import channels_of, planned_detector
 
     about = plan["planned_for"]
     if not torch.cuda.is_available() or about["memory_gb"] > torch.cuda.get_device_properties(0).total_memory / GIB + 1:
         return
-    what = about["backbone"], about["detector"], plan["patch_size"], plan["batch_size"]
+    detector = planned_detector(about["detector"], plan["detection_levels"])
+    what = about["backbone"], detector, plan["patch_size"], plan["batch_size"]
     try:
         found = measure_step(*what, torch.device("cuda"), channels_of(store), max(len(store.classes), 1))
     except (RuntimeError, MemoryError) as error:

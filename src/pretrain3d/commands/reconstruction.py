@@ -8,7 +8,6 @@ from typing import Any
 
 from pretrain3d.config import UserError
 from pretrain3d.options import read_options
-from pretrain3d.registry import build
 from pretrain3d.reporting.run_folder import RunFolder
 
 DEFAULTS = {"checkpoint": "last", "split": "test", "samples": 1000, "patches": 4}
@@ -91,16 +90,13 @@ def load(folder: RunFolder, checkpoint: str) -> tuple[Any, Any]:
 
     import torch
 
-    from pretrain3d.commands.settings import DATA, of_plan
+    from pretrain3d.commands.test import data_of
     from pretrain3d.modules.checkpoint import load_module
 
     module: Any = load_module(weights, "reconstruction", "cuda" if torch.cuda.is_available() else "cpu")
     if not hasattr(module.method, "measure"):
         raise UserError(f"{folder.path} was pretrained with {name}, which restores no intensities")
-    data = dict(of_plan(settings)["data"])
-    if isinstance(data["store"], str):
-        data["intensity"] = module.note["preprocessing"]["intensity"]
-    return module, build(DATA, {"name": "data", **data}, "data", seed=settings["seed"])
+    return module, data_of(folder, module.note)
 
 
 def errors_of(module: Any, datamodule: Any, case_ids: list[str], patches: int) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -90,19 +91,36 @@ def load_run(folder: RunFolder, checkpoint: str) -> tuple[Any, Any]:
     """The trained detector of a run, and the data that it was trained and validated on.
 
     Raises:
-        UserError: no run, no such checkpoint, or its store is gone.
+        UserError: no run, no such checkpoint, or its store is gone or has changed.
     """
-    settings = folder.config()
     weights = folder.checkpoint(checkpoint)
 
     import torch
 
-    from pretrain3d.commands.settings import DATA, of_plan
     from pretrain3d.modules.checkpoint import load_module
 
     module: Any = load_module(weights, "detection", "cuda" if torch.cuda.is_available() else "cpu")
-    data = {**of_plan(settings)["data"], "intensity": module.note["preprocessing"]["intensity"]}
-    return module, build(DATA, {"name": "data", **data}, "data", seed=settings["seed"])
+    return module, data_of(folder, module.note)
+
+
+def data_of(folder: RunFolder, note: dict[str, Any]) -> Any:
+    """The data of a run as it was trained on them, whatever the plan of its store says by now.
+
+    Raises:
+        UserError: a store is gone, or its cases, classes or spacing have changed.
+    """
+    from pretrain3d.commands.fit import about_sets
+    from pretrain3d.commands.settings import DATA
+
+    settings, known = folder.config(), note["preprocessing"]
+    data = {**settings["data"], "batch_size": note["batch"]["batch_size"], "patch_size": known["patch_size"]}
+    if isinstance(data["store"], str):
+        data["intensity"] = known["intensity"]
+    datamodule: Any = build(DATA, {"name": "data", **data}, "data", seed=settings["seed"])
+    store = datamodule.store
+    now = {"sets": about_sets({**settings, "data": data}, datamodule), "classes": list(store.classes)}
+    folder.check_same(note, {**now, "mirror_classes": dict(store.mirror_classes)})
+    return datamodule
 
 
 def unswept(module: Any, case_ids: list[str]) -> dict[str, Any] | None:
@@ -164,11 +182,10 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
 def about_run(folder: RunFolder, settings: dict[str, Any], module: Any) -> dict[str, Any]:
     """``config, seed, cost, backbone`` of the result of a trained run; see `reporting.results.write_result`."""
     from pretrain3d.backbones.transfer import fingerprint
-    from pretrain3d.commands.settings import of_plan
     from pretrain3d.reporting.cost import cost_of
 
-    planned, step, transfer = of_plan(settings), module.note["source"]["step"], module.note.get("transfer")
-    batch = planned["data"]["batch_size"] * planned["trainer"]["accumulate_grad_batches"] * module.note["processes"]
+    step, transfer = module.note["source"]["step"], module.note.get("transfer")
+    batch = math.prod(module.note["batch"].values()) * module.note["processes"]
     return {
         "config": settings,
         "seed": settings["seed"],

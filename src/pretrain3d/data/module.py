@@ -24,6 +24,9 @@ from pretrain3d.data.spatial import SpatialSettings
 STILL = SpatialSettings(flip_axes=(), rotation_p=0.0, scale_p=0.0)  # patches as they lie in the volume
 
 
+NO_CASE = ""  # name of the case of a process that has none: Lightning wants something of each
+
+
 class GlobalBatches:
     """Endless sample indices for one process: of every global batch, each ``world_size``-th sample from ``rank`` on.
 
@@ -76,7 +79,7 @@ class DataModule(lightning.LightningDataModule):
             never test cases.
         label_fraction: of the labelled training cases that is used; smaller ones are subsets of larger ones.
         validation: "volumes" (whole cases) or "patches" (the same ones every time, not augmented).
-        num_val_patches: over all processes.
+        num_val_patches: over all processes; at least one for each.
         val_fraction: of the unlabelled cases, held out for validation where the pool has them (at least one, by group).
         labels: what is learned voxel by voxel, see `data.sets.DataSet`.
 
@@ -226,12 +229,12 @@ class DataModule(lightning.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader:
-        """Whole cases, or fixed patches; each on one process only."""
+        """Whole cases, or fixed patches; each on one process only. A process without a case sees `NO_CASE`."""
         if self.validation == "volumes":
             return self._volumes(self.val_ids)
         rank, world_size = self._process()
         dataset = self._patches("val", 0, STILL, {})  # seed 0: the same patches for all runs
-        indices = list(range(rank, self.num_val_patches, world_size))
+        indices = list(range(rank, max(self.num_val_patches, world_size), world_size))
         batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
         return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available())
 
@@ -261,7 +264,7 @@ class DataModule(lightning.LightningDataModule):
 
     def _volumes(self, case_ids: Sequence[str]) -> DataLoader:
         rank, world_size = self._process()
-        return DataLoader(_CaseNames(case_ids[rank::world_size]), batch_size=None)
+        return DataLoader(_CaseNames(case_ids[rank::world_size] or [NO_CASE]), batch_size=None)
 
     def _process(self) -> tuple[int, int]:
         """Rank and number of processes."""

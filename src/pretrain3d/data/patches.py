@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +17,9 @@ from pretrain3d.data import intensity, spatial
 from pretrain3d.data.batch import generator
 from pretrain3d.data.case import Case
 from pretrain3d.data.normalise import Normalisation
-from pretrain3d.data.semantic import SemanticMaps, mirror_table
+from pretrain3d.data.semantic import SemanticMaps, mirror_table, unpaired_sides
 from pretrain3d.data.store import Store
 from pretrain3d.geometry import transform_boxes
-
-LATERAL = re.compile(r"(?i:(?<![a-z])(?:left|right))|(?:Left|Right)|[ _.-][LR]$")
 
 
 @dataclass(frozen=True)
@@ -281,8 +278,7 @@ def _lateral_settings(settings: spatial.SpatialSettings, store: Store, semantic:
     unpaired = [
         name
         for names in (store.classes, store.semantic_classes if semantic else [])
-        for name, other in zip(names, mirror_table(names, store.mirror_classes), strict=True)
-        if LATERAL.search(name) and names[other] == name
+        for name in unpaired_sides(names, store.mirror_classes)
     ]
     if not unpaired or 0 not in settings.flip_axes:
         return settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from pretrain3d.data.batch import generator
 from pretrain3d.data.case import Case
 from pretrain3d.data.store import Store
 
+LATERAL = re.compile(r"(?i:(?<![a-z])(?:left|right))|(?:Left|Right)|[ _.-][LR]$")
 VOXELS = 256  # remembered per organ and case, to place patches on
 
 
@@ -90,6 +92,12 @@ def annotated_organs(case: Case, num_classes: int) -> np.ndarray:
     annotated = np.zeros(num_classes, dtype=bool)
     annotated[list(case.semantic_annotated)] = True
     return annotated
+
+
+def unpaired_sides(names: Sequence[str], mirror_classes: dict[str, str]) -> list[str]:
+    """The classes that are left or right by their name and have no counterpart on the other side."""
+    others = [names[other] for other in mirror_table(names, mirror_classes)]
+    return [name for name, other in zip(names, others, strict=True) if LATERAL.search(name) and other == name]
 
 
 def mirror_table(names: Sequence[str], mirror_classes: dict[str, str]) -> np.ndarray:

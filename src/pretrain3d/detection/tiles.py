@@ -35,8 +35,7 @@ def tile_starts(shape: Sequence[int], patch_size: Sequence[int], overlap: float)
     Raises:
         UserError: the overlap is outside [0, 1).
     """
-    if not 0 <= overlap < 1:
-        raise UserError(f"overlap is {overlap}; expected a number from 0 (tiles side by side) to below 1")
+    check_tiling(overlap)
     per_axis = []
     for size, patch in zip(shape, patch_size, strict=True):
         last = max(size - patch, 0)
@@ -44,6 +43,16 @@ def tile_starts(shape: Sequence[int], patch_size: Sequence[int], overlap: float)
         count = math.ceil(last / step) + 1
         per_axis.append([round(index * last / max(count - 1, 1)) for index in range(count)])
     return [(x, y, z) for x, y, z in itertools.product(*per_axis)]
+
+
+def check_tiling(overlap: float, batch_size: int = 1, mirror_axes: Sequence[int] = ()) -> None:
+    """Raises UserError for an overlap, a number of tiles or an axis that does not exist; see `predict_views`."""
+    if not 0 <= overlap < 1:
+        raise UserError(f"overlap is {overlap}; expected a number from 0 (tiles side by side) to below 1")
+    if batch_size < 1:
+        raise UserError(f"tile_batch is {batch_size}; expected at least 1")
+    if not {int(axis) for axis in mirror_axes} <= {0, 1, 2}:
+        raise UserError(f"mirror_axes is {list(mirror_axes)}; expected some of 0, 1, 2")
 
 
 @torch.no_grad()
@@ -80,11 +89,8 @@ def predict_views(
     Raises:
         UserError: an axis, overlap or batch size that does not exist.
     """
+    check_tiling(overlap, batch_size, mirror_axes)
     axes = tuple(sorted({int(axis) for axis in mirror_axes}))
-    if not set(axes) <= {0, 1, 2}:
-        raise UserError(f"mirror_axes is {list(mirror_axes)}; expected some of 0, 1, 2")
-    if batch_size < 1:
-        raise UserError(f"tile_batch is {batch_size}; expected at least 1")
     patch = _triple(patch_size)
     padded, before = _pad(image, patch, pad_value)
     shape = _triple(padded.shape[1:])

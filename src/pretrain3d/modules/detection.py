@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pretrain3d.backbones.contract import by_text
 from pretrain3d.config import UserError
+from pretrain3d.data.module import NO_CASE
+from pretrain3d.data.semantic import unpaired_sides
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.contract import Detections
 from pretrain3d.detection.merge import Merging, TileDetections, merge
-from pretrain3d.detection.tiles import predict_views
+from pretrain3d.detection.tiles import LATERAL_AXIS, check_tiling, predict_views
 from pretrain3d.evaluation.metric import DetectionMetric
 from pretrain3d.modules.base import BaseModule
 from pretrain3d.registry import build
@@ -36,14 +40,18 @@ class DetectionModule(BaseModule):
         tile_size: (3,) voxels of a tile of the inference, as the backbone takes them; ``None`` = the training patch.
         overlap: share of a tile that its neighbour repeats, in [0, 1).
         tile_batch: tiles predicted at once; bounds the memory of the inference.
-        mirror_axes: axes of the mirrored views that are predicted too and merged, () for none.
+        mirror_axes: axes of the mirrored views that are predicted too and merged, () for none. Axis 0 is left out, with
+            a warning, where a class is left or right and has no counterpart in ``mirror_classes``.
+
+    Raises:
+        UserError: an argument of the detector, or a size, overlap or axis of the inference, that does not work.
     """
 
     detector: Any  # from the registry; what it promises is in docs/design.md
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Any,
         detector: dict[str, Any],
         classes: list[str],
         mirror_classes: dict[str, str],
@@ -60,6 +68,12 @@ class DetectionModule(BaseModule):
         finetune: dict[str, Any] | None = None,
         swa: dict[str, Any] | None = None,
     ) -> None:
+        check_tiling(overlap, tile_batch, mirror_axes)
+        multiple = backbone.size_multiple
+        if tile_size is not None and any(s < 1 or s % m for s, m in zip(tile_size, multiple, strict=True)):
+            raise UserError(
+                f"module.tile_size is {list(tile_size)}; the backbone needs a multiple of {by_text(multiple)}"
+            )
         head = build(DETECTORS, detector, "module.detector", levels=backbone.levels, num_classes=len(classes))
         super().__init__(backbone, head, "detector", note, optimizer, schedule, warmup_steps, ema, finetune, swa)
         self.classes = list(classes)
@@ -114,13 +128,25 @@ class DetectionModule(BaseModule):
             overlap=self.overlap,
             batch_size=self.tile_batch,
             pad_value=pad_value,
-            mirror_axes=self.mirror_axes,
+            mirror_axes=self._mirrored(),
             mirror_classes={index[a]: index[b] for a, b in self.mirror_classes.items()},
             device=self.device,
         )
         if torch.stack(broken).any():
             raise UserError(f"the network's outputs are NaN in precision {self.precision}; are its weights finite?")
         return views
+
+    def _mirrored(self) -> tuple[int, ...]:
+        """The axes of the mirrored views; not left to right where that would exchange classes with nothing."""
+        unpaired = unpaired_sides(self.classes, self.mirror_classes)
+        if LATERAL_AXIS not in self.mirror_axes or not unpaired:
+            return self.mirror_axes
+        warnings.warn(
+            f"no view is mirrored along axis 0 (left-right): {', '.join(unpaired)} without a counterpart in "
+            "mirror_classes",
+            stacklevel=2,
+        )
+        return tuple(axis for axis in self.mirror_axes if axis != LATERAL_AXIS)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = PRECISIONS[self.precision]
@@ -132,6 +158,8 @@ class DetectionModule(BaseModule):
         trainer: Any = self.trainer
         datamodule = trainer.datamodule
         case_id = batch["case_id"]
+        if case_id == NO_CASE:
+            return {}
         image, case = datamodule.volume(case_id)
         try:
             found = self.predict_image(image, datamodule.pad_value(case_id))

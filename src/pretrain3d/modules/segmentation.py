@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain3d.config import UserError
+from pretrain3d.data.module import NO_CASE
+from pretrain3d.detection.tiles import check_tiling
 from pretrain3d.evaluation.segmentation import SegmentationScores
 from pretrain3d.modules.base import BaseModule
 from pretrain3d.modules.pretraining import build_method
@@ -45,6 +47,7 @@ class SegmentationModule(BaseModule):
         overlap: float = 0.5,
         tile_batch: int = 4,
     ) -> None:
+        check_tiling(overlap, tile_batch)
         make_stem = (lambda: copy.deepcopy(backbone.stem)) if getattr(backbone, "takes_stem", False) else None
         head = build_method(backbone, method, patch_size, classes=label_classes, make_stem=make_stem)
         super().__init__(backbone, head, "method", note, optimizer, schedule, warmup_steps, ema)
@@ -91,6 +94,8 @@ class SegmentationModule(BaseModule):
         self.check_pending()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         case_id = batch["case_id"]
+        if case_id == NO_CASE:
+            return {}
         image, _ = data.volume(case_id)
         truth, index = data.label_map(case_id), data.set_of(case_id)
         found = self.method.found(self.predict_logits(image, index, data.pad_value(case_id)))

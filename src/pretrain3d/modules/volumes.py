@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pretrain3d.config import UserError
-from pretrain3d.detection.tiles import tile_starts
+from pretrain3d.detection.tiles import check_tiling, tile_starts
 
 SIGMA = 1 / 8  # of the weight of a tile's voxels, in tiles
 LEAST = 1e-3  # of the weight at the centre
@@ -45,8 +44,7 @@ def predict_volume(
 
     Source: the Gaussian weights of nnU-Net.
     """
-    if batch_size < 1:
-        raise UserError(f"tile_batch is {batch_size}; expected at least 1")
+    check_tiling(overlap, batch_size)
     padded = _padded(image, patch_size, pad_value)
     starts = tile_starts(padded.shape[1:], patch_size, overlap)
     weight = tile_weight(patch_size)

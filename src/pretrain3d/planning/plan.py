@@ -16,11 +16,13 @@ from pretrain3d.data.case import Case
 from pretrain3d.data.normalise import SCHEMES, resolve_intensity
 from pretrain3d.data.splits import fold_cases
 from pretrain3d.data.store import Store
+from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.anchors import base_sizes, best_iou
 from pretrain3d.files import write_text
 from pretrain3d.planning.anchors import plan_levels, relative_strides, search_anchors
 from pretrain3d.planning.memory import GIB, device_memory_gb, footprint
 from pretrain3d.planning.patch import BATCH_SIZE, plan_patch
+from pretrain3d.registry import takes
 
 MULTIPLE = 16  # of patch sizes: what the coarsest level of the small backbones needs
 PATCH_BUDGET = (128, 128, 128)
@@ -60,19 +62,23 @@ def make_plan(
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: at least 1")
-    need = footprint(backbone, detector, channels_of(store), max(len(store.classes), 1))
+    data = channels_of(store), max(len(store.classes), 1)
+    need = footprint(backbone, detector, *data)
     budget = patch_budget(patch_size, need.multiple)
     memory, device = (memory_gb, "named") if memory_gb is not None else device_memory_gb()
     cases = _pool(store, store.cases.values())
     shape = np.median([case.shape for case in cases], axis=0).tolist()
-    training = [case for case in cases if case.id in _first_fold(store)]
+    first_fold = _first_fold(store)
+    training = [case for case in cases if case.id in first_fold]
     boxes = np.concatenate([case.boxes for case in training]) if training else np.zeros((0, 6), np.float32)
     sizes = torch.from_numpy(boxes[:, 3:] - boxes[:, :3])
     held = sizes.float().quantile(HELD, dim=0).tolist() if len(boxes) else (0, 0, 0)
-    patch = plan_patch(shape, budget, need, memory, batch_size, held)
     levels, anchors, coverage = None, None, None
     if len(boxes):
         levels = list(plan_levels(need.strides, sizes))
+        need = footprint(backbone, planned_detector(detector, levels), *data)
+    patch = plan_patch(shape, budget, need, memory, batch_size, held)
+    if levels is not None:
         scales = relative_strides(need.strides, levels)
         anchors = {"sizes": search_anchors(sizes, scales)}
         coverage = _coverage(store, cases, list(patch.patch_size), anchors, scales)
@@ -95,6 +101,14 @@ def make_plan(
         },
         "coverage": coverage,
     }
+
+
+def planned_detector(detector: str, levels: list[int] | None) -> dict[str, Any]:
+    """The node of a detector with the planned pyramid levels, when there are some and it has anchors for them."""
+    node: dict[str, Any] = {"name": detector}
+    if levels is None or not takes(DETECTORS, node, "detector", "anchors"):
+        return node
+    return {**node, "detection_levels": levels}
 
 
 def write_plan(path: Path, plan: dict[str, Any], store: Store) -> None:

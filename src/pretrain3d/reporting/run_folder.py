@@ -71,23 +71,43 @@ class RunFolder:
         """
         if not (self.path / "config.yaml").is_file() or not self.last.is_file():
             return "fresh"
-        old = _flat(self.config())
-        new = _flat(settings)
-        steps = "trainer.max_steps"
-        differing = sorted(key for key in old.keys() | new.keys() if key != steps and old.get(key) != new.get(key))
+        steps = settings["trainer"]["max_steps"]
+        old = self.config()
+        differing = _differences({**old, "trainer": {**old["trainer"], "max_steps": steps}}, settings, "asked")
         if differing:
-            shown = "; ".join(f"{key} {old.get(key)!r} there, {new.get(key)!r} asked" for key in differing[:3])
-            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-            raise UserError(f"{self.path} holds a run of another config ({shown}{more}); give this run another name=")
+            raise UserError(f"{self.path} holds a run of another config ({differing}); give this run another name=")
         state = self.state()
         if state["status"] == "finished":
-            if new[steps] < state["step"]:
-                raise UserError(
-                    f"{self.path} already ran {state['step']} steps; trainer.max_steps={new[steps]} is less"
-                )
-            if new[steps] == state["step"]:
+            if steps < state["step"]:
+                raise UserError(f"{self.path} already ran {state['step']} steps; trainer.max_steps={steps} is less")
+            if steps == state["step"]:
                 return "finished"
         return "resume"
+
+    def check_same(self, trained: dict[str, Any], now: dict[str, Any]) -> None:
+        """Compares what the run was trained with, a checkpoint's note, with what its store and plan give now.
+
+        Args:
+            trained: the note.
+            now: the parts of a note that are compared.
+
+        Raises:
+            UserError: they differ.
+        """
+        differing = _differences({key: trained.get(key) for key in now}, now, "now")
+        if differing:
+            raise UserError(
+                f"the store of {self.path} is not what it was trained on ({differing}): bring back its cases, "
+                "spacing and plan, or train under another name="
+            )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], word: str) -> str:
+    """The first keys at which two nested dictionaries differ, with both values; empty when none does."""
+    there, here = _flat(old), _flat(new)
+    differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+    shown = "; ".join(f"{key} {there.get(key)!r} there, {here.get(key)!r} {word}" for key in differing[:3])
+    return shown + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
