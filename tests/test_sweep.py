@@ -165,9 +165,12 @@ def test_a_store_is_what_it_was_in_training(run: Path, capsys: pytest.CaptureFix
     (store / "plan.yaml").write_text(yaml.safe_dump(plan))  # planned again since: the run goes on with its own
     assert main(["test", str(run), "samples=5", "pictures=0"]) == 0
     index = json.loads((store / "index.json").read_text())
-    for key, value, there in (("spacing_mm", [2.0, 2.0, 2.0], r"spacing_mm \[1.0, 1.0, 1.0\] there, \[2.0, 2.0, 2.0\] now"),
-                              ("classes", ["lesion", "nodule"], r"classes \['nodule', 'lesion'\] there"),
-                              ("data_hash", "other", "data_hash '.*' there, 'other' now")):  # fmt: skip
+    changes = [
+        ("spacing_mm", [2.0, 2.0, 2.0], r"spacing_mm \[1.0, 1.0, 1.0\] there, \[2.0, 2.0, 2.0\] now"),
+        ("classes", ["lesion", "nodule"], r"classes \['nodule', 'lesion'\] there"),
+        ("data_hash", "other", "data_hash '.*' there, 'other' now"),
+    ]
+    for key, value, there in changes:
         (store / "index.json").write_text(json.dumps({**index, key: value}))
         capsys.readouterr()
         for command in ("test", "sweep"):

@@ -220,8 +220,8 @@ def warn_of_anchors(sizes: Any, datamodule: Any, backbone: str) -> None:
     fit = float(mean_best_iou(sizes.flatten(0, 1), boxes[:, 3:] - boxes[:, :3]))
     if fit < planned - WORSE_IOU:
         print(
-            f"note: on the levels of {backbone} the anchors of {store.path}/plan.yaml overlap the boxes less than they "
-            f"should (mean best IoU {fit:.2f}, planned {planned:.2f}); call `pretrain3d plan {store.path} backbone={backbone}`",
+            f"note: on the levels of {backbone} the plan's anchors have a mean best IoU of {fit:.2f}, planned were "
+            f"{planned:.2f}; `pretrain3d plan {store.path} backbone={backbone}` finds better ones",
             file=sys.stderr,
         )
 
