@@ -72,7 +72,8 @@ def test_official_features(testdata, tmp_path, capsys, name):
             np.testing.assert_allclose(sampled.numpy(), expected[f"level{level}"], atol=1e-4, rtol=0)
     content = load_export(out)
     assert content["preprocessing"]["spacing_mm"] == [1.0, 1.0, 1.0]
-    assert content["preprocessing"]["intensity"]["scheme"] == "zscore"
+    intensity = content["preprocessing"]["intensity"]
+    assert (intensity["scheme"], intensity["foreground"]) == ("zscore", "image")  # as nnssl has it
     assert content["source"]["licence"] == "CC-BY-4.0" and content["source"]["data"] == "Golden"
     assert main(["import", str(folder / f"nnssl_{name}.pth"), f"out={out}", "licence=CC-BY-4.0"]) == 0
     assert "nothing to do" in capsys.readouterr().out

@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import replace
 
@@ -7,7 +8,8 @@ import torch
 from tiny_store import make_case, tiny_store, write_store
 
 from pretrain3d.config import UserError
-from pretrain3d.data.fingerprint import CT_RANGE, Histogram, merge, target_spacing
+from pretrain3d.data.case import Case
+from pretrain3d.data.fingerprint import CT_RANGE, Histogram, Moments, image_moments, merge, target_spacing
 from pretrain3d.data.module import DataModule
 from pretrain3d.data.normalise import Normalisation, normalisation_for, normalisation_of, resolve_intensity
 
@@ -137,9 +139,8 @@ def test_given_numbers_stay_and_what_is_resolved_stays_resolved(tmp_path):
     resolved = resolve_intensity(store, {**CT, "low": -1, "std": [7.0]}, 0)
     assert resolved["low"] == -1 and resolved["std"] == [7.0] and resolved["high"][0] > 0
     assert resolve_intensity(store, resolved, 3) == resolved
-    assert normalisation_of(resolved, 1)(store.cases["c0"].histograms["body"]) == normalisation_for(store, resolved, 1)(
-        store.cases["c0"]
-    )
+    case = store.cases["c0"]
+    assert normalisation_of(resolved, 1)(case.histograms["body"], ()) == normalisation_for(store, resolved, 1)(case)
 
 
 def test_window_maps_to_plus_minus_one(tmp_path):
@@ -155,6 +156,27 @@ def test_zscore_is_of_each_case(tmp_path):
     for name, (image, _) in zip(store.cases, data, strict=True):
         normalised = of_case(store.cases[name])(image)
         assert normalised.mean() == pytest.approx(0, abs=1e-4) and normalised.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_zscore_of_the_whole_image(tmp_path):
+    """nnU-Net crops to what is not 0, of any channel, and takes all voxels of that box."""
+    store, _ = store_of(tmp_path, [0] * 5)
+    intensity = {"scheme": "zscore", "foreground": "image"}
+    with pytest.raises(UserError, match="prepare the data again"):  # a store of before
+        normalisation_for(store, intensity, 0)
+    image = np.zeros((2, 9, 8, 7), np.float32)
+    image[0, 2:5, 1:7, 3:6] = np.arange(54, dtype=np.float32).reshape(3, 6, 3) - 20  # one voxel of it is 0
+    image[1, 4:7, 1:2, 3:4] = 5.0
+    moments = image_moments(image)
+    box = image[:, 2:7, 1:7, 3:6]
+    expected = [(channel.mean(dtype=float), channel.std(dtype=float)) for channel in box]
+    assert [(m.mean, m.std) for m in moments] == [pytest.approx(pair) for pair in expected]
+    store.cases = {name: replace(case, moments=(Moments(500.0, 50.0),)) for name, case in store.cases.items()}
+    case = store.cases["c0"]
+    assert Case.from_dict(json.loads(json.dumps(case.to_dict()))).moments == case.moments
+    resolved = resolve_intensity(store, intensity, 0)
+    assert resolve_intensity(store, resolved, 0) == resolved
+    assert normalisation_for(store, resolved, 0)(case)(np.full((1, 1, 1, 1), 600, np.int16)).item() == 2.0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 
 from pretrain3d.config import UserError
 from pretrain3d.data.body import body_mask, body_on_grid, crop_to
-from pretrain3d.data.fingerprint import CT_RANGE, Histogram
+from pretrain3d.data.fingerprint import CT_RANGE, Histogram, Moments, image_moments
 from pretrain3d.data.identity import signature
 from pretrain3d.data.readers.contract import RawVolume
 from pretrain3d.data.resample import resample_image, resample_labels
@@ -29,6 +29,7 @@ class Cached:
         maps: label maps (X, Y, Z) by name, as far as the volume has them: "instances", "semantic".
         body: (X, Y, Z) bool, the patient.
         signature: of the whole image as it was read, see `identity.signature`.
+        moments: per channel, of the whole image as it was read, see `fingerprint.image_moments`.
     """
 
     frame: Frame
@@ -36,6 +37,7 @@ class Cached:
     maps: dict[str, np.ndarray]
     body: np.ndarray
     signature: str
+    moments: tuple[Moments, ...]
 
 
 def prepare_volume(volume: RawVolume, where: Path, modality: list[str], spacing_mm: tuple[float, ...]) -> Cached:
@@ -68,7 +70,7 @@ def prepare_volume(volume: RawVolume, where: Path, modality: list[str], spacing_
         name: resample_labels(labels[region], frame, keep_all=name == "instances") for name, labels in maps.items()
     }
     cached_body = body_on_grid(body, step, start, frame.factor, frame.cached_shape)
-    return Cached(frame, cached, cached_maps, cached_body, signature(oriented, body, step))
+    return Cached(frame, cached, cached_maps, cached_body, signature(oriented, body, step), image_moments(oriented))
 
 
 def _usable(volume: RawVolume, where: Path, modality: list[str]) -> np.ndarray:

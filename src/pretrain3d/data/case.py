@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pretrain3d.config import UserError
-from pretrain3d.data.fingerprint import Histogram
+from pretrain3d.data.fingerprint import Histogram, Moments
 from pretrain3d.files import write_text
 from pretrain3d.geometry import Frame
 
@@ -40,6 +40,7 @@ class Case:
         has_semantic: a semantic map is stored.
         semantic_annotated: indices of the semantic classes that were annotated in this case; None: all of them.
         signature: what the image looks like, `identity.signature`; "" in older stores.
+        moments: of the whole image, one for each channel, `fingerprint.image_moments`; () in older stores.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Case:
     has_semantic: bool
     semantic_annotated: tuple[int, ...] | None = None
     signature: str = ""
+    moments: tuple[Moments, ...] = ()
 
     def problem(self, num_classes: int) -> str:
         """What no case may have: a box that is not finite, empty, inverted or outside the volume, an unknown label.
@@ -90,6 +92,7 @@ class Case:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["frame"] = self.frame.to_dict()
         values["histograms"] = {k: [h.to_dict() for h in channels] for k, channels in self.histograms.items()}
+        values["moments"] = [vars(moments) for moments in self.moments]
         return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in values.items()}
 
     @classmethod
@@ -106,6 +109,7 @@ class Case:
         values["instances"] = np.asarray(values["instances"], dtype=np.int64)
         values["volumes_mm3"] = np.asarray(values["volumes_mm3"], dtype=np.float64)
         values["histograms"] = {k: tuple(map(Histogram.from_dict, v)) for k, v in values["histograms"].items()}
+        values["moments"] = tuple(Moments(**moments) for moments in values.get("moments", ()))
         return cls(**values)
 
 

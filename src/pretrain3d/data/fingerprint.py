@@ -16,6 +16,31 @@ CT_RANGE = (-1024, 3071)
 MAX_BINS = 4096
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Mean and standard deviation (population) of one channel.
+
+    Attributes:
+        mean, std: raw intensities.
+    """
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Moments:
+        """Of ``values`` of any shape, finite, at least one."""
+        return cls(float(values.mean(dtype=np.float64)), _std(values))
+
+
+def image_moments(image: np.ndarray) -> tuple[Moments, ...]:
+    """Per channel of a (C, X, Y, Z) image, over the smallest box of all voxels other than 0 (nnU-Net's crop)."""
+    used = (image != 0).any(axis=0)
+    ends = [np.flatnonzero(used.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    box = tuple(slice(int(end[0]), int(end[-1]) + 1) for end in ends)
+    return tuple(Moments.of(channel[box]) for channel in image)
+
+
 @dataclass(frozen=True, eq=False)
 class Histogram:
     """Counts of voxel values of one channel.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pretrain3d.config import UserError
 from pretrain3d.data.case import Case
-from pretrain3d.data.fingerprint import Histogram, merge
+from pretrain3d.data.fingerprint import Histogram, Moments, merge
 from pretrain3d.data.splits import fold_cases
 from pretrain3d.data.store import Store
 
@@ -78,28 +78,34 @@ def normalisation_for(
         UserError: unknown scheme or foreground, missing or senseless values.
     """
     resolved = resolve_intensity(store, intensity, fold, num_folds, seed)
-    of_body = normalisation_of(resolved, len(store.modality))
-    return lambda case: of_body(case.histograms["body"])
+    of_image = normalisation_of(resolved, len(store.modality))
+    if resolved.get("foreground") == "image" and not all(case.moments for case in store.cases.values()):
+        raise UserError(f"{store.path} does not hold what intensity.foreground=image needs; prepare the data again")
+    return lambda case: of_image(case.histograms["body"], case.moments)
 
 
-def normalisation_of(resolved: dict[str, Any], channels: int) -> Callable[[tuple[Histogram, ...]], Normalisation]:
+def normalisation_of(
+    resolved: dict[str, Any], channels: int
+) -> Callable[[tuple[Histogram, ...], tuple[Moments, ...]], Normalisation]:
     """`normalisation_for` without a store, from what `resolve_intensity` gave (a checkpoint holds that).
 
     Returns:
-        from the histograms of a case's body, one per channel, to its normalisation.
+        from the histograms of a case's body and the moments of its whole image, one per channel each, to its
+        normalisation.
     """
     if resolved["scheme"] == "zscore":
         low, high = (_per_channel(resolved.get(k), channels, k, d) for k, d in (("low", -math.inf), ("high", math.inf)))
 
-        def per_case(body: tuple[Histogram, ...]) -> Normalisation:
-            return Normalisation(low, high, tuple(h.mean for h in body), tuple(max(h.std, MIN_STD) for h in body))
+        def per_case(body: tuple[Histogram, ...], image: tuple[Moments, ...]) -> Normalisation:
+            known: tuple[Histogram | Moments, ...] = image if resolved.get("foreground") == "image" else body
+            return Normalisation(low, high, tuple(m.mean for m in known), tuple(max(m.std, MIN_STD) for m in known))
 
         return per_case
     channels = len(resolved["low"]) if resolved["scheme"] == "windows" else channels
     fixed = Normalisation(*(_per_channel(resolved[key], channels, key) for key in ("low", "high", "mean", "std")))
     if any(a >= b for a, b in zip(fixed.low, fixed.high, strict=True)) or min(fixed.std) <= 0:
         raise UserError(f"intensity: low must be below high and std above 0, got {resolved}")
-    return lambda body: fixed
+    return lambda body, image: fixed
 
 
 def resolve_intensity(
@@ -109,7 +115,8 @@ def resolve_intensity(
 
     "ct": percentiles 0.5 and 99.5, then mean and standard deviation of the values clipped to them, of the foreground of
     the fold's training cases (nnDetection and nnU-Net take mean and standard deviation before clipping; the difference
-    is small and this one gives exactly mean 0 and std 1). "zscore": per case, mean and std of the body. "window":
+    is small and this one gives exactly mean 0 and std 1). "zscore": per case, mean and std of the body, or with
+    ``foreground: image`` of the whole image with the air around, as nnU-Net and nnssl have it. "window":
     ``low`` and ``high`` become -1 and 1. "windows": an image of one channel becomes one channel per entry of the lists
     ``low`` and ``high``, each from -1 to 1, as one looks at lung, soft tissue and bone in turn. A number that is given
     (one for all channels or one per channel) stays.
@@ -125,7 +132,7 @@ def resolve_intensity(
     if scheme == "zscore":
         if given["mean"] is not None or given["std"] is not None:
             raise UserError("intensity.scheme zscore takes mean and std from each case; leave them null or use window")
-        return {"scheme": scheme, **given}
+        return {"scheme": scheme, "foreground": "image" if intensity.get("foreground") == "image" else "body", **given}
     if scheme == "windows":
         channels = _num_windows(given, channels)
     if scheme in ("window", "windows"):

@@ -30,7 +30,7 @@ from pretrain3d.data.splits import SPLITS
 from pretrain3d.data.store import KINDS, StoreWriter, array_path
 from pretrain3d.geometry import Frame, boxes_of_instances
 
-VERSION = 3  # of what is done to a case: goes up whenever the same input gives other arrays or records
+VERSION = 4  # of what is done to a case: goes up whenever the same input gives other arrays or records
 
 
 @dataclass
@@ -127,7 +127,7 @@ def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], w
         histograms=image_histograms(cached.image, foreground, reader.modality),
         has_instances="instances" in cached.maps, has_semantic="semantic" in cached.maps,
         semantic_annotated=None if volume.semantic_annotated is None else tuple(volume.semantic_annotated),
-        signature=cached.signature,
+        signature=cached.signature, moments=cached.moments,
     )  # fmt: skip
     if problem := record.problem(len(reader.classes)):
         raise UserError(f"{case.files[0]}: case {case.id}: {problem}")

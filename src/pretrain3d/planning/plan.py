@@ -83,7 +83,7 @@ def make_plan(
         anchors = {"sizes": search_anchors(sizes, scales)}
         coverage = _coverage(store, cases, list(patch.patch_size), anchors, scales)
     scheme = "ct" if set(store.modality) == {"CT"} else "zscore"
-    foreground = "objects" if len(boxes) else "body"
+    foreground = "objects" if len(boxes) and scheme == "ct" else "body"
     return {
         "spacing_mm": list(store.spacing_mm),
         "intensity": {"scheme": scheme, "foreground": foreground, **dict.fromkeys(("low", "high", "mean", "std"))},
@@ -121,7 +121,8 @@ def write_plan(path: Path, plan: dict[str, Any], store: Store) -> None:
         f"spacing_mm: {flow['spacing_mm']}",
         "",
         "# Intensities on reading. ct: clip to the 0.5 and 99.5 percentiles of the foreground (objects | body) of the",
-        "# training fold, then subtract its mean and divide by its std. zscore: mean and std of each case's body.",
+        "# training fold, then subtract its mean and divide by its std. zscore: mean and std of each case's body, or",
+        "# with foreground: image of its whole image, as nnU-Net and nnssl do.",
         "# window: low..high becomes -1..1; windows: lists low and high, one input channel for each pair.",
         "# null is computed; a number you write is used instead.",
         *(f"# {line}" for line in _statistics(store, plan["intensity"])),

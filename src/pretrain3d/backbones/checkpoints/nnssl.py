@@ -20,7 +20,6 @@ from pretrain3d.registry import build
 
 PLAN = "nnssl_adaptation_plan"
 OURS = "pretrain3d"  # where a file that we wrote keeps what the format has no place for
-SCHEMES = {"ZScoreNormalization": {"scheme": "zscore", "low": None, "high": None, "mean": None, "std": None}}
 
 
 def recognises(content: Mapping[str, Any]) -> bool:
@@ -182,7 +181,7 @@ def _preprocessing(plan: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     configuration = _configuration(plan)
     spacing, patch = configuration.get("spacing"), configuration.get("patch_size")
     schemes = set(configuration.get("normalization_schemes") or [])
-    intensity = SCHEMES.get(next(iter(schemes))) if len(schemes) == 1 else None
+    intensity = zscore(configuration) if schemes == {"ZScoreNormalization"} else None
     if intensity is None:
         notes.append(f"normalisation {sorted(schemes) or 'not stated'} has no counterpart here; give intensity=...")
     if spacing is None:
@@ -190,8 +189,15 @@ def _preprocessing(plan: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     return {
         "spacing_mm": None if spacing is None else [float(value) for value in spacing],
         "patch_size": None if patch is None else [int(value) for value in patch],
-        "intensity": None if intensity is None else dict(intensity),
+        "intensity": intensity,
     }
+
+
+def zscore(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """nnU-Net's ``ZScoreNormalization``: over the whole image, or over what is not 0 where its masks are used."""
+    masked = all(configuration.get("use_mask_for_norm") or [False])
+    return {"scheme": "zscore", "foreground": "body" if masked else "image",
+            **dict.fromkeys(("low", "high", "mean", "std"))}  # fmt: skip
 
 
 def _source(content: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:

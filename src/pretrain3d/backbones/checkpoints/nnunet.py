@@ -7,6 +7,7 @@ from typing import Any
 
 from pretrain3d.backbones.checkpoints import released_resenc
 from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes
+from pretrain3d.backbones.checkpoints.nnssl import zscore
 from pretrain3d.config import UserError
 
 
@@ -85,7 +86,7 @@ def _architecture(configuration: Mapping[str, Any], path: str) -> tuple[str, Map
 def _intensity(configuration: Mapping[str, Any], plans: Mapping[str, Any], notes: list[str]) -> dict[str, Any] | None:
     schemes = list(configuration.get("normalization_schemes") or [])
     if schemes and set(schemes) == {"ZScoreNormalization"}:
-        return {"scheme": "zscore", "low": None, "high": None, "mean": None, "std": None}
+        return zscore(configuration)
     if schemes and set(schemes) == {"CTNormalization"}:
         known = plans["foreground_intensity_properties_per_channel"]
         names = {"low": "percentile_00_5", "high": "percentile_99_5", "mean": "mean", "std": "std"}
