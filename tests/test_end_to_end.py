@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel
 import pytest
 import torch
+import yaml
 
 from pretrain3d.__main__ import main
 
@@ -87,6 +88,30 @@ def test_finished_run_is_left_alone_and_another_config_is_refused(
     assert (runs / "mae" / "checkpoints" / "last.ckpt").read_bytes() == before
     assert main([*line[:-1], "trainer.max_steps=3", line[-1]]) == 0
     assert json.loads((runs / "mae" / "state.json").read_text())["step"] == 3
+
+
+def test_a_plan_is_for_its_backbone_and_its_runs(
+    phantom_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["fit", "--config", "configs/detect/base.yaml", f"out={tmp_path}", f"data.store={phantom_store}", *TINY,
+            "module.overlap=0"]  # fmt: skip
+    small = ["backbone=resenc", "+backbone.channels=[8,8]", "+backbone.strides=[1,2]", "+backbone.blocks=[1,1]"]
+    assert main([*line, "name=small", *small]) == 0  # one level, the plan's anchors are for four
+    assert "on the levels of resenc the plan's anchors have a mean best IoU of" in capsys.readouterr().err
+    assert main([*line, "name=det"]) == 0
+    assert "mean best IoU" not in capsys.readouterr().err
+
+    plan, checkpoint = phantom_store / "plan.yaml", tmp_path / "det" / "checkpoints" / "last.ckpt"
+    before, written = plan.read_text(), checkpoint.read_bytes()
+    try:
+        plan.write_text(yaml.safe_dump({**yaml.safe_load(before), "anchors": {"sizes": [[9.0]] * 3}}))
+        assert main([*line, "name=det", "trainer.max_steps=3"]) == 2
+        error = capsys.readouterr().err
+        assert "is not what it was trained on (module.detector.anchors.sizes" in error
+        assert "[[9.0], [9.0], [9.0]] now" in error and checkpoint.read_bytes() == written
+        assert main(["test", str(tmp_path / "det"), "samples=0", "pictures=0"]) == 0  # with those of its training
+    finally:
+        plan.write_text(before)
 
 
 def test_a_run_that_never_began_can_be_corrected(

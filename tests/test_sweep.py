@@ -202,9 +202,19 @@ def test_the_command_keeps_what_it_found_and_test_uses_it(run: Path, capsys: pyt
     assert after["asked"]["merging"] == stored["merging"]
     assert after["operating"]["threshold"] == stored["operating"]["threshold"]
     assert main(["test", str(run), "split=val", "samples=5", "pictures=0"]) == 0  # the cases that were swept on
-    assert "chosen on these cases: the defaults are used" in capsys.readouterr().out
+    assert "chosen on these cases: those of its config are used" in capsys.readouterr().out
     result = json.loads((run / "result.json").read_text())
     assert result["operating"] is None and result["asked"]["merging"] == Merging().to_dict()
+
+
+def test_merging_may_be_configured(run: Path) -> None:
+    tiny = {"module": {"name": "detection", "merging": {"method": "nms"}}}
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    content[NOTE]["module"] |= tiny["module"]
+    torch.save(content, checkpoint)
+    assert main(["test", str(run), "samples=0", "pictures=0"]) == 0
+    assert json.loads((run / "result.json").read_text())["asked"]["merging"]["method"] == "nms"
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def check_arguments(settings: dict[str, Any]) -> None:
     from pretrain3d.backbones import BACKBONES
     from pretrain3d.data.views import ViewAugmentation
     from pretrain3d.detection import DETECTORS
+    from pretrain3d.detection.merge import Merging
     from pretrain3d.modules import FINETUNE, MODULES
     from pretrain3d.modules.averaging import StochasticAveraging
     from pretrain3d.modules.optim import OPTIMIZERS
@@ -86,6 +87,8 @@ def check_arguments(settings: dict[str, Any]) -> None:
     check(OPTIMIZERS, optimizer, "module.optimizer", given=("groups",))
     if module.get("finetune"):
         check(FINETUNE, module["finetune"], "module.finetune", given=("schedule", "warmup_steps", "max_steps"))
+    if module.get("merging"):
+        checked_arguments(Merging, module["merging"], "module.merging")
     if module.get("swa"):
         checked_arguments(StochasticAveraging, module["swa"], "module.swa")
     if module.get("views"):

@@ -64,7 +64,7 @@ def sweep_runs(folders: list[RunFolder], checkpoint: str, metric: str, false_pos
     cases: dict[str, SweepCase] = {}
     for index, (module, datamodule) in enumerate(runs):  # a case may be validated by several runs, which differ in seed
         cases |= {f"{index}:{case_id}": case for case_id, case in _predicted(module, datamodule).items()}
-    found = sweep(cases, classes, metric, false_positives)
+    found = sweep(cases, classes, metric, false_positives, runs[0][0].unswept)
     inference = {
         **found.to_dict(),
         "cases": sorted({key.partition(":")[2] for key in cases}),

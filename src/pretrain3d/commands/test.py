@@ -124,14 +124,12 @@ def data_of(folder: RunFolder, note: dict[str, Any]) -> Any:
 
 
 def unswept(module: Any, case_ids: list[str]) -> dict[str, Any] | None:
-    """What `sweep` chose for the module; None, and the module back at the defaults, where it chose on these cases."""
-    from pretrain3d.detection.merge import Merging
-
+    """What `sweep` chose for the module; None, and the module as configured, where it chose on these cases."""
     chosen: dict[str, Any] | None = module.note.get("inference")
     if chosen is None or not set(case_ids) & set(chosen["cases"]):
         return chosen
-    module.merging = Merging()
-    print("the merge settings of this checkpoint were chosen on these cases: the defaults are used instead")
+    module.merging = module.unswept
+    print("the merge settings of this checkpoint were chosen on these cases: those of its config are used instead")
     return None
 
 

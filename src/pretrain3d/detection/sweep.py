@@ -26,6 +26,7 @@ GRID: dict[str, tuple[Any, ...]] = {  # searched in this order
 ROUNDS = 2
 GAIN = 1e-6  # what a setting must win by to replace the one that stands
 HIT_IOU = 0.10  # of the operating points
+DEFAULT = Merging()
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def sweep(
     classes: Sequence[str],
     metric: str = "mAP",
     false_positives: float = 1.0,
+    start: Merging = DEFAULT,
 ) -> Sweep:
     """Coordinate search over `GRID`: one setting after the other, twice at most. A tie leaves a setting as it is.
 
@@ -90,6 +92,7 @@ def sweep(
         classes: names of the classes; labels index into them.
         metric: a key of `evaluation.protocol.KEYS`, overall.
         false_positives: per case, of the operating point.
+        start: where the search begins, and what it is compared with.
 
     Raises:
         UserError: an unknown metric, one that these cases do not define, or no case has an object.
@@ -108,7 +111,7 @@ def sweep(
                 raise UserError(f"{metric} is not defined on these {len(cases)} validation cases; take another metric")
         return seen[merging]
 
-    best = Merging()
+    best = start
     for _ in range(ROUNDS):
         before = best
         for name, options in GRID.items():
@@ -121,7 +124,7 @@ def sweep(
     trials = [{**merging.to_dict(), metric: value} for merging, value in seen.items()]
     rates = [false_positives, *FALSE_POSITIVES_PER_CASE]
     operating, *points = operating_points(_predictions(cases, best), targets, classes, rates)
-    return Sweep(metric, best, seen[best], seen[Merging()], operating, points, trials)
+    return Sweep(metric, best, seen[best], evaluated(start), operating, points, trials)
 
 
 def operating_points(

@@ -27,8 +27,8 @@ PRECISIONS: dict[str, torch.dtype | None] = {"32": None, "bf16": torch.bfloat16,
 class DetectionModule(BaseModule):
     """Lightning's side of a detector.
 
-    After construction ``merging`` (what `sweep` stored in the checkpoint's note, else the defaults) and ``precision``
-    (of the inference, a name of `PRECISIONS`: as in training) may be set.
+    After construction ``merging`` (what `sweep` stored in the checkpoint's note, else ``unswept``, as configured) and
+    ``precision`` (of the inference, a name of `PRECISIONS`: as in training) may be set.
 
     Args:
         backbone: see `BaseModule`.
@@ -42,6 +42,7 @@ class DetectionModule(BaseModule):
         tile_batch: tiles predicted at once; bounds the memory of the inference.
         mirror_axes: axes of the mirrored views that are predicted too and merged, () for none. Axis 0 is left out, with
             a warning, where a class is left or right and has no counterpart in ``mirror_classes``.
+        merging: values of `merge.Merging` other than its defaults, such as ``{"method": "nms"}``, until a sweep.
 
     Raises:
         UserError: an argument of the detector, or a size, overlap or axis of the inference, that does not work.
@@ -65,6 +66,7 @@ class DetectionModule(BaseModule):
         overlap: float = 0.5,
         tile_batch: int = 4,
         mirror_axes: tuple[int, ...] = (),
+        merging: dict[str, Any] | None = None,
         finetune: dict[str, Any] | None = None,
         swa: dict[str, Any] | None = None,
     ) -> None:
@@ -82,7 +84,8 @@ class DetectionModule(BaseModule):
         self.overlap = overlap
         self.tile_batch = tile_batch
         self.mirror_axes = tuple(mirror_axes)
-        self.merging = Merging(**note.get("inference", {}).get("merging", {}))
+        self.unswept = Merging(**(merging or {}))
+        self.merging = Merging(**note["inference"]["merging"]) if "inference" in note else self.unswept
         trained = str(note.get("precision", "32"))
         self.precision = "bf16" if "bf16" in trained else "fp16" if trained.startswith("16") else "32"
         self.metric = DetectionMetric(self.classes)
