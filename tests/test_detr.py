@@ -353,6 +353,7 @@ def test_objects_without_a_query_are_counted() -> None:
         ({"encoder_layers": -1}, "encoder_layers is -1; expected 0 or more"),
         ({"base_scale": 1.5}, "base_scale is 1.5"),
         ({"detection_levels": [2, 7]}, "detection_levels is .*between 0 and 3"),
+        ({"detection_levels": [1, 2]}, r"detection_levels is \[1, 2\]; the coarsest level, 3, must be among them"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:

@@ -36,8 +36,8 @@ class DeformableDETR(nn.Module):
     Args:
         levels: the backbone's levels, finest first; from a single one a pyramid is made, see `necks.SimplePyramid`.
         num_classes: K.
-        detection_levels: indices into the levels that become tokens, ascending; None = the last four, but never the
-            first level.
+        detection_levels: indices into the levels that become tokens, ascending, the coarsest level of a pyramidal
+            backbone among them; None = the last four, but never the first level.
         hidden: channels of the Transformer, a multiple of ``heads`` and even.
         encoder_layers, decoder_layers: their number; at least one decoder layer.
         heads: of all attentions.
@@ -50,7 +50,8 @@ class DeformableDETR(nn.Module):
         checkpointing: recompute the encoder's activations in the backward pass: less memory, more time.
 
     Raises:
-        UserError: sizes that do not fit each other, or a level index the backbone does not have.
+        UserError: sizes that do not fit each other, a level index the backbone does not have, or levels that leave the
+            backbone's last stage without a use.
     """
 
     def __init__(
@@ -83,6 +84,11 @@ class DeformableDETR(nn.Module):
         single, levels = levels[0] if len(levels) == 1 else None, pyramid_levels(levels)
         chosen = chosen_levels(detection_levels, len(levels))
         chosen = chosen if detection_levels is not None else chosen[-MOST_LEVELS:]
+        if single is None and chosen[-1] < len(levels) - 1:
+            raise UserError(
+                f"detector.detection_levels is {list(chosen)}; the coarsest level, {len(levels) - 1}, must be among "
+                "them: nothing else reads it, and the stages of the backbone that make it would never learn"
+            )
         self.detection_levels = chosen
         self.pyramid = None if single is None else SimplePyramid(single, chosen[0], chosen[-1])
         self.mapper = ChannelMapper(levels, chosen, hidden)
