@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backbone_variants import VARIANTS
 from torch import nn
 
+from pretrain3d.backbones import BACKBONES
 from pretrain3d.backbones.resenc import resenc_xs
-from pretrain3d.config import UserError
 from pretrain3d.modules.optim import parameter_groups, schedule, sgd
+from pretrain3d.registry import build
 
 
 class Tokens(nn.Module):
@@ -23,6 +25,9 @@ class Tokens(nn.Module):
         self.norm = nn.LayerNorm(4)
         self.queries = nn.Embedding(5, 4)
         self.fixed = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+
+    def layers(self) -> list[tuple[nn.Module, ...]]:
+        return [(self.blocks[0],), (self.blocks[1],), (self.blocks[2], self.norm)]
 
 
 def names_of(groups: list[dict[str, object]], network: nn.Module, decayed: bool) -> set[str]:
@@ -61,9 +66,38 @@ def test_layers_of_a_transformer() -> None:
     assert found["blocks.2.in_proj_bias"] == found["norm.weight"] == pytest.approx(0.1 * 0.5)
 
 
-def test_layer_decay_needs_layers() -> None:
-    with pytest.raises(UserError, match="needs a backbone of stages or blocks; Linear has no list"):
-        parameter_groups({"backbone": nn.Linear(2, 2)}, 0.0, layer_decay=0.5)
+def called_in_order(backbone: nn.Module) -> list[str]:
+    """Names of the parameters in the order in which a forward pass calls their modules."""
+    owners = {name.rpartition(".")[0] for name, _ in backbone.named_parameters()}
+    called: list[str] = []
+    for owner in owners:
+        backbone.get_submodule(owner).register_forward_pre_hook(lambda *_, owner=owner: called.append(owner))
+    x, y, z = backbone.size_multiple
+    backbone(torch.empty(1, backbone.in_channels, 4 * x, 2 * y, 2 * z))
+    assert set(called) == owners
+    names = [name for name, _ in backbone.named_parameters()]
+    return sorted(names, key=lambda name: called.index(name.rpartition(".")[0]))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_rates_rise_with_the_depth_of_every_backbone(name: str) -> None:
+    arguments = VARIANTS[name].arguments if name in VARIANTS else {}
+    with torch.device("meta"):
+        backbone = build(BACKBONES, {"name": name, **arguments}, "backbone")
+        groups = parameter_groups({"backbone": backbone}, 0.1, layer_decay=0.5)
+        order = called_in_order(backbone)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in backbone.parameters()), "each in exactly one group"
+    found = scales(backbone, layer_decay=0.5)
+    rates = [found[each] for each in order]
+    assert rates == sorted(rates)
+    count = len(backbone.layers())
+    assert set(rates) == {0.5 ** (count + 1 - layer) for layer in range(count + 1)}
+    assert {found[each] for each in backbone.input_weights} == {rates[0]}, "the stem learns slowest"
+    assert count >= max(2, len(backbone.levels) - 1), "the finest level may be the stem's"
+
+
+def test_a_backbone_may_learn_slower_as_a_whole() -> None:
     assert parameter_groups({"backbone": nn.Linear(2, 2)}, 0.0, backbone_lr=0.5)[0]["lr_scale"] == 0.5
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain3d.config import UserError
 
@@ -63,6 +63,12 @@ class Backbone(Protocol):
 
         Returns:
             per level (B, channels, X / stride x, Y / stride y, Z / stride z).
+        """
+
+    def layers(self) -> list[tuple[nn.Module, ...]]:
+        """The stages of a CNN or the blocks of a Transformer, first to last, each with all modules that belong to it.
+
+        What is in none of them is the stem: all of it comes before the first layer.
         """
 
 

@@ -111,10 +111,14 @@ class ResNet(nn.Module):
         x = self.act(self.bn1(self.conv1(image)))  # (B, c0, X / 2, Y / 2, Z / 2)
         features = [x]
         x = self.maxpool(x)
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+        for (layer,) in self.layers():
             x = layer(x)
             features.append(x)
         return features
+
+    def layers(self) -> list[tuple[nn.Module, ...]]:
+        """See `contract.Backbone`: the stages."""
+        return [(self.layer1,), (self.layer2,), (self.layer3,), (self.layer4,)]
 
 
 def resnet50(in_channels: int = 1, norm: Literal["instance", "batch"] = "instance") -> ResNet:
@@ -177,3 +181,7 @@ class SegResNet(nn.Module):
             x = layer(x)
             features.append(x)
         return features
+
+    def layers(self) -> list[tuple[nn.Module, ...]]:
+        """See `contract.Backbone`: the levels."""
+        return [(layer,) for layer in self.down_layers]

@@ -208,6 +208,10 @@ class ResEnc(nn.Module):
             features.append(x)
         return features
 
+    def layers(self) -> list[tuple[nn.Module, ...]]:
+        """See `contract.Backbone`: the stages."""
+        return [(stage,) for stage in self.stages]
+
 
 def _check_stages(
     channels: Sequence[int],

@@ -95,12 +95,16 @@ class Swin(nn.Module):
         net = self.swinViT
         x = embedded
         features = [net.proj_out(x, normalize=True)]
-        for stage in STAGES:
-            if net.use_v2:
-                x = net.get_submodule(f"layers{stage}c.0")(x.contiguous())
-            x = net.get_submodule(f"layers{stage}.0")(x.contiguous())  # (B, 2 C, x / 2, y / 2, z / 2)
+        for stage in self.layers():
+            for part in stage:
+                x = part(x.contiguous())  # (B, 2 C, x / 2, y / 2, z / 2) after the last one
             features.append(net.proj_out(x, normalize=True))
         return features
+
+    def layers(self) -> list[tuple[nn.Module, ...]]:
+        """See `contract.Backbone`: the stages, in version 2 each with the convolutions before it."""
+        kinds = ("layers{}c.0", "layers{}.0") if self.swinViT.use_v2 else ("layers{}.0",)
+        return [tuple(self.swinViT.get_submodule(kind.format(stage)) for kind in kinds) for stage in STAGES]
 
     def forward(self, image: Tensor, keep: Tensor | None = None) -> list[Tensor]:
         """See `contract.Backbone`.

@@ -304,6 +304,11 @@ class TokenBackbone(nn.Module):
         places = places.scatter(1, index[..., None].expand_as(tokens), tokens.masked_fill(~shown, 0.0))
         return [self._as_grid(places, embedded)]
 
+    def layers(self) -> list[tuple[nn.Module, ...]]:
+        """See `contract.Backbone`: the blocks; the final norm belongs to the last one."""
+        *blocks, last = self.encoder.blocks
+        return [*((block,) for block in blocks), (last, self.encoder.norm)]
+
     @staticmethod
     def _as_grid(tokens: Tensor, like: Tensor) -> Tensor:
         """(B, N, C) -> (B, C, x, y, z), contiguous for the convolutions that follow."""

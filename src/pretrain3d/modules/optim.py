@@ -19,7 +19,7 @@ def parameter_groups(
     """Parameter groups by network, by layer where layers learn at different speeds, and by decay.
 
     Matrices and kernels decay; norms, biases, tokens, positions and embeddings do not. With ``layer_decay`` d the rate
-    of layer i of n (the stem is layer 0) is ``d ** (n + 1 - i)`` of the head's.
+    of layer i of n in the backbone's ``layers()`` (its stem is layer 0) is ``d ** (n + 1 - i)`` of the head's.
 
     Args:
         networks: by name; ``"backbone"`` is what ``backbone_lr`` and ``layer_decay`` are about.
@@ -30,9 +30,6 @@ def parameter_groups(
     Returns:
         groups ``{"params", "weight_decay", "name", "lr_scale"}``; two of them share a name where only one decays.
         Parameters that require no gradient are left out.
-
-    Raises:
-        UserError: ``layer_decay`` on a backbone that is no row of stages or blocks.
 
     Source: Clark et al. 2020, "ELECTRA"; Bao et al. 2022, "BEiT".
     """
@@ -59,34 +56,11 @@ def _decays(network: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and last.endswith("weight") and not isinstance(network.get_submodule(owner), nn.Embedding)
 
 
-def _depths(backbone: nn.Module) -> tuple[dict[str, int], int]:
-    """Layer of each parameter by name, and the last layer.
-
-    The layers are the entries of the backbone's largest list of modules (stages of a CNN, blocks of a Transformer).
-    What is registered before that list, parameters of the backbone itself included, is layer 0; what follows it belongs
-    to the last layer.
-    """
-
-    def size(module: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters())
-
-    lists = {
-        name: module
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1
-    }
-    if not lists:
-        raise UserError(
-            f"module.finetune.layer_decay needs a backbone of stages or blocks; {type(backbone).__name__} has no list "
-            "of them"
-        )
-    chosen = max(lists, key=lambda name: size(lists[name]))  # of equal ones the outer, which comes first
-    last, depth, depths = len(lists[chosen]), 0, {}
-    for name, _ in backbone.named_parameters():
-        if name.startswith(f"{chosen}."):
-            depth = 1 + int(name.removeprefix(f"{chosen}.").partition(".")[0])
-        depths[name] = depth
-    return depths, last
+def _depths(backbone: Any) -> tuple[dict[str, int], int]:
+    """Layer of each parameter by name, and the last layer; the stem, what is in none of `Backbone.layers`, is 0."""
+    layers = backbone.layers()
+    depth = {id(p): index for index, layer in enumerate(layers, start=1) for part in layer for p in part.parameters()}
+    return {name: depth.get(id(parameter), 0) for name, parameter in backbone.named_parameters()}, len(layers)
 
 
 def adamw(
