@@ -330,6 +330,14 @@ def test_it_learns_to_find_cubes(recipe):
         ({"regression": "l2"}, "regression is 'l2'"),
         ({"segmentation": "yes"}, "segmentation is 'yes'"),
         ({"anchors": {"sizes": [[4]]}}, "anchors"),
+        ({"nms_iou": 0.0}, "nms_iou is 0.0; expected a number above 0 and at most 1"),
+        ({"nms_iou": 1.5}, "nms_iou is 1.5"),
+        ({"nms_iou": math.nan}, "nms_iou is nan"),
+        ({"detections_per_patch": 0}, "detections_per_patch is 0; expected at least 1"),
+        ({"num_convs": -1}, "num_convs is -1; expected 0 or more"),
+        ({"fpn_channels": 0}, "fpn_channels is 0; expected at least 1"),
+        ({"head_channels": -8}, "head_channels is -8; expected at least 1"),
+        ({"classification_weight": math.nan}, "classification_weight is nan; it must be above 0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

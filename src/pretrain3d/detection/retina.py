@@ -70,11 +70,12 @@ class RetinaUNet(nn.Module):
         segmentation: "foreground" (object or not), "classes" (one channel per class) or "none".
         segmentation_conv: the 3x3x3 conv of the finest pyramid level, which the published recipes have; without it the
             segmentation is a 1x1x1 conv of the merged features. It is half the cost of a narrow detector on a CPU.
-        nms_iou: class-wise suppression of a patch's boxes.
+        nms_iou: class-wise suppression of a patch's boxes, in (0, 1].
         detections_per_patch: boxes kept per patch.
 
     Raises:
-        UserError: an argument is none of the above, or a level index the backbone does not have.
+        UserError: an argument is none of the above, a number out of its range, or a level index the backbone does not
+            have.
     """
 
     def __init__(
@@ -102,10 +103,13 @@ class RetinaUNet(nn.Module):
         )
         preset_weight = CLASSIFICATION_WEIGHT[self.classification]
         self.classification_weight = preset_weight if classification_weight is None else classification_weight
-        if self.classification_weight <= 0:
+        if not self.classification_weight > 0:
             raise UserError(f"detector.classification_weight is {classification_weight}; it must be above 0")
         self.regression = _one_of("regression", regression or str(preset["regression"]), ("l1", "giou"))
         self.segmentation = _one_of("segmentation", segmentation, SEGMENTATIONS)
+        width = fpn_channels if head_channels is None else head_channels
+        _check(nms_iou, num_convs, fpn_channels=fpn_channels, head_channels=width,
+               detections_per_patch=detections_per_patch)  # fmt: skip
         self.smooth = float(preset["smooth"])
         self.num_classes = num_classes
         self.nms_iou = nms_iou
@@ -121,7 +125,6 @@ class RetinaUNet(nn.Module):
             self.pyramid = SimplePyramid(single, outputs[0], len(levels) - 1)
         plain = () if segmentation_conv or 0 in self.detection_levels else (0,)
         self.fpn = FPN(levels, outputs, fpn_channels, full_from=self.detection_levels[0], plain=plain)
-        width = fpn_channels if head_channels is None else head_channels
         per_position = self.anchors.per_position
         self.classifier = Head(fpn_channels, width, num_convs, per_position * num_classes)
         self.regressor = Head(fpn_channels, width, num_convs, per_position * 6)
@@ -291,6 +294,17 @@ def _per_anchor(output: Tensor, values: int) -> Tensor:
     return (
         output.flatten(2).view(batch, -1, values, output[0, 0].numel()).permute(0, 3, 1, 2).reshape(batch, -1, values)
     )
+
+
+def _check(nms_iou: float, num_convs: int, **positive: int) -> None:
+    """Refuses numbers out of their range."""
+    for name, value in positive.items():
+        if value < 1:
+            raise UserError(f"detector.{name} is {value}; expected at least 1")
+    if num_convs < 0:
+        raise UserError(f"detector.num_convs is {num_convs}; expected 0 or more")
+    if not 0 < nms_iou <= 1:
+        raise UserError(f"detector.nms_iou is {nms_iou}; expected a number above 0 and at most 1")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
