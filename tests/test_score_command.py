@@ -72,6 +72,9 @@ def test_sizes_patients_and_a_case_table(tmp_path: Path, capsys: pytest.CaptureF
     for arguments, said in [
         (["sizes=[5,3]"], "expected ascending volumes"),
         (["sizes=big"], "expected ascending volumes"),
+        (["sizes=[.nan]"], "expected ascending volumes"),
+        (["sizes=[.inf]"], "expected ascending volumes"),
+        ([f"sizes=[1{'0' * 400}]"], "expected ascending volumes"),
         (["by=site"], "by=site needs cases=TABLE as well"),
         ([f"cases={table}", "by=scanner"], "no column 'scanner'"),
     ]:

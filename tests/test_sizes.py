@@ -114,7 +114,7 @@ def test_default_bins_are_thirds() -> None:
 def test_mistakes_are_named() -> None:
     predictions, targets = sized_cases(1)
     matches = match(predictions, targets, ["a", "b"])
-    for edges in ([5.0, 5.0], [9.0, 3.0], [0.0, 3.0]):
+    for edges in ([5.0, 5.0], [9.0, 3.0], [0.0, 3.0], [np.nan], [np.inf]):
         with pytest.raises(UserError, match="expected ascending volumes"):
             by_size(matches, predictions, targets, edges)
     assert have_sizes(targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,8 @@ def _edges(value: Any) -> list[float]:
     if value is None:
         return []
     listed = value if isinstance(value, list) else [value]
-    if not listed or not all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in listed):
+    numbers = all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in listed)
+    if not listed or not numbers or not all(0 < edge <= sys.float_info.max for edge in listed):
         raise UserError(f"sizes={value}: expected ascending volumes in mm3, such as [500, 5000]")
     return [float(edge) for edge in listed]
 

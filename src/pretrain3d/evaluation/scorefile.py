@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,8 +173,8 @@ def _value_problems(entry: dict[str, Any], kind: Kind, num_classes: int) -> Iter
         if not isinstance(annotated, list) or not all(_is_label(label, num_classes) for label in annotated):
             yield f"annotated must list class indices of 0..{num_classes - 1}, not {_short(annotated)}"
             return
-        for label in dict.fromkeys(entry["labels"]):
-            if _is_label(label, num_classes) and label not in annotated:
+        for label in dict.fromkeys(label for label in entry["labels"] if _is_label(label, num_classes)):
+            if label not in annotated:
                 yield f"has objects of class {label}, which its annotated {annotated} leaves out"
 
 
@@ -202,7 +203,8 @@ def _box_problem(box: Any, kind: Kind) -> str:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(abs(value) < float("inf"))
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and bool(abs(value) <= sys.float_info.max)  # JSON's integers have no end
 
 
 def _is_label(value: Any, num_classes: int) -> bool:

@@ -118,10 +118,11 @@ def by_size(
     """
     sizes = Sizes(matches, predictions, targets)
     edges = list(edges_mm3) or sizes.default_edges()
-    if sorted(set(edges)) != edges or (edges and edges[0] <= 0):
+    bounds = [0.0, *edges, np.inf]
+    if not all(low < high for low, high in pairwise(bounds)):
         raise UserError(f"sizes={list(edges_mm3)}: expected ascending volumes in mm3, such as [500, 5000]")
     result = {}
-    for low, high in pairwise([0.0, *edges, np.inf]):
+    for low, high in pairwise(bounds):
 
         def numbers(_: Matches, weights: np.ndarray, low: float = low, high: float = high) -> Numbers:
             return sizes.values(weights, low, high)
