@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from backbone_variants import VARIANTS
@@ -9,7 +11,8 @@ from torch import nn
 
 from pretrain3d.backbones import BACKBONES
 from pretrain3d.backbones.resenc import resenc_xs
-from pretrain3d.modules.optim import parameter_groups, schedule, sgd
+from pretrain3d.config import UserError
+from pretrain3d.modules.optim import OPTIMIZERS, parameter_groups, schedule, sgd
 from pretrain3d.registry import build
 
 
@@ -99,6 +102,28 @@ def test_rates_rise_with_the_depth_of_every_backbone(name: str) -> None:
 
 def test_a_backbone_may_learn_slower_as_a_whole() -> None:
     assert parameter_groups({"backbone": nn.Linear(2, 2)}, 0.0, backbone_lr=0.5)[0]["lr_scale"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        ({"name": "adamw", "lr": -1.0}, "lr is -1.0; it must be above 0"),
+        ({"name": "sgd", "lr": math.nan}, "lr is nan; it must be above 0"),
+        ({"name": "adamw", "lr": 0.1, "betas": [1.5, 0.9]}, r"betas is \[1.5, 0.9\]; it must be two numbers from 0 to"),
+        ({"name": "adamw", "lr": 0.1, "eps": -1.0}, "eps is -1.0; it must be 0 or more"),
+        ({"name": "sgd", "lr": 0.1, "momentum": 1.0}, "momentum is 1.0; it must be from 0 to below 1"),
+        ({"name": "sgd", "lr": 0.1, "momentum": 0.0}, "momentum is 0.0; it must be above 0 unless nesterov=false"),
+    ],
+)
+def test_a_number_out_of_its_range_is_named(node: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=f"module.optimizer.{said}"):
+        build(OPTIMIZERS, node, "module.optimizer", groups=parameter_groups({"net": nn.Linear(2, 2)}, 0.0))
+
+
+@pytest.mark.parametrize("decay", [-1.0, math.nan, math.inf])
+def test_a_weight_decay_out_of_its_range_is_named(decay: float) -> None:
+    with pytest.raises(UserError, match=f"module.optimizer.weight_decay is {decay}; it must be 0 or more"):
+        parameter_groups({"net": nn.Linear(2, 2)}, decay)
 
 
 def test_the_scheduler_multiplies_group_and_step() -> None:

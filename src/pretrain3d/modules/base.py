@@ -20,7 +20,7 @@ from pretrain3d.modules.flop import ModelFlop
 from pretrain3d.modules.optim import OPTIMIZERS, parameter_groups, schedule
 from pretrain3d.modules.pending import PendingLoss
 from pretrain3d.parallel import all_sum, world_size
-from pretrain3d.registry import build, checked_arguments
+from pretrain3d.registry import build, checked_arguments, fitted
 
 NOTE = "pretrain3d"  # key of the checkpoint under which everything lies that `export`, `test` and `predict` need
 
@@ -112,7 +112,7 @@ class BaseModule(lightning.LightningModule):
         self._phase = None
         self._timetable = table = self._make_timetable()
         node = {key: value for key, value in self.optimizer_node.items() if key != "weight_decay"}
-        decay = float(self.optimizer_node.get("weight_decay", 0.0))
+        decay = fitted(self.optimizer_node.get("weight_decay", 0.0), float, "module.optimizer.weight_decay")
         groups = parameter_groups(self.networks, decay, table.backbone_lr, table.layer_decay)
         optimizer = build(OPTIMIZERS, node, "module.optimizer", groups=groups)
         scheduler = schedule(optimizer, table.factor)

@@ -31,8 +31,12 @@ def parameter_groups(
         groups ``{"params", "weight_decay", "name", "lr_scale"}``; two of them share a name where only one decays.
         Parameters that require no gradient are left out.
 
+    Raises:
+        UserError: ``weight_decay`` is below 0 or not finite.
+
     Source: Clark et al. 2020, "ELECTRA"; Bao et al. 2022, "BEiT".
     """
+    _check("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "0 or more")
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for network_name, network in networks.items():
         depths, last = _depths(network) if network_name == "backbone" and layer_decay != 1.0 else ({}, 0)
@@ -70,15 +74,34 @@ def adamw(
     eps: float = 1e-8,
     amsgrad: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019)."""
+    """AdamW (Loshchilov and Hutter, 2019).
+
+    Raises:
+        UserError: a number out of its range.
+    """
+    _check("lr", lr, 0 < lr < math.inf, "above 0")
+    _check("betas", list(betas), all(0 <= beta < 1 for beta in betas), "two numbers from 0 to below 1")
+    _check("eps", eps, 0 <= eps < math.inf, "0 or more")
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, amsgrad=amsgrad)  # type: ignore[arg-type]
 
 
 def sgd(
     groups: list[dict[str, object]], lr: float, momentum: float = 0.9, nesterov: bool = True
 ) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum: 0.9 in nnDetection, 0.99 in nnU-Net."""
+    """SGD with Nesterov momentum: 0.9 in nnDetection, 0.99 in nnU-Net.
+
+    Raises:
+        UserError: a number out of its range.
+    """
+    _check("lr", lr, 0 < lr < math.inf, "above 0")
+    _check("momentum", momentum, 0 <= momentum < 1, "from 0 to below 1")
+    _check("momentum", momentum, momentum > 0 or not nesterov, "above 0 unless nesterov=false")
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
+
+
+def _check(name: str, value: object, right: bool, expected: str) -> None:
+    if not right:
+        raise UserError(f"module.optimizer.{name} is {value}; it must be {expected}")
 
 
 OPTIMIZERS = {"adamw": "pretrain3d.modules.optim:adamw", "sgd": "pretrain3d.modules.optim:sgd"}
