@@ -95,9 +95,17 @@ def test_batch_has_the_promised_keys_shapes_and_types(store: Store):
         "labels": (torch.int64, (3, count)),
         "valid": (torch.bool, (3, count)),
         "annotated": (torch.bool, (3, 2)),
-        "mask": (torch.uint8, (3, *PATCH)),
+        "mask": (torch.int16, (3, *PATCH)),
     }
     assert batch["sample_index"] == [0, 1, 2] and all(isinstance(name, str) for name in batch["case_ids"])
+
+
+def test_a_class_beyond_255_is_no_background(tmp_path: Path):
+    image, mask = image_of(PATCH, 0), blocks(PATCH, [(2, 2, 2, 6, 6, 6), (8, 8, 6, 12, 11, 9)])
+    case = make_case("train_0", image, mask, [255, 299], annotated=tuple(range(300)))
+    many = write_store(tmp_path, [(case, image, mask)], tuple(f"class_{label}" for label in range(300)))
+    batch = Augmentation()(collate([dataset(many, ("train_0",), PATCH, settings=FLIPS)[0]]))
+    assert batch["mask"].unique().tolist() == [0, 256, 300]
 
 
 def test_boxes_are_found_alike_on_every_device():

@@ -104,9 +104,9 @@ def _objects(raw: dict[str, Any], slots: list[Tensor | None], device: torch.devi
     batch_size, num_objects = raw["labels"].shape
     boxes = torch.zeros(batch_size, num_objects, 6, device=device)
     valid = torch.zeros(batch_size, num_objects, dtype=torch.bool, device=device)
-    mask = torch.zeros(batch_size, *raw["patch_size"], dtype=torch.uint8, device=device)
+    mask = torch.zeros(batch_size, *raw["patch_size"], dtype=torch.int16, device=device)
     labels = _to_device(raw["labels"], device)
-    lookup = torch.nn.functional.pad(labels + 1, (1, 0)).to(torch.uint8)  # (B, N + 1): slot -> 0 or 1 + class
+    lookup = torch.nn.functional.pad(labels + 1, (1, 0)).to(torch.int16)  # (B, N + 1): slot -> 0 or 1 + class
     for row, slot in enumerate(slots):
         given = raw["boxes"][row]
         if slot is not None:  # samples without an object cost nothing
