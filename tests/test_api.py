@@ -15,6 +15,7 @@ from tiny_detector import tiny_checkpoint
 
 from pretrain3d.__main__ import main
 from pretrain3d.api import Detector
+from pretrain3d.commands.predict import image_files
 from pretrain3d.config import UserError
 from pretrain3d.detection.merge import Merging
 from pretrain3d.modules.base import NOTE
@@ -172,6 +173,46 @@ def test_channels_are_files_and_bad_files_do_not_stop_the_rest(
     (scans / "b_0001.nii.gz").unlink()
     assert main(["predict", str(checkpoint), str(scans), f"out={out}"]) == 2
     assert "b_0001.nii.gz: no such file, a channel of" in capsys.readouterr().err
+
+
+def test_more_channels_than_the_detector_takes_are_refused(
+    folder: Path, image: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = tiny_checkpoint(tmp_path / "two.ckpt", modality=("CT", "CT"))
+    scans = tmp_path / "scans"
+    for channel in range(3):
+        save(scans / f"c_{channel:04d}.nii.gz", image, AFFINE)
+    save(scans / "patient_0001.nii.gz", image, AFFINE)  # a name like any other: there is no patient_0000
+    for checkpoint, takes in ((folder / "one.ckpt", 1), (two, 2)):
+        assert main(["predict", str(checkpoint), str(scans), f"out={tmp_path / 'out'}"]) == 2
+        said = f"case 'c' has 3 channels, _0000 to _0002; the detector takes {takes}."
+        (error,) = capsys.readouterr().err.splitlines()
+        assert said in error and not (tmp_path / "out").exists()
+    for channel in (1, 2):
+        (scans / f"c_{channel:04d}.nii.gz").unlink()
+    assert list(image_files(scans, 1, tmp_path / "out")) == ["c", "patient_0001"]
+
+
+def test_luna16_calls_a_series_as_its_file_whatever_its_folder(
+    image: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, luna, out = tiny_checkpoint(tmp_path / "one.ckpt", ("nodule",)), tmp_path / "luna", tmp_path / "out"
+    for subset, name in enumerate(("1.3.6.1", "1.3.6.2")):
+        save(luna / f"subset{subset}" / f"{name}.nii.gz", image, AFFINE)
+    line = ["predict", str(checkpoint), str(luna), f"out={out}", "threshold=0"]
+    assert main([*line, "format=json,luna16"]) == 0
+    assert list(json.loads((out / "predictions.json").read_text())["cases"]) == ["subset0-1.3.6.1", "subset1-1.3.6.2"]
+    rows = [row.split(",") for row in (out / "luna16.csv").read_text().splitlines()[1:]]
+    assert {row[0] for row in rows} == {"1.3.6.1", "1.3.6.2"}
+    truth = tmp_path / "annotations.csv"
+    truth.write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n1.3.6.1,0,0,0,5\n")
+    (tmp_path / "seriesuids.csv").write_text("1.3.6.1\n1.3.6.2\n")
+    assert main(["score", "protocol=luna16", f"predictions={out / 'luna16.csv'}", f"targets={truth}",
+                 f"cases={tmp_path / 'seriesuids.csv'}", "samples=0"]) == 0  # fmt: skip
+    save(luna / "subset9" / "1.3.6.2.nii.gz", image, AFFINE)
+    capsys.readouterr()
+    assert main([*line, "format=luna16"]) == 2
+    assert "subset9/1.3.6.2.nii.gz would both be the series 1.3.6.2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

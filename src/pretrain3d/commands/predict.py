@@ -24,7 +24,7 @@ once. The channels of a case are <case>_0000.nii.gz, <case>_0001.nii.gz, ...
   format=json,csv        any of these:
                            json         predictions.json, a score file with millimetres beside the voxels
                            csv          predictions.csv, voxels and millimetres
-                           luna16       luna16.csv, a submission to LUNA16
+                           luna16       luna16.csv, a submission to LUNA16; a series is named as its file
                            coco         coco.json
                            nndetection  nndetection/<case>_boxes.npz
                            nifti        nifti/<case>.nii.gz, the boxes as a mask
@@ -81,6 +81,7 @@ def predict(
     if "luna16" in formats and len(detector.classes) != 1:
         raise UserError(f"format=luna16 is for one class, this detector has {', '.join(detector.classes)}")
     cases = image_files(images, len(detector.modality), out)
+    series = series_of(cases) if "luna16" in formats else {}
     found: dict[str, Found] = {}
     failed: list[str] = []
     for case, files in tqdm(cases.items(), desc="predict", unit="case"):
@@ -95,7 +96,8 @@ def predict(
         found[case] = dataclasses.replace(one, image=None)
     for name in TABLES:
         if name in formats and found:
-            resolve(TABLES, name, "format")(out, detector.classes, found)
+            named = {series[case]: one for case, one in found.items()} if name == "luna16" else found
+            resolve(TABLES, name, "format")(out, detector.classes, named)
     boxes = sum(len(one) for one in found.values())
     print(f"{out}: {boxes} boxes from score {threshold:g} on in {len(found)} of {len(cases)} images")
     for problem in failed:
@@ -110,7 +112,7 @@ def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]
     in ``out`` was written by an earlier call and is no image.
 
     Raises:
-        UserError: no NIfTI file, a channel is missing, or two cases of one name.
+        UserError: no NIfTI file, a channel is missing or too many, or two cases of one name.
     """
     from pretrain3d.data.readers import nifti
 
@@ -119,6 +121,11 @@ def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]
     files = [path for path in files if out.resolve() not in path.resolve().parents]
     if not files or not files[0].name.endswith(nifti.SUFFIXES):
         raise UserError(f"{images} is not a NIfTI file (.nii or .nii.gz), nor a folder with any")
+    numbers: dict[tuple[Path, str], set[str]] = {}  # of the channels there are, by folder and case
+    for path in files:
+        name, _, number = nifti.stem(path).rpartition("_")
+        if len(number) == 4 and number.isdigit():
+            numbers.setdefault((path.parent, name), set()).add(number)
     cases: dict[str, list[Path]] = {}
     for path in files:
         stem = nifti.stem(path)
@@ -129,6 +136,12 @@ def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]
         suffix = path.name.removeprefix(stem)
         name = stem.removesuffix("_0000")
         case = "-".join((*path.relative_to(folder).parts[:-1], name))
+        there = sorted(numbers[path.parent, name]) if stem != name else []
+        if len(there) > channels:
+            raise UserError(
+                f"{path}: case {case!r} has {len(there)} channels, _{there[0]} to _{there[-1]}; the detector takes "
+                f"{channels}. Give it only these, and cases of one channel names that do not end in such a number"
+            )
         if case in cases:
             raise UserError(f"{path}: case {case!r} occurs twice, also as {cases[case][0]}")
         cases[case] = [path, *(path.with_name(f"{name}_{index:04d}{suffix}") for index in range(1, channels))]
@@ -136,6 +149,23 @@ def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]
             if not file.is_file():
                 raise UserError(f"{file}: no such file, a channel of {path}")
     return cases
+
+
+def series_of(cases: dict[str, list[Path]]) -> dict[str, str]:
+    """The series of each case as LUNA16 calls it: the file's own name, whichever folder (``subset0``) it lies in.
+
+    Raises:
+        UserError: two files of one name.
+    """
+    from pretrain3d.data.readers import nifti
+
+    series = {case: nifti.stem(files[0]).removesuffix("_0000") for case, files in cases.items()}
+    owners: dict[str, str] = {}
+    for case, name in series.items():
+        if owners.setdefault(name, case) != case:
+            first = cases[owners[name]][0]
+            raise UserError(f"format=luna16: {first} and {cases[case][0]} would both be the series {name}")
+    return series
 
 
 def _checkpoint(path: Path) -> Path:
