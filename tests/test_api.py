@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from tiny_detector import tiny_checkpoint
 
 from pretrain3d.__main__ import main
 from pretrain3d.api import Detector
+from pretrain3d.backbones.resenc import ResEnc
 from pretrain3d.commands.predict import image_files
 from pretrain3d.config import UserError
 from pretrain3d.detection.merge import Merging
@@ -213,6 +215,20 @@ def test_luna16_calls_a_series_as_its_file_whatever_its_folder(
     capsys.readouterr()
     assert main([*line, "format=luna16"]) == 2
     assert "subset9/1.3.6.2.nii.gz would both be the series 1.3.6.2" in capsys.readouterr().err
+
+
+def test_out_of_memory_names_the_file_and_what_to_lower(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starved(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(ResEnc, "forward", starved)
+    line = ["predict", str(folder / "one.ckpt"), str(folder / "scan.nii.gz"), f"out={tmp_path}", "tile_batch=2"]
+    assert main(line) == 1
+    said = "not predicted: .*scan.nii.gz: out of memory with tiles of 16 x 16 x 16, 2 at once: try a lower tile_batch"
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    assert re.match(said, error)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from tiny_store import tiny_store
 
 from pretrain3d import boxes as box_ops
 from pretrain3d.__main__ import main
+from pretrain3d.backbones.resenc import ResEnc
 from pretrain3d.commands.fit import about_sets
 from pretrain3d.config import UserError, to_yaml
 from pretrain3d.data.module import DataModule
@@ -227,6 +228,18 @@ def test_mistakes_of_the_command(run: Path, capsys: pytest.CaptureFixture[str], 
     errors = capsys.readouterr().err.splitlines()
     assert line in errors[-1] and errors[-1].startswith("pretrain3d: error:")
     assert "inference" not in read_checkpoint(run / "checkpoints" / "last.ckpt")[NOTE]
+
+
+def test_out_of_memory_names_the_case(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starved(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ResEnc, "forward", starved)
+    assert main(["sweep", str(run)]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    assert re.match(r"pretrain3d: error: case train_\d: out of memory with tiles of 16 x 16 x 16, 4 at once", error)
 
 
 def test_a_run_is_swept_once(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

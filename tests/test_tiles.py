@@ -187,6 +187,28 @@ def test_wrong_arguments_are_named(arguments, message):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(), RuntimeError("can't allocate memory")]
+)
+def test_out_of_memory_says_what_to_lower(error):
+    def starved(patches):
+        raise error
+
+    image = torch.zeros(1, 8, 8, 8)
+    with pytest.raises(UserError, match="out of memory with tiles of 4 x 8 x 8, 2 at once: try a lower tile_batch, "):
+        predict_volume(starved, image, (4, 8, 8), batch_size=2)
+    with pytest.raises(UserError, match="tiles of 4 x 8 x 8, 1 at once: try precision bf16, or smaller tiles"):
+        predict_volume(starved, image, (4, 8, 8))
+
+
+def test_another_error_of_the_network_stays_itself():
+    def broken(patches):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        predict_volume(broken, torch.zeros(1, 8, 8, 8), (4, 8, 8))
+
+
 def test_everything_but_the_network_takes_under_a_second_at_300():
     generator = torch.Generator().manual_seed(0)
 

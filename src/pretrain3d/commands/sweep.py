@@ -91,5 +91,9 @@ def _predicted(module: Any, datamodule: Any) -> dict[str, Any]:
     for case_id in tqdm(held_out({"val": datamodule.val_ids}, "val"), desc="sweep", unit="case"):
         image, case = datamodule.volume(case_id)
         target: dict[str, Any] = {"boxes": case.boxes, "labels": case.labels, "annotated": case.annotated}
-        cases[case_id] = SweepCase(module.predict_views(image, datamodule.pad_value(case_id)), target)
+        try:
+            views = module.predict_views(image, datamodule.pad_value(case_id))
+        except UserError as error:
+            raise UserError(f"case {case_id}: {error}") from error
+        cases[case_id] = SweepCase(views, target)
     return cases

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -87,7 +88,7 @@ def predict_views(
         Boxes in voxels of ``image``, inside it, on the CPU.
 
     Raises:
-        UserError: an axis, overlap or batch size that does not exist.
+        UserError: an axis, overlap or batch size that does not exist, or no memory left for a batch of tiles.
     """
     check_tiling(overlap, batch_size, mirror_axes)
     axes = tuple(sorted({int(axis) for axis in mirror_axes}))
@@ -97,13 +98,14 @@ def predict_views(
     starts = tile_starts(shape, patch, overlap)
     views = [subset for n in range(len(axes) + 1) for subset in itertools.combinations(axes, n)]
     parts: list[list[TileDetections]] = [[] for _ in views]
-    for first in range(0, len(starts), batch_size):
-        group = starts[first : first + batch_size]
-        tiles = _tiles(padded, patch, group).to(device or image.device, non_blocking=True)
-        for view, collected in zip(views, parts, strict=True):
-            flipped = tiles.flip([axis + 2 for axis in view]) if view else tiles
-            for start, found in zip(group, predict_patches(flipped), strict=True):
-                collected.append(_to_volume(found.cpu(), view, mirror_classes or {}, patch, start, shape))
+    with _memory_named(batch_size, patch):
+        for first in range(0, len(starts), batch_size):
+            group = starts[first : first + batch_size]
+            tiles = _tiles(padded, patch, group).to(device or image.device, non_blocking=True)
+            for view, collected in zip(views, parts, strict=True):
+                flipped = tiles.flip([axis + 2 for axis in view]) if view else tiles
+                for start, found in zip(group, predict_patches(flipped), strict=True):
+                    collected.append(_to_volume(found.cpu(), view, mirror_classes or {}, patch, start, shape))
     return [_inside(_joined(collected), before, _triple(image.shape[1:])) for collected in parts]
 
 
@@ -134,6 +136,30 @@ def predict_volume(
         predict_patches, image, patch_size, overlap, batch_size, pad_value, mirror_axes, mirror_classes, device
     )
     return merge(views, merging or Merging())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
+
+
+@contextmanager
+def _memory_named(batch_size: int, patch: Triple) -> Iterator[None]:
+    """Running out of memory within it becomes a `UserError` that says what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        less = "a lower tile_batch, " if batch_size > 1 else ""
+        size = " x ".join(map(str, patch))
+        raise UserError(
+            f"out of memory with tiles of {size}, {batch_size} at once: try {less}precision bf16, or smaller tiles "
+            "(module.tile_size)"
+        ) from error
 
 
 def _pad(image: Tensor, patch: Triple, value: float | Sequence[float]) -> tuple[Tensor, Triple]:
