@@ -22,7 +22,7 @@ LAYERS = (
     ("config", "files"),
     ("registry",),
     ("options",),
-    ("parallel", "sparse"),
+    ("devices", "parallel", "sparse"),
     ("boxes",),
     ("geometry",),
     ("data", "backbones", "objectives", "evaluation"),

@@ -17,13 +17,12 @@ from pretrain3d.backbones import BACKBONES
 from pretrain3d.commands.settings import of_plan, with_levels
 from pretrain3d.config import UserError
 from pretrain3d.detection.retina import RetinaUNet
+from pretrain3d.devices import GIB, is_out_of_memory
 from pretrain3d.planning import memory
 from pretrain3d.planning.anchors import plan_levels, relative_strides
 from pretrain3d.planning.memory import (
-    GIB,
     Footprint,
     footprint,
-    is_out_of_memory,
     measure_step,
     out_of_memory_advice,
     usable_bytes,

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pretrain3d.commands.settings import (
     DATA,
     check_arguments,
@@ -65,9 +63,10 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> None:
     import lightning
     import torch
 
+    from pretrain3d.devices import is_out_of_memory
     from pretrain3d.modules.base import NOTE
     from pretrain3d.modules.checkpoint import read_checkpoint
-    from pretrain3d.planning.memory import is_out_of_memory, out_of_memory_advice
+    from pretrain3d.planning.memory import out_of_memory_advice
 
     check_arguments(settings)
     quieten()
@@ -208,6 +207,7 @@ def warn_of_spacing(pretrained_mm: Sequence[float] | None, store_mm: Sequence[fl
 
 def warn_of_anchors(sizes: Any, datamodule: Any, backbone: str) -> None:
     """Says so when the plan's anchors, (L, A, 3) voxels on the levels of this detector, fit worse than planned."""
+    import numpy as np
     import torch
 
     from pretrain3d.detection.anchors import mean_best_iou

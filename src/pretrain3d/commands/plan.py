@@ -81,7 +81,8 @@ def check_on_gpu(plan: dict[str, Any], store: Any) -> None:
     """
     import torch
 
-    from pretrain3d.planning.memory import GIB, is_out_of_memory, measure_step
+    from pretrain3d.devices import GIB, is_out_of_memory
+    from pretrain3d.planning.memory import measure_step
     from pretrain3d.planning.plan import channels_of, planned_detector
 
     about = plan["planned_for"]

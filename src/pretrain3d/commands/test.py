@@ -159,7 +159,10 @@ def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictu
 
     def predict(case_id: str) -> Prediction:
         image, case = datamodule.volume(case_id)
-        found = module.predict_image(image, datamodule.pad_value(case_id))
+        try:
+            found = module.predict_image(image, datamodule.pad_value(case_id))
+        except UserError as error:
+            raise UserError(f"case {case_id}: {error}") from error
         boxes, scores, labels = (value.cpu().numpy() for value in (found.boxes, found.scores, found.labels))
         if case_ids.index(case_id) < pictures:
             path = folder.path / "pictures" / f"test_{case_id}.npz"

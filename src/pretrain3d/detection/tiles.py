@@ -16,6 +16,7 @@ from pretrain3d import boxes as box_ops
 from pretrain3d.config import UserError
 from pretrain3d.detection.contract import Detections
 from pretrain3d.detection.merge import Merging, TileDetections, center_weight, is_cut, merge, unflip
+from pretrain3d.devices import is_out_of_memory
 
 Triple = tuple[int, int, int]
 MIN_SIZE = 0.01  # voxels; less is left of a box only when it lay outside the volume
@@ -136,14 +137,6 @@ def predict_volume(
         predict_patches, image, patch_size, overlap, batch_size, pad_value, mirror_axes, mirror_classes, device
     )
     return merge(views, merging or Merging())
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no memory left."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
-    )
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,9 +26,9 @@ from pretrain3d.backbones import BACKBONES
 from pretrain3d.config import UserError
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.necks import pyramid_levels
+from pretrain3d.devices import GIB
 from pretrain3d.registry import build, takes
 
-GIB = 2**30
 CONTEXT_BYTES = GIB // 2  # of a CUDA process before its first tensor
 FRAGMENTS = 1.15  # allocated to reserved memory, workspaces of the convolutions included
 OPTIMIZER_STATES = 2  # of AdamW; SGD has one
@@ -119,7 +118,7 @@ def measure_step(
         device: on which.
 
     Raises:
-        RuntimeError: out of memory, see `is_out_of_memory`.
+        RuntimeError: out of memory, see `devices.is_out_of_memory`.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -183,7 +182,7 @@ def _batch(size: Sequence[int], channels: int) -> dict[str, Any]:
         "boxes": boxes,
         "labels": torch.zeros(1, OBJECTS, dtype=torch.long),
         "valid": torch.ones(1, OBJECTS, dtype=torch.bool),
-        "mask": torch.zeros(1, *size, dtype=torch.uint8),
+        "mask": torch.zeros(1, *size, dtype=torch.int16),
     }
 
 
@@ -233,13 +232,6 @@ class LiveMemory(TorchDispatchMode):
         self.live -= size
 
 
-def device_memory_gb() -> tuple[float, str]:
-    """GiB of the GPU, or of the machine where there is none; and which."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory / GIB, torch.cuda.get_device_name(0)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, "this machine, which has no GPU"
-
-
 def usable_bytes(memory_gb: float) -> int:
     """What tensors may take of a device's memory.
 
@@ -250,14 +242,6 @@ def usable_bytes(memory_gb: float) -> int:
     if usable <= 0:
         raise UserError(f"memory_gb={memory_gb:g}: at least 1 is needed")
     return usable
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no memory left."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
-    )
 
 
 def out_of_memory_advice(settings: Mapping[str, Any], patch_size: Sequence[int], training: bool) -> str:

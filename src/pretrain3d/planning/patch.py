@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pretrain3d.config import UserError
-from pretrain3d.planning.memory import GIB, Footprint, usable_bytes
+from pretrain3d.devices import GIB
+from pretrain3d.planning.memory import Footprint, usable_bytes
 
 BATCH_SIZE = 4  # patches per optimiser step, as nnDetection
 SMALL_BATCH = 2  # what a batch is lowered to before the patch is

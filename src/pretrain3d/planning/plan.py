@@ -18,9 +18,10 @@ from pretrain3d.data.splits import fold_cases
 from pretrain3d.data.store import Store
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.anchors import base_sizes, best_iou
+from pretrain3d.devices import GIB, device_memory_gb
 from pretrain3d.files import write_text
 from pretrain3d.planning.anchors import plan_levels, relative_strides, search_anchors
-from pretrain3d.planning.memory import GIB, device_memory_gb, footprint
+from pretrain3d.planning.memory import footprint
 from pretrain3d.planning.patch import BATCH_SIZE, plan_patch
 from pretrain3d.registry import takes
 

@@ -10,11 +10,12 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from pretrain3d.devices import GIB
+
 Trainer = lightning.Trainer
 Module = lightning.LightningModule
 
 WARM = 2  # steps that are not speed: one is counted, in the next networks are compiled; workers start
-GIB = 2**30
 PEAKS = {  # TFLOP/s in bf16 or fp16 with sums in fp32, without sparsity; NVIDIA's data sheets and whitepapers
     r"B200": 2250.0,
     r"H200|GH200 .*|H100 80GB HBM3": 989.4,

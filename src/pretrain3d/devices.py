@@ -1,0 +1,24 @@
+"""The memory of the device."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+GIB = 2**30
+
+
+def device_memory_gb() -> tuple[float, str]:
+    """GiB of the GPU, or of the machine where there is none; and which."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / GIB, torch.cuda.get_device_name(0)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, "this machine, which has no GPU"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
