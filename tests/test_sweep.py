@@ -214,14 +214,14 @@ def test_merging_may_be_configured(run: Path) -> None:
     content = torch.load(checkpoint, weights_only=True)
     content[NOTE]["module"] |= tiny["module"]
     torch.save(content, checkpoint)
-    assert main(["test", str(run), "samples=0", "pictures=0"]) == 0
+    assert main(["test", str(run), "samples=0", "pictures=0", "tile_batch=1"]) == 0
     assert json.loads((run / "result.json").read_text())["asked"]["merging"]["method"] == "nms"
 
 
 @pytest.mark.parametrize(
     ("options", "line"),
     [(["metric=mAPP"], "metric=mAPP is unknown"), (["false_positives=0"], "expected a number above 0"),
-     (["checkpoint=best"], "holds no checkpoints/best.ckpt")],
+     (["checkpoint=best"], "holds no checkpoints/best.ckpt"), (["tile_batch=0"], "tile_batch=0: expected a whole")],
 )  # fmt: skip
 def test_mistakes_of_the_command(run: Path, capsys: pytest.CaptureFixture[str], options: list[str], line: str) -> None:
     assert main(["sweep", str(run), *options]) == 2

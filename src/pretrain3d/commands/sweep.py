@@ -11,7 +11,7 @@ from pretrain3d.options import read_options
 from pretrain3d.reporting.run_folder import RunFolder
 
 USAGE = """\
-pretrain3d sweep RUN ... [checkpoint=last] [metric=mAP] [false_positives=1]
+pretrain3d sweep RUN ... [checkpoint=last] [metric=mAP] [false_positives=1] [tile_batch=N]
 
 Predicts the validation cases once, tries out how the boxes of tiles and mirrored views are merged (IoU thresholds,
 clustering or NMS, least score, least size), and puts the best setting into the checkpoint, where `test` and `predict`
@@ -22,13 +22,15 @@ same setting.
   checkpoint=last|best   which weights of the runs
   metric=mAP             what is maximised: mAP, AP@0.10, FROC@0.10, ...
   false_positives=K      per case, of the operating point (predict threshold=operating)
+  tile_batch=N           tiles predicted at once; fewer take less memory; default: as configured
 
 Every trial is written to <run>/sweep.json."""
 
 
 def run(paths: list[str], options: dict[str, object]) -> int:
     """Sweeps runs; returns the exit status."""
-    given = read_options(options, {"checkpoint": "last", "metric": "mAP", "false_positives": 1.0})
+    defaults = {"checkpoint": "last", "metric": "mAP", "false_positives": 1.0, "tile_batch": None}
+    given = read_options(options, defaults)
     if not paths:
         raise UserError("sweep takes at least one run folder; see `pretrain3d sweep --help`")
     folders = [RunFolder(Path(path)) for path in paths]
@@ -41,7 +43,9 @@ def run(paths: list[str], options: dict[str, object]) -> int:
     return 0
 
 
-def sweep_runs(folders: list[RunFolder], checkpoint: str, metric: str, false_positives: float) -> None:
+def sweep_runs(
+    folders: list[RunFolder], checkpoint: str, metric: str, false_positives: float, tile_batch: int | None
+) -> None:
     """Sweeps the pooled validation cases of runs; skips what their checkpoints hold already.
 
     Raises:
@@ -52,7 +56,7 @@ def sweep_runs(folders: list[RunFolder], checkpoint: str, metric: str, false_pos
     from pretrain3d.reporting.results import write_json
 
     check_metric(metric)
-    runs = [load_run(folder, checkpoint) for folder in folders]
+    runs = [load_run(folder, checkpoint, tile_batch) for folder in folders]
     classes = runs[0][0].classes
     for folder, (module, _) in zip(folders, runs, strict=True):
         if module.classes != classes:

@@ -17,7 +17,7 @@ from pretrain3d.registry import build
 from pretrain3d.reporting.run_folder import RunFolder
 
 USAGE = """\
-pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [pictures=4] [by=COLUMN cases=TABLE]
+pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [pictures=4] [by=COLUMN cases=TABLE] [tile_batch=N]
 pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [patches=4]     of a pretraining by reconstruction
 pretrain3d test baseline=mean_box|threshold store=STORE out=FOLDER [fold=0 num_folds=5]
                 [split=test] [samples=1000] [by=COLUMN cases=TABLE]
@@ -32,6 +32,7 @@ where blocks are hidden, of tri-linear in-painting.
   split=test|val         held-out cases, or the validation fold
   samples=N              bootstrap samples, 0 for no intervals
   pictures=N             cases drawn into pictures/, 0 for none
+  tile_batch=N           tiles predicted at once; fewer take less memory and give the same boxes; default: as configured
   patches=N              of each case, for reconstruction
   by=COLUMN              the same numbers for the cases of each value of a column (numbers of many values: in thirds) of
   cases=TABLE            a CSV or TSV file with a column `case` (or the case ids in its first column);
@@ -51,7 +52,8 @@ def run(paths: list[str], options: dict[str, object]) -> int:
             from pretrain3d.commands import reconstruction
 
             return reconstruction.run(folder, options)
-        defaults = {"checkpoint": "last", "split": "test", "samples": 1000, "pictures": 4, "by": "", "cases": ""}
+        defaults = {"checkpoint": "last", "split": "test", "samples": 1000, "pictures": 4, "by": "", "cases": "",
+                    "tile_batch": None}  # fmt: skip
         test_run(folder, **_checked(read_options(options, defaults)))
         return 0
     if paths:
@@ -87,12 +89,18 @@ def held_out(cases: dict[str, list[str]], split: str) -> list[str]:
     return cases[split]
 
 
-def load_run(folder: RunFolder, checkpoint: str) -> tuple[Any, Any]:
+def load_run(folder: RunFolder, checkpoint: str, tile_batch: int | None) -> tuple[Any, Any]:
     """The trained detector of a run, and the data that it was trained and validated on.
+
+    Args:
+        folder, checkpoint: which weights.
+        tile_batch: tiles predicted at once; None: as configured.
 
     Raises:
         UserError: no run, no such checkpoint, or its store is gone or has changed.
     """
+    if tile_batch is not None and (type(tile_batch) is not int or tile_batch < 1):
+        raise UserError(f"tile_batch={tile_batch}: expected a whole number from 1 on")
     weights = folder.checkpoint(checkpoint)
 
     import torch
@@ -100,6 +108,7 @@ def load_run(folder: RunFolder, checkpoint: str) -> tuple[Any, Any]:
     from pretrain3d.modules.checkpoint import load_module
 
     module: Any = load_module(weights, "detection", "cuda" if torch.cuda.is_available() else "cpu")
+    module.tile_batch = tile_batch or module.tile_batch
     return module, data_of(folder, module.note)
 
 
@@ -133,9 +142,18 @@ def unswept(module: Any, case_ids: list[str]) -> dict[str, Any] | None:
     return None
 
 
-def test_run(folder: RunFolder, checkpoint: str, split: str, samples: int, pictures: int, by: str, cases: str) -> None:
+def test_run(
+    folder: RunFolder,
+    checkpoint: str,
+    split: str,
+    samples: int,
+    pictures: int,
+    by: str,
+    cases: str,
+    tile_batch: int | None,
+) -> None:
     """Predicts with the run's weights; skips what `result.json` already holds for the same weights and options."""
-    module, datamodule = load_run(folder, checkpoint)
+    module, datamodule = load_run(folder, checkpoint, tile_batch)
 
     from pretrain3d.backbones.transfer import fingerprint
     from pretrain3d.data.leakage import find, warning
