@@ -9,6 +9,7 @@ of `lists`, with `{entry}` its name and `{options}` what it holds; elsewhere a w
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,8 @@ from pretrain3d.__main__ import main as pretrain3d
 
 def read(path: Path, options: dict[str, str]) -> list[tuple[str, list[str]]]:
     """(name, argument list) of every stage, placeholders filled."""
+    if not path.is_file():
+        sys.exit(f"{path}: no such experiment file")
     experiment = yaml.safe_load(path.read_text())
     values: dict[str, Any] = dict(experiment.get("values") or {})
     scales = experiment.get("scales") or {}
@@ -31,7 +34,7 @@ def read(path: Path, options: dict[str, str]) -> list[tuple[str, list[str]]]:
     unknown = set(options) - set(values)
     if unknown:
         sys.exit(f"{path}: {', '.join(sorted(unknown))} is unknown; it takes scale, {', '.join(values)}")
-    values |= options
+    values |= {key: shlex.quote(value) for key, value in options.items()}
     missing = [key for key, value in values.items() if value is None]
     if missing:
         sys.exit(f"{path} needs {missing[0]}=...")
@@ -47,7 +50,7 @@ def read(path: Path, options: dict[str, str]) -> list[tuple[str, list[str]]]:
         for entry, text in entries.items():
             known = {**values, "entry": entry, "options": text}
             words = [word for word in stage["run"].split() for word in _one_per_entry(word, lists)]
-            line = [part for word in words for part in word.format(**known).split()]
+            line = shlex.split(" ".join(word.format(**known) for word in words))
             lines.append((stage["name"].format(**known), line))
     return lines
 
@@ -59,7 +62,7 @@ def _one_per_entry(word: str, lists: dict[str, dict[str, str]]) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Runs all stages; stops at the first that fails and returns its status."""
-    if not arguments or "=" in arguments[0]:
+    if not arguments or arguments[0].startswith("-") or not all("=" in argument for argument in arguments[1:]):
         sys.exit(__doc__)
     options = dict(argument.split("=", 1) for argument in arguments[1:])
     stages = read(Path(arguments[0]), options)

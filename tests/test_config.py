@@ -103,8 +103,11 @@ def test_a_file_that_is_its_own_base(folder: Path) -> None:
 def test_a_missing_base(folder: Path) -> None:
     (folder / "lost.yaml").write_text("base: nothing.yaml\n")
     assert message(load, folder / "lost.yaml") == (
-        f"{folder}/lost.yaml: no base file '{folder}/nothing.yaml' (base is relative to the file that names it)"
+        f"{folder}/lost.yaml: no base file '{folder}/nothing.yaml' "
+        "(base is relative to the file that names it, or configs/...)"
     )
+    (folder / "own.yaml").write_text("base: configs/pretrain/base.yaml\nname: own\ndata: {store: x}\n")
+    assert load(folder / "own.yaml")["module"]["name"] == "reconstruction"
 
 
 def test_interpolation_follows_overrides(folder: Path) -> None:

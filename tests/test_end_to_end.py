@@ -11,6 +11,8 @@ import torch
 import yaml
 
 from pretrain3d.__main__ import main
+from pretrain3d.backbones.transfer import load_export
+from pretrain3d.config import UserError
 
 TINY = [
     "data.patch_size=[32,32,32]", "data.batch_size=2", "data.num_workers=0", "module.warmup_steps=1",
@@ -130,3 +132,44 @@ def test_mistakes_cost_one_line(runs: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["predict", str(runs / "absent.ckpt"), "x.nii.gz", "out=y"]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(errors) == 3 and all(line.startswith("pretrain3d: error:") for line in errors)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+transfer.paht=x", "unknown key transfer.paht, did you mean 'path'? it takes path, adapt, name"),
+        ("transfer.adapt=channels", "transfer.adapt=channels: expected a list"),
+        ("transfer.path=.", ". is a folder; `pretrain3d export RUN out=FILE`"),
+        ("+logger.tensorboard={}", "unknown key logger.tensorboard; it takes wandb"),
+        ("logger.wandb=offline", "logger.wandb=offline: expected a section"),
+        ("seed=-1", "seed must be a whole number from 0 on, got -1"),
+        ("out=[1]", "out must be a folder, got [1]"),
+        (
+            "backbone=resenc_s",
+            "patches of 48 x 48 x 48 do not fit resenc_s, which needs multiples of 32 x 32 x 32",
+        ),
+        ("data.patch_size=null", "backbone=resenc` makes one for this"),
+        ("stray", "not 'stray' (a value with spaces stands in quotes)"),
+    ],
+)
+def test_mistakes_in_a_config(
+    override: str, message: str, phantom_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["fit", "--config", "configs/pretrain/phantom_mae.yaml", "name=mae", f"data.store={phantom_store}", *TINY,
+            "data.patch_size=[48,48,48]", f"out={tmp_path}"]  # fmt: skip
+    if override == "data.patch_size=null":  # planned for steps of 16 voxels
+        line += ["backbone=resenc", "+backbone.channels=[4,4]", "+backbone.strides=[1,7]", "+backbone.blocks=[1,1]"]
+    assert main([*line, override]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_a_checkpoint_is_no_export(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="it is a checkpoint, `pretrain3d export RUN out=FILE` writes"):
+        load_export(runs / "mae" / "checkpoints" / "last.ckpt")
+    released = runs / "nnssl.pth"
+    assert main(["export", str(runs / "mae"), f"out={released}", "format=nnssl"]) == 0
+    capsys.readouterr()
+    assert main(["show", str(released)]) == 0
+    assert "weights in nnssl's form; `pretrain3d import" in capsys.readouterr().out

@@ -75,3 +75,9 @@ def test_a_list_becomes_stages_and_words(tmp_path: Path) -> None:
         ("do x", ["fit", "runs/x", "n=2"]), ("do y", ["fit", "runs/y"]),
         ("all", ["table", "runs/x-s0", "runs/y-s0", "out=runs"]),
     ]  # fmt: skip
+
+
+def test_a_folder_with_spaces_stays_one_word(tmp_path: Path) -> None:
+    file = tmp_path / "one.yaml"
+    file.write_text("values: {data: null}\nstages:\n  - {name: prepare, run: 'prepare {data} out=x'}\n")
+    assert runner().read(file, {"data": "/my data/a b"}) == [("prepare", ["prepare", "/my data/a b", "out=x"])]

@@ -70,6 +70,8 @@ class Detector:
         if tile_batch is not None and (type(tile_batch) is not int or tile_batch < 1):
             raise UserError(f"tile_batch is {tile_batch!r}; expected a whole number from 1 on")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"device is {device!r}, but there is no GPU here")
         self.members: list[Any] = [load_module(Path(path), "detection", device) for path in checkpoints]
         given = {"precision": precision, "overlap": overlap, "tile_batch": tile_batch,
                  "mirror_axes": None if mirror_axes is None else tuple(mirror_axes)}  # fmt: skip
@@ -113,6 +115,8 @@ class Detector:
         Raises:
             UserError: the image is unreadable or does not fit the detector; names it.
         """
+        if threshold != "operating" and (isinstance(threshold, str) or not 0 <= threshold <= 1):
+            raise UserError(f"threshold is {threshold!r}; expected a score from 0 to 1, or operating")
         least = self.operating_threshold if threshold == "operating" else float(threshold)
         volume, where = self._read(image, affine)
         prepared: dict[tuple[float, ...], Cached] = {}  # by spacing

@@ -65,6 +65,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if config["name"] is None:
         config["name"] = default_name(_resolved(config | {"name": ""}, path))
     config = _resolved(config, path)
+    seed, out = config["seed"], config["out"]
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise UserError(f"seed must be a whole number from 0 on, got {seed!r}")
+    if not isinstance(out, str) or not out:
+        raise UserError(f"out must be a folder, got {out!r}")
     name = config["name"]
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"name must be a folder below `out` such as 'phantom/mae-s0', got {name!r}")
@@ -155,8 +160,12 @@ def _compose(path: Path, depth: int = 0) -> dict[str, Any]:
     if base is None:
         return values
     file = path.parent / str(base)
+    if not file.is_file() and Path(str(base)).parts[:1] == ("configs",):
+        file = find_config(str(base))
     if not file.is_file():
-        raise UserError(f"{path}: no base file {str(file)!r} (base is relative to the file that names it)")
+        raise UserError(
+            f"{path}: no base file {str(file)!r} (base is relative to the file that names it, or configs/...)"
+        )
     if depth == 2:
         raise UserError(f"{path}: `base: {base}` is a third level; a configuration inherits two deep at most")
     return _put(_compose(file, depth + 1), values, "")

@@ -127,6 +127,8 @@ def load_export(path: str | PathLike[str]) -> dict[str, Any]:
         UserError: no such file, not an export, of a newer version, or damaged.
     """
     file = local(path)
+    if file.is_dir():
+        raise UserError(f"{path} is a folder; `pretrain3d export RUN out=FILE` writes the file of a run")
     if not file.is_file():
         raise UserError(f"{path}: no such file; `pretrain3d export RUN out={path}` writes one")
     try:
@@ -137,6 +139,8 @@ def load_export(path: str | PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         keys = f"it holds {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else "it is no table"
         hint = f"; `pretrain3d import {path} out=FILE` may read it" if isinstance(content, dict) else ""
+        if isinstance(content, dict) and "pretrain3d" in content and "state_dict" in content:
+            hint = "; it is a checkpoint, `pretrain3d export RUN out=FILE` writes the file of its run"
         raise UserError(f"{path} is not a file of `pretrain3d export` ({keys}){hint}")
     if content.get("version") != VERSION:
         raise UserError(f"{path} has format version {content.get('version')}, this release reads version {VERSION}")

@@ -46,7 +46,8 @@ TAKEN = ("classes", "mirror_classes", "sets", "batch", "backbone", "module")  # 
 def run(config_path: str | None, paths: list[str], overrides: list[str]) -> int:
     """Trains the run that the config names; returns the exit status."""
     if config_path is None or paths:
-        raise UserError("fit takes --config FILE and key=value overrides; see `pretrain3d fit --help`")
+        stray = f", not {paths[0]!r} (a value with spaces stands in quotes)" if paths else ""
+        raise UserError(f"fit takes --config FILE and key=value overrides{stray}; see `pretrain3d fit --help`")
     settings = load(config_path, overrides)
     check_names(settings)
     folder = RunFolder(Path(settings["out"]) / settings["name"])
@@ -115,6 +116,7 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
     store = datamodule.store
     backbone_node = {**settings["backbone"], "in_channels": datamodule.in_channels}
     backbone = build(BACKBONES, backbone_node, "backbone")
+    check_patch(datamodule, backbone, settings)
     transfer = settings.get("transfer") or {}
     module_node = dict(settings["module"])
     given: dict[str, Any] = {"backbone": backbone, "patch_size": tuple(datamodule.patch_size)}
@@ -169,6 +171,21 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
     if "anchors" in module_node.get("detector", {}) and settings["module"]["detector"].get("anchors") is None:
         warn_of_anchors(module.detector.anchors.level_sizes(), datamodule, settings["backbone"]["name"])
     return module
+
+
+def check_patch(datamodule: Any, backbone: Any, settings: dict[str, Any]) -> None:
+    """Raises UserError when patches are no multiple of what the backbone needs; crops of views are no patches."""
+    from pretrain3d.backbones.contract import by_text
+
+    patch, multiple = datamodule.patch_size, backbone.size_multiple
+    if settings["module"]["name"] == "contrastive" or not any(s % m for s, m in zip(patch, multiple, strict=True)):
+        return
+    name, store = settings["backbone"]["name"], datamodule.store.path
+    advice = "set data.patch_size"
+    if settings["data"].get("patch_size") is None:
+        advice = f"the plan's are for another backbone, `pretrain3d plan {store} backbone={name}` makes one for this"
+    needed = by_text(multiple)
+    raise UserError(f"patches of {by_text(patch)} do not fit {name}, which needs multiples of {needed}: {advice}")
 
 
 def about_sets(settings: dict[str, Any], datamodule: Any) -> dict[str, dict[str, Any]]:

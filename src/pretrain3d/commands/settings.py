@@ -6,11 +6,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import UserError
+from pretrain3d.config import UserError, suggestion
 from pretrain3d.registry import check, checked_arguments, takes
 
 DATA = {"data": "pretrain3d.data.module:DataModule"}
 TRAINER = {"trainer": "lightning:Trainer"}
+SECTIONS = {"transfer": ("path", "adapt", "name"), "logger": ("wandb",)}  # those that no component's signature checks
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def check_arguments(settings: dict[str, Any]) -> None:
     from pretrain3d.modules.optim import OPTIMIZERS
     from pretrain3d.objectives import PRETRAINING
 
+    check_sections(settings)
     module = settings["module"]
     planned = [key for key in ("batch_size",) if settings["data"].get(key, 0) is None]
     check(DATA, {"name": "data", **settings["data"]}, "data", given=("seed", *planned))
@@ -96,6 +98,24 @@ def check_arguments(settings: dict[str, Any]) -> None:
     _, known = trainer_keys(settings)
     planned = [key for key in ("accumulate_grad_batches",) if known.get(key, 0) is None]
     check(TRAINER, {"name": "trainer", **known}, "trainer", given=tuple(planned))
+
+
+def check_sections(settings: dict[str, Any]) -> None:
+    """Raises UserError for an unknown key of `transfer` or `logger`, or a value of another form."""
+    for section, known in SECTIONS.items():
+        node = settings.get(section) or {}
+        if not isinstance(node, dict):
+            raise UserError(f"{section} must be a section of `key: value` lines, got {node!r}")
+        for key in node:
+            if key not in known:
+                hint = suggestion(key, known) or ";"
+                raise UserError(f"unknown key {section}.{key}{hint} it takes {', '.join(known)}")
+    adapt = (settings.get("transfer") or {}).get("adapt")
+    if not isinstance(adapt, list | None):
+        raise UserError(f"transfer.adapt={adapt}: expected a list, such as [channels]")
+    wandb = (settings.get("logger") or {}).get("wandb")
+    if not isinstance(wandb, dict | None):
+        raise UserError(f"logger.wandb={wandb}: expected a section, such as {{mode: offline}}")
 
 
 def check_labels(settings: dict[str, Any]) -> None:

@@ -195,6 +195,12 @@ def _weights(path: Path) -> list[str]:
         raise UserError(f"{path} cannot be read as a file of torch.save: {reason}") from error
     if isinstance(content, dict) and "weights" in content and "backbone" in content:
         return _export(path)
+    if isinstance(content, dict) and "nnssl_adaptation_plan" in content:
+        plan = content["nnssl_adaptation_plan"]["architecture_plans"]
+        return _lines(
+            f"{path}: weights in nnssl's form; `pretrain3d import {path} out=FILE` reads them",
+            [("architecture", plan.get("arch_class_name")), ("tensors", len(content.get("network_weights") or {}))],
+        )
     return _checkpoint(path)
 
 
