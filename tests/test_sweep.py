@@ -208,6 +208,19 @@ def test_the_command_keeps_what_it_found_and_test_uses_it(run: Path, capsys: pyt
     assert result["operating"] is None and result["asked"]["merging"] == Merging().to_dict()
 
 
+@pytest.mark.parametrize(("command", "split"), [("test", "test"), ("sweep", "train")])
+def test_a_changed_annotation_counts(run: Path, capsys: pytest.CaptureFixture[str], command: str, split: str) -> None:
+    line = [command, str(run), *(["samples=0", "pictures=0"] if command == "test" else [])]
+    assert main(line) == 0 and main(line) == 0
+    assert "nothing to " in capsys.readouterr().out
+    for record in (run.parent / "store" / "cases").glob(f"{split}_*.json"):
+        values = json.loads(record.read_text())
+        boxes = [[x + 0.5 for x in box] for box in values["boxes"]]
+        record.write_text(json.dumps({**values, "boxes": boxes}))
+    assert main(line) == 0
+    assert "nothing to " not in capsys.readouterr().out
+
+
 def test_merging_may_be_configured(run: Path) -> None:
     tiny = {"module": {"name": "detection", "merging": {"method": "nms"}}}
     checkpoint = run / "checkpoints" / "last.ckpt"

@@ -80,6 +80,24 @@ def test_by_a_column_of_a_table(store: Path, tmp_path: Path, capsys: pytest.Capt
         assert by["site"][site]["per_class"].keys() == {"nodule", "lesion"}
 
 
+def change_annotation(store: Path, case_id: str) -> None:
+    record = store / "cases" / f"{case_id}.json"
+    values = json.loads(record.read_text())
+    record.write_text(json.dumps({**values, "labels": values["labels"][::-1]}))
+
+
+@pytest.mark.parametrize("case_id", ["c1", "c7"])  # of the training cases, of the tested ones
+def test_a_changed_annotation_is_scored_again(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case_id: str
+) -> None:
+    call = ["test", "baseline=mean_box", f"store={store}", f"out={tmp_path / 'out'}", "samples=5"]
+    assert main(call) == 0 and main(call) == 0
+    assert "nothing to predict" in capsys.readouterr().out
+    change_annotation(store, case_id)
+    assert main(call) == 0
+    assert "nothing to predict" not in capsys.readouterr().out
+
+
 def test_mistakes_are_one_line_and_leave_nothing(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain3d.commands.test import Prediction, held_out, score_cases, truth_of, write_strata
+from pretrain3d.commands.test import Prediction, hash_of, held_out, score_cases, truth_of, write_strata
 from pretrain3d.config import UserError
 from pretrain3d.options import output_folder
 
@@ -29,7 +29,7 @@ def test(
     case_ids = held_out(of_fold, split)
     strata = chosen_strata(cases, by, truth_of(data, case_ids))
     asked = {"baseline": baseline, "fold": fold, "num_folds": num_folds, "split": split, "samples": samples,
-             "data": data.data_hash}  # fmt: skip
+             "data": data.data_hash, "cases": hash_of(data, of_fold["train"] + case_ids)}  # fmt: skip
     if is_current(folder / "result.json", asked):
         print(f"{folder / 'result.json'} is of this baseline already, nothing to predict")
         write_strata(folder, by, strata, samples)

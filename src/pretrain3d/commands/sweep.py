@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.commands.test import held_out, load_run
+from pretrain3d.commands.test import hash_of, held_out, load_run
 from pretrain3d.config import UserError
 from pretrain3d.options import read_options
 from pretrain3d.reporting.run_folder import RunFolder
@@ -61,7 +61,10 @@ def sweep_runs(
     for folder, (module, _) in zip(folders, runs, strict=True):
         if module.classes != classes:
             raise UserError(f"{folder.path} finds {module.classes}, {folders[0].path} {classes}: sweep them apart")
-    asked = {"metric": metric, "false_positives": false_positives, "runs": sorted(str(f.path) for f in folders)}
+    hashes = {
+        str(folder.path): hash_of(data.store, data.val_ids) for folder, (_, data) in zip(folders, runs, strict=True)
+    }
+    asked = {"metric": metric, "false_positives": false_positives, "runs": sorted(hashes), "cases": hashes}
     if all((module.note.get("inference") or {}).get("asked") == asked for module, _ in runs):
         print(f"{folders[0].path}: the {checkpoint} checkpoint was swept like this already, nothing to do")
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import sys
 import time
@@ -169,7 +171,7 @@ def test_run(
     step = module.note["source"]["step"]
     asked = {"checkpoint": checkpoint, "split": split, "samples": samples, "step": step,
              "fingerprint": fingerprint(module.state_dict()), "merging": module.merging.to_dict(),
-             "threshold": threshold}  # fmt: skip
+             "threshold": threshold, "cases": hash_of(datamodule.store, case_ids)}  # fmt: skip
     if is_current(folder.path / "result.json", asked):
         print(f"{folder.path / 'result.json'} is of these weights already, nothing to predict")
         write_strata(folder.path, by, strata, samples)
@@ -239,6 +241,14 @@ def truth_of(data: Any, case_ids: list[str]) -> dict[str, dict[str, Any]]:
         }
         for case in (data.cases[case_id] for case_id in case_ids)
     }  # fmt: skip
+
+
+def hash_of(data: Any, case_ids: list[str]) -> str:
+    """A short hash of what is to be found in cases of a store: it changes with an annotation, a class or the cases."""
+    records = [data.cases[case_id].to_dict() for case_id in sorted(case_ids)]
+    keys = ("id", "group", "shape", "frame", "boxes", "labels", "volumes_mm3", "annotated")
+    known = [data.classes, [[record[key] for key in keys] for record in records]]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
 def score_cases(
