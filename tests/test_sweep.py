@@ -261,10 +261,18 @@ def test_a_run_is_swept_once(run: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_broken_files_of_a_run_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / "state.json").write_text("{")
-    assert main(["test", str(run), "pictures=0"]) == 2
-    assert "state.json is not a JSON file" in capsys.readouterr().err
     (run / "checkpoints" / "last.ckpt").write_bytes(b"abc")
     assert main(["test", str(run), "pictures=0"]) == 2
     assert "last.ckpt cannot be read as a checkpoint: " in capsys.readouterr().err
+    (run / "state.json").write_text("{")
+    assert main(["test", str(run), "pictures=0"]) == 2
+    assert "state.json is not a JSON file" in capsys.readouterr().err
     assert not (run / "predictions.json").exists()
+
+
+def test_an_unfinished_run_is_said_to_be_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(to_yaml({**config, "trainer": {**config["trainer"], "max_steps": 9}}))
+    (run / "state.json").write_text('{"status": "running", "step": 1, "seconds": 1.0}')
+    assert main(["test", str(run), "samples=0", "pictures=0"]) == 0
+    assert f"{run} is at step 1 of 9\n" in capsys.readouterr().err

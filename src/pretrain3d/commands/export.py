@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,10 @@ def backbone_of(source: Path, which: str, stem: str = "") -> dict[str, Any]:
         if stem:
             raise UserError(f"stem={stem}: {source} holds one stem; give the run")
         return load_export(source)
-    path = RunFolder(source).checkpoint(which)
+    folder = RunFolder(source)
+    path = folder.checkpoint(which)
+    if said := folder.unfinished():
+        print(said, file=sys.stderr)
 
     from pretrain3d.data.leakage import merged
     from pretrain3d.modules.base import NOTE

@@ -55,14 +55,18 @@ def run(config_path: str | None, paths: list[str], overrides: list[str]) -> int:
     if start == "finished":
         print(f"{folder.path}: finished at step {folder.state()['step']}, nothing to do")
         return 0
-    fit(settings, folder, resume=start == "resume")
-    return 0
+    return fit(settings, folder, resume=start == "resume")
 
 
-def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> None:
-    """Builds everything the config names, then trains. Arguments are checked before any data is touched."""
+def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
+    """Builds everything the config names, then trains. Arguments are checked before any data is touched.
+
+    Returns:
+        The exit status: 0, 143 when SIGTERM stopped it and 130 when Ctrl+C did.
+    """
     import lightning
     import torch
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from pretrain3d.devices import is_out_of_memory
     from pretrain3d.modules.base import NOTE
@@ -88,6 +92,16 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> None:
         folder.open(asked)
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=str(folder.last) if resume else None, weights_only=True)
+    except SystemExit as error:  # how Lightning ends after either signal
+        terminated, interrupted = isinstance(error, SIGTERMException), isinstance(error.__context__, KeyboardInterrupt)
+        if not terminated and not interrupted:
+            raise
+        if trainer.is_global_zero:
+            at = f"stopped at step {trainer.global_step} of {trainer.max_steps}"
+            kept = f"continues from the checkpoint of step {folder.state()['step']}"
+            begins = "begins again, there is no checkpoint yet"
+            print(f"{folder.path}: {at}; the same call {kept if folder.last.is_file() else begins}", file=sys.stderr)
+        return 143 if terminated else 130
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -96,6 +110,7 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> None:
         raise UserError(out_of_memory_advice(settings, datamodule.patch_size, training)) from error
     if trainer.is_global_zero:
         print(f"{folder.path}: {trainer.global_step} steps")
+    return 0
 
 
 def quieten() -> None:

@@ -50,6 +50,8 @@ def run(paths: list[str], options: dict[str, object]) -> int:
     """Tests a run folder or a baseline; returns the exit status."""
     if len(paths) == 1:
         folder = RunFolder(Path(paths[0]))
+        if said := folder.unfinished():
+            print(said, file=sys.stderr)
         if (folder.config().get("module") or {}).get("name") == "reconstruction":
             from pretrain3d.commands import reconstruction
 

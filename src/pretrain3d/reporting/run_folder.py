@@ -44,6 +44,13 @@ class RunFolder:
         state: dict[str, Any] = read_json(path) if path.is_file() else {"status": "new", "step": 0}
         return state
 
+    def unfinished(self) -> str:
+        """What to say of a run that is still to be trained on; empty for one that has reached its last step."""
+        state = self.state()
+        if state["status"] != "running":
+            return ""
+        return f"{self.path} is at step {state['step']} of {self.config()['trainer']['max_steps']}"
+
     def config(self) -> dict[str, Any]:
         """The resolved config of the run.
 

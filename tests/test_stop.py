@@ -1,0 +1,50 @@
+"""A training that is stopped by SIGTERM or Ctrl+C says so, with the exit status of that signal."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain3d.__main__ import main
+
+DRIVER = """
+import os, signal, sys
+from pretrain3d.modules.pretraining import PretrainingModule as Module
+from pretrain3d.__main__ import main
+
+step = Module.training_step
+def training_step(self, batch, batch_idx):
+    if self.global_step == int(sys.argv[2]):
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    return step(self, batch, batch_idx)
+Module.training_step = training_step
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_is_one_line(
+    phantom_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, status: int
+) -> None:
+    run = tmp_path / "run"
+    line = ["fit", "--config", "configs/pretrain/phantom_mae.yaml", "name=run", f"out={tmp_path}",
+            f"data.store={phantom_store}", "data.patch_size=[32,32,32]", "data.batch_size=2", "data.num_workers=0",
+            "module.warmup_steps=1", "trainer.max_steps=6", "trainer.val_every_n_steps=6",
+            "trainer.checkpoint_every_n_steps=2", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"]  # fmt: skip
+    for step, kept in [(1, "begins again, there is no checkpoint yet"), (3, "continues from the checkpoint of step 2")]:
+        call = [sys.executable, "-c", DRIVER, name, str(step), *line]
+        done = subprocess.run(call, capture_output=True, text=True, timeout=300)
+        assert done.returncode == status, done.stderr[-3000:]
+        (said,) = [text for text in done.stderr.splitlines() if "stopped" in text]
+        at = step + (name == "SIGTERM")  # Lightning ends the batch first
+        assert said == f"{run}: stopped at step {at} of 6; the same call {kept}"
+        assert "Traceback" not in done.stderr
+
+    export = ["export", str(run), f"out={tmp_path / 'mae.pt'}"]
+    assert main(export) == 0
+    assert capsys.readouterr().err == f"{run} is at step 2 of 6\n"
+    assert main(line) == 0 and main(export) == 0
+    assert "is at step" not in capsys.readouterr().err
