@@ -202,8 +202,11 @@ def test_the_command_keeps_what_it_found_and_test_uses_it(run: Path, capsys: pyt
     after = json.loads((run / "result.json").read_text())
     assert after["asked"]["merging"] == stored["merging"]
     assert after["operating"]["threshold"] == stored["operating"]["threshold"]
+    assert "is replaced" not in capsys.readouterr().err  # of the same split and checkpoint
     assert main(["test", str(run), "split=val", "samples=5", "pictures=0"]) == 0  # the cases that were swept on
-    assert "chosen on these cases: those of its config are used" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "chosen on these cases: those of its config are used" in said.out
+    assert f"{run / 'result.json'} of checkpoint=last, split=test is replaced\n" in said.err
     result = json.loads((run / "result.json").read_text())
     assert result["operating"] is None and result["asked"]["merging"] == Merging().to_dict()
 
@@ -276,3 +279,16 @@ def test_an_unfinished_run_is_said_to_be_one(run: Path, capsys: pytest.CaptureFi
     (run / "state.json").write_text('{"status": "running", "step": 1, "seconds": 1.0}')
     assert main(["test", str(run), "samples=0", "pictures=0"]) == 0
     assert f"{run} is at step 1 of 9\n" in capsys.readouterr().err
+
+
+def test_predict_and_a_baseline_stay_out_of_the_folder_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(run.rglob("*"))
+    (run.parent / "a.nii.gz").write_bytes(b"")
+    for line in (
+        ["predict", str(run), str(run.parent / "a.nii.gz")],
+        ["test", "baseline=mean_box", f"store={run.parent / 'store'}"],
+    ):
+        assert main([*line, f"out={run}"]) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert f"out={run} is the folder of a run, whose results would be lost" in error
+    assert sorted(run.rglob("*")) == before

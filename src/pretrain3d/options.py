@@ -73,11 +73,13 @@ def output_folder(key: str, value: str) -> Path:
     """The folder that a command is to write into, which need not exist yet.
 
     Raises:
-        UserError: a file, or a path below a file.
+        UserError: a file, a path below a file, or the folder of a run, whose results would be lost.
     """
     path = Path(value)
     if path.is_file():
         raise UserError(f"{key}={value} is a file; expected the name of a folder")
+    if (path / "config.yaml").is_file():
+        raise UserError(f"{key}={value} is the folder of a run, whose results would be lost; name another folder")
     _below_folders(key, path)
     return path
 

@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from pretrain3d.commands.test import Prediction, hash_of, held_out, score_cases, truth_of, write_strata
+from pretrain3d.commands.test import (
+    Prediction,
+    hash_of,
+    held_out,
+    say_what_is_replaced,
+    score_cases,
+    truth_of,
+    write_strata,
+)
 from pretrain3d.config import UserError
 from pretrain3d.options import output_folder
 
@@ -34,6 +42,7 @@ def test(
         print(f"{folder / 'result.json'} is of this baseline already, nothing to predict")
         write_strata(folder, by, strata, samples)
         return
+    say_what_is_replaced(folder, asked)
     predict = fit(baseline, data, of_fold["train"])
     about = {"asked": asked, "config": {"baseline": baseline, "fold": fold, "num_folds": num_folds}, "seed": 0}
     score_cases(folder, folder.name, data, case_ids, predict, about, samples)

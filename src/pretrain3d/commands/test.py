@@ -179,6 +179,8 @@ def test_run(
         write_strata(folder.path, by, strata, samples)
         return
 
+    say_what_is_replaced(folder.path, asked)
+
     def predict(case_id: str) -> Prediction:
         image, case = datamodule.volume(case_id)
         try:
@@ -200,6 +202,19 @@ def test_run(
     score_cases(folder.path, settings["name"], datamodule.store, case_ids, predict, about, samples, threshold)
     write_strata(folder.path, by, strata, samples)
     log_to_wandb(folder, settings)
+
+
+def say_what_is_replaced(folder: Path, asked: dict[str, Any]) -> None:
+    """Prints a line if the folder holds the result of another split, checkpoint or baseline."""
+    from pretrain3d.reporting.results import read_result
+
+    if not (folder / "result.json").is_file():
+        return
+    old = read_result(folder).get("asked") or {}
+    keys = [key for key in ("baseline", "checkpoint", "split") if key in old]
+    if any(old[key] != asked.get(key) for key in keys):
+        was = ", ".join(f"{key}={old[key]}" for key in keys)
+        print(f"{folder / 'result.json'} of {was} is replaced", file=sys.stderr)
 
 
 def about_run(folder: RunFolder, settings: dict[str, Any], module: Any) -> dict[str, Any]:
