@@ -84,12 +84,9 @@ class RunFolder:
         if differing:
             raise UserError(f"{self.path} holds a run of another config ({differing}); give this run another name=")
         state = self.state()
-        if state["status"] == "finished":
-            if steps < state["step"]:
-                raise UserError(f"{self.path} already ran {state['step']} steps; trainer.max_steps={steps} is less")
-            if steps == state["step"]:
-                return "finished"
-        return "resume"
+        if 0 <= steps < state["step"]:
+            raise UserError(f"{self.path} already ran {state['step']} steps; trainer.max_steps={steps} is less")
+        return "finished" if state["status"] == "finished" and steps == state["step"] else "resume"
 
     def check_same(self, trained: dict[str, Any], now: dict[str, Any]) -> None:
         """Compares what the run was trained with, a checkpoint's note, with what its store and plan give now.

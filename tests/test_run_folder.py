@@ -1,0 +1,50 @@
+"""What `fit` does in a folder that holds a run already."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain3d.config import UserError
+from pretrain3d.reporting.results import write_json
+from pretrain3d.reporting.run_folder import RunFolder
+
+SETTINGS: dict[str, Any] = {
+    "name": "r", "out": "runs", "seed": 0, "data": {"store": "s", "num_workers": 2}, "logger": {"wandb": None},
+    "trainer": {"max_steps": 6, "log_every_n_steps": 1, "checkpoint_every_n_steps": 2, "precision": "32-true"},
+}  # fmt: skip
+
+
+def with_value(key: str, value: Any) -> dict[str, Any]:
+    settings = copy.deepcopy(SETTINGS)
+    node = settings
+    *sections, last = key.split(".")
+    for section in sections:
+        node = node[section]
+    node[last] = value
+    return settings
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """A run of 6 steps that was killed after its checkpoint of step 4."""
+    run = RunFolder(tmp_path / "runs" / "r")
+    run.open(SETTINGS)
+    run.last.parent.mkdir()
+    run.last.write_bytes(b"")
+    write_json(run.path / "state.json", {"status": "running", "step": 4})
+    return run
+
+
+@pytest.mark.parametrize("status", ["running", "finished"])
+def test_steps_that_were_done_stay_done(folder: RunFolder, status: str) -> None:
+    write_json(folder.path / "state.json", {"status": status, "step": 4})
+    with pytest.raises(UserError, match=r"already ran 4 steps; trainer.max_steps=3 is less"):
+        folder.start_of(with_value("trainer.max_steps", 3))
+    assert folder.start_of(with_value("trainer.max_steps", 8)) == "resume"
+    assert folder.start_of(with_value("trainer.max_steps", -1)) == "resume"  # no limit
+    same = folder.start_of(with_value("trainer.max_steps", 4))
+    assert same == ("finished" if status == "finished" else "resume")
