@@ -48,3 +48,15 @@ def test_steps_that_were_done_stay_done(folder: RunFolder, status: str) -> None:
     assert folder.start_of(with_value("trainer.max_steps", -1)) == "resume"  # no limit
     same = folder.start_of(with_value("trainer.max_steps", 4))
     assert same == ("finished" if status == "finished" else "resume")
+
+
+def test_what_the_weights_do_not_depend_on_may_change(folder: RunFolder) -> None:
+    changes = {
+        "data.num_workers": 0, "logger.wandb": {"mode": "offline"}, "logger": None, "trainer.log_every_n_steps": 5,
+        "trainer.checkpoint_every_n_steps": 1, "out": str(folder.path.parent),
+    }  # fmt: skip
+    for key, value in changes.items():
+        assert folder.start_of(with_value(key, value)) == "resume", key
+    for key, value in {"data.store": "t", "trainer.precision": "16", "seed": 1}.items():
+        with pytest.raises(UserError, match=f"another config .{key} '?.*there, {value!r} asked"):
+            folder.start_of(with_value(key, value))

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from pretrain3d.__main__ import main
 
@@ -46,5 +48,13 @@ def test_a_signal_is_one_line(
     export = ["export", str(run), f"out={tmp_path / 'mae.pt'}"]
     assert main(export) == 0
     assert capsys.readouterr().err == f"{run} is at step 2 of 6\n"
-    assert main(line) == 0 and main(export) == 0
+    free = ["data.num_workers=1", "trainer.checkpoint_every_n_steps=1", "trainer.log_every_n_steps=2",
+            f"out={tmp_path}/../{tmp_path.name}"]  # fmt: skip
+    assert main([*line, *free]) == 0 and main(export) == 0
     assert "is at step" not in capsys.readouterr().err
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["log_every_n_steps"] == 2
+
+    assert main([*line, "name=whole"]) == 0  # none of which changes a bit of the weights
+    whole, resumed = (torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+                      for name in ("whole", "run"))  # fmt: skip
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)

@@ -9,6 +9,14 @@ from pretrain3d.config import UserError, read_yaml, to_yaml
 from pretrain3d.files import write_text
 from pretrain3d.reporting.results import read_json, write_json
 
+FREE = (  # of a config: how a run is read, written and logged; `out` may be the same folder by another path
+    "out",
+    "data.num_workers",
+    "logger",
+    "trainer.log_every_n_steps",
+    "trainer.checkpoint_every_n_steps",
+)
+
 
 class RunFolder:
     """``<out>/<name>`` of a run; see docs/design.md for what lies in it."""
@@ -71,7 +79,8 @@ class RunFolder:
     def start_of(self, settings: dict[str, Any]) -> str:
         """What `fit` with this config does here: ``fresh``, ``resume`` or ``finished``.
 
-        A run that ended before its first checkpoint left nothing to go on from, whatever its config was.
+        A run that ended before its first checkpoint left nothing to go on from, whatever its config was. `FREE` keys
+        may change on the way, and ``max_steps`` may grow: bit for bit, the weights do not depend on the former.
 
         Raises:
             UserError: the folder belongs to another config, or `max_steps` would shrink.
@@ -79,8 +88,7 @@ class RunFolder:
         if not (self.path / "config.yaml").is_file() or not self.last.is_file():
             return "fresh"
         steps = settings["trainer"]["max_steps"]
-        old = self.config()
-        differing = _differences({**old, "trainer": {**old["trainer"], "max_steps": steps}}, settings, "asked")
+        differing = _differences(_fixed(self.config()), _fixed(settings), "asked")
         if differing:
             raise UserError(f"{self.path} holds a run of another config ({differing}); give this run another name=")
         state = self.state()
@@ -104,6 +112,14 @@ class RunFolder:
                 f"the store of {self.path} is not what it was trained on ({differing}): bring back its cases, "
                 "spacing and plan, or train under another name="
             )
+
+
+def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that may not change when a run is resumed, by dotted key."""
+    free = (*FREE, "trainer.max_steps")
+    return {
+        key: value for key, value in _flat(settings).items() if not f"{key}.".startswith(tuple(f"{f}." for f in free))
+    }
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], word: str) -> str:
