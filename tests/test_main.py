@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -104,6 +105,24 @@ def test_a_reader_that_has_gone_is_141(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pipe_that_breaks_elsewhere_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pretrain3d.commands.score", raising(BrokenPipeError("a worker")))  # type: ignore[arg-type]
     with pytest.raises(BrokenPipeError, match="a worker"):
+        main(["score"])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EISDIR])
+@pytest.mark.parametrize("path", [None, "runs/x"])
+def test_a_file_that_the_system_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, path: str | None
+) -> None:
+    error = OSError(number, os.strerror(number), path)
+    monkeypatch.setitem(sys.modules, "pretrain3d.commands.score", raising(error))  # type: ignore[arg-type]
+    assert main(["score"]) == 2
+    where = f"{path}: " if path else ""
+    assert capsys.readouterr().err == f"pretrain3d: error: {where}{os.strerror(number)}\n"
+
+
+def test_any_other_error_of_the_system_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pretrain3d.commands.score", raising(OSError("no reason")))  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="no reason"):
         main(["score"])
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +296,33 @@ def test_predict_and_a_baseline_stay_out_of_the_folder_of_a_run(run: Path, capsy
         (error,) = capsys.readouterr().err.splitlines()
         assert f"out={run} is the folder of a run, whose results would be lost" in error
     assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["test", "sweep"])
+def test_a_folder_that_cannot_be_written_costs_no_prediction(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def refused(*_: object, dir: Path) -> None:  # root may write anywhere
+        raise OSError(errno.EROFS, "Read-only file system", f"{dir}/tmpabc")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(ResEnc, "forward", lambda *_: pytest.fail("predicted"))
+    assert main([command, str(run)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"pretrain3d: error: {run}: Read-only file system"
+
+
+def test_a_disk_that_is_full_is_one_line(run: Path) -> None:
+    """The limit on the size of a file stands for the disk; nothing of what was there is lost."""
+    code = ("import resource, sys; from pretrain3d.__main__ import main; "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.exit(main(sys.argv[1:]))")  # fmt: skip
+    out, before = run.parent / "a.pt", (run / "checkpoints" / "last.ckpt").read_bytes()
+    for line, path, reason in [
+        (["export", str(run), f"out={out}"], out, "cannot be written whole; is the disk full?"),
+        (["sweep", str(run)], run / "checkpoints" / "last.ckpt", "cannot be written whole; is the disk full?"),
+        (["test", str(run), "samples=0", "pictures=0"], run / "predictions.json", "File too large"),
+    ]:
+        done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.splitlines()[-1] == f"pretrain3d: error: {path}: {reason}" and "Traceback" not in done.stderr
+    assert not out.exists() and (run / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert not list(run.parent.rglob(".tmp-*"))

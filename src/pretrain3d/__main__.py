@@ -6,6 +6,7 @@ mistakes are answered at once.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import keyword
 import os
@@ -34,6 +35,11 @@ COMMANDS = {
 
 _OPTION = re.compile(r"\+?[A-Za-z_][\w.]*=")  # a path with '=' in it is written ./a=b
 
+_FILES = {  # what a user can mend: a full disk, rights, a path
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR,
+    errno.ENOTDIR,
+}  # fmt: skip
+
 
 @dataclass
 class _Arguments:
@@ -51,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
     ``TAKES_CONFIG = True`` has ``run(config_path: str | None, paths: list[str], overrides: list[str]) -> int``.
 
     Returns:
-        The exit status: the command's own (0 done, 1 done in part), 2 for a user's mistake, 130 when interrupted, 141
+        The exit status: the command's own (0 done, 1 done in part), 2 for a user's mistake or a file that the system
+        refuses, 130 when interrupted, 141
         when the reader of the output has gone (``pretrain3d ... | head``).
     """
     try:
@@ -68,6 +75,12 @@ def main(argv: Sequence[str]) -> int:
         if not _output_is_closed():
             raise
         return 141
+    except OSError as error:
+        if error.errno not in _FILES:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"pretrain3d: error: {where}{error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _output_is_closed() -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -14,6 +16,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     The folder is made. Nothing is left behind when the block fails; a killed writer leaves one file, which the next one
     writes over (two processes must not write the same file at once).
+
+    Raises:
+        OSError: of ``path``, which cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,8 +28,32 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a full disk names no file
+            error.filename = str(path)
+        raise
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch.save, whatever the system said
+            raise
+        raise OSError(errno.ENOSPC, "cannot be written whole; is the disk full?", str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that refused the file may refuse this, too
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Makes a folder and tries it out, before what is to lie in it is computed.
+
+    Raises:
+        OSError: of ``folder``, in which no file can be written.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        error.filename = str(folder)
+        raise
 
 
 def write_text(path: str | Path, text: str) -> None:

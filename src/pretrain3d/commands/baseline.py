@@ -18,6 +18,7 @@ from pretrain3d.commands.test import (
     write_strata,
 )
 from pretrain3d.config import UserError
+from pretrain3d.files import check_writable
 from pretrain3d.options import output_folder
 
 
@@ -42,6 +43,7 @@ def test(
         print(f"{folder / 'result.json'} is of this baseline already, nothing to predict")
         write_strata(folder, by, strata, samples)
         return
+    check_writable(folder)
     say_what_is_replaced(folder, asked)
     predict = fit(baseline, data, of_fold["train"])
     about = {"asked": asked, "config": {"baseline": baseline, "fold": fold, "num_folds": num_folds}, "seed": 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import traceback
@@ -92,6 +93,10 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
         folder.open(asked)
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=str(folder.last) if resume else None, weights_only=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # which name no file
+            error.filename = str(folder.path)
+        raise
     except SystemExit as error:  # how Lightning ends after either signal
         terminated, interrupted = isinstance(error, SIGTERMException), isinstance(error.__context__, KeyboardInterrupt)
         if not terminated and not interrupted:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pretrain3d.commands.test import hash_of, held_out, load_run
 from pretrain3d.config import UserError
+from pretrain3d.files import check_writable
 from pretrain3d.options import read_options
 from pretrain3d.reporting.run_folder import RunFolder
 
@@ -68,6 +69,9 @@ def sweep_runs(
     if all((module.note.get("inference") or {}).get("asked") == asked for module, _ in runs):
         print(f"{folders[0].path}: the {checkpoint} checkpoint was swept like this already, nothing to do")
         return
+    for folder in folders:
+        check_writable(folder.path)
+        check_writable(folder.checkpoint(checkpoint).parent)
     cases: dict[str, SweepCase] = {}
     for index, (module, datamodule) in enumerate(runs):  # a case may be validated by several runs, which differ in seed
         cases |= {f"{index}:{case_id}": case for case_id, case in _predicted(module, datamodule).items()}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pretrain3d.config import UserError
+from pretrain3d.files import check_writable
 from pretrain3d.options import REQUIRED, read_options
 from pretrain3d.registry import build
 from pretrain3d.reporting.run_folder import RunFolder
@@ -179,6 +180,7 @@ def test_run(
         write_strata(folder.path, by, strata, samples)
         return
 
+    check_writable(folder.path)
     say_what_is_replaced(folder.path, asked)
 
     def predict(case_id: str) -> Prediction:
