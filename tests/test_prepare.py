@@ -301,7 +301,8 @@ def test_other_settings_are_another_store(tmp_path):
 def test_a_removed_case_leaves_the_store(tmp_path):
     write_cases(tmp_path / "raw", 3)
     run(tmp_path / "raw", tmp_path / "out")
-    (tmp_path / "raw/imagesTr/case_1_0000.nii.gz").unlink()
+    for name in ("imagesTr/case_1_0000.nii.gz", "labelsTr/case_1.nii.gz", "labelsTr/case_1.json"):
+        (tmp_path / "raw" / name).unlink()
     assert run(tmp_path / "raw", tmp_path / "out").removed == ["case_1"]
     assert list(Store(tmp_path / "out").cases) == ["case_0", "case_2"]
     assert not list((tmp_path / "out").rglob("*case_1*"))
