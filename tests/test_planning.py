@@ -145,6 +145,7 @@ def test_a_plan_without_objects_reads_back(tmp_path):
         ({"intensity": {"scheme": "hu"}}, "scheme must be one of ct, zscore, window"),
         ({"intensity": None}, "scheme must be one of"),
         ({"anchors": {"sizes": [[1], [2]]}}, "anchors: "),
+        ({"planned_for": 3}, "planned_for must be keys"),
         ({"anker": 1}, "expected the keys"),
     ],
 )

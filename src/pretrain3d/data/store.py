@@ -66,7 +66,7 @@ class Store:
         try:
             plan = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"{path} is missing; run `pretrain3d prepare` again to make it") from None
+            raise UserError(f"{path} is missing; `pretrain3d plan {self.path}` makes it") from None
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(plan, dict):

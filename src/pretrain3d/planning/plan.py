@@ -31,6 +31,7 @@ BACKBONE, DETECTOR = "resenc_xs", "retina_unet"  # of configs/detect/base.yaml
 POOR_IOU = 0.4  # a box whose best anchor overlaps less is named in the plan
 MAX_NAMED = 20
 HELD = 0.95  # share of the objects, by their size along each axis, that a patch should hold while memory allows it
+KEPT = ("spacing_mm", "intensity")  # by a plan that is made again
 OPTIONAL = ("coverage", "batch_size", "accumulate_grad_batches", "detection_levels", "planned_for")
 
 
@@ -55,8 +56,8 @@ def make_plan(
         ``spacing_mm``; ``intensity`` (for `normalise.resolve_intensity`); ``patch_size``, ``batch_size`` and
         ``accumulate_grad_batches`` (see `patch.plan_patch`); ``detection_levels`` (indices into the pyramid);
         ``anchors`` (``{"sizes": [xs, ys, zs]}`` of the finest of these levels); the last two None without objects;
-        ``planned_for``: backbone, detector, memory, and the estimated need; ``coverage``: how well patch and anchors
-        fit, and which objects not.
+        ``planned_for``: backbone, detector, memory, the estimated need, and the spacing of the voxels; ``coverage``:
+        how well patch and anchors fit, and which objects not.
 
     Raises:
         UserError: ``patch_size`` is not three multiples, an unknown name, or nothing fits into the memory.
@@ -99,6 +100,7 @@ def make_plan(
             "memory_gb": round(float(memory), 1),
             "memory_of": device,
             "estimated_gb": round(patch.bytes / GIB, 2),
+            "spacing_mm": list(store.spacing_mm),
         },
         "coverage": coverage,
     }
@@ -112,13 +114,33 @@ def planned_detector(detector: str, levels: list[int] | None) -> dict[str, Any]:
     return {**node, "detection_levels": levels}
 
 
+def plan_again(store: Store, old: dict[str, Any]) -> dict[str, Any]:
+    """The plan of a store whose spacing has changed: what is counted in voxels is new, for what ``old`` was made for.
+
+    Spacing and intensities are the old ones.
+
+    Raises:
+        UserError: see `make_plan`.
+    """
+    about = old["planned_for"]
+    plan = make_plan(
+        store,
+        backbone=about.get("backbone", BACKBONE),
+        detector=about.get("detector", DETECTOR),
+        memory_gb=about.get("memory_gb") if about.get("memory_of") == "named" else None,
+        batch_size=old.get("batch_size", BATCH_SIZE) * old.get("accumulate_grad_batches", 1),
+    )
+    return plan | {key: old[key] for key in KEPT}
+
+
 def write_plan(path: Path, plan: dict[str, Any], store: Store) -> None:
     """Writes ``plan.yaml`` with a word on each value, atomically."""
     flow = {key: _flow(value) for key, value in plan.items()}
     lines = [
         f"# Plan of {store.name}. Edit freely: `prepare` keeps this file unless it is called with replan=true.",
         "",
-        "# Voxel size in mm along right, anterior, superior. After a change, run `prepare` again.",
+        "# Voxel size in mm along right, anterior, superior. After a change, run `prepare` again: it also plans again",
+        "# all that is counted in voxels below, and keeps the intensities.",
         f"spacing_mm: {flow['spacing_mm']}",
         "",
         "# Intensities on reading. ct: clip to the 0.5 and 99.5 percentiles of the foreground (objects | body) of the",
@@ -170,6 +192,8 @@ def read_plan(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if isinstance(plan, dict) and not isinstance(plan.get("planned_for", {}), dict):
+        raise UserError(f"{path}: planned_for must be keys and values, got {plan['planned_for']!r}")
     keys = {"spacing_mm", "intensity", "patch_size", "anchors"}
     if not isinstance(plan, dict) or not keys <= plan.keys() <= keys | set(OPTIONAL):
         found = sorted(plan) if isinstance(plan, dict) else plan
