@@ -289,6 +289,52 @@ def test_a_second_call_does_nothing_and_a_change_only_its_case(tmp_path):
     assert Store(out).data_hash != data_hash and len(Store(out).cases["case_1"].boxes) == 0
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("spoil", [cut, Path.unlink, lambda path: path.write_text("{}")])
+@pytest.mark.parametrize(
+    "name", ["image/case_1.b2nd", "instances/case_1.b2nd", "cases/case_1.json", "prepared/case_1.json"]
+)
+def test_a_damaged_case_is_prepared_again(tmp_path, name, spoil):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_cases(raw, 3)
+    run(raw, out)
+    before = Store(out).data_hash
+    whole = {kind: (out / kind / "case_1.b2nd").read_bytes() for kind in ("image", "instances")}
+    spoil(out / name)
+    summary = run(raw, out)
+    assert (summary.done, summary.reused) == (["case_1"], ["case_0", "case_2"])
+    assert whole == {kind: (out / kind / "case_1.b2nd").read_bytes() for kind in whole}
+    assert Store(out).data_hash == before and run(raw, out).done == []
+
+
+@pytest.mark.parametrize(
+    "spoil", [cut, Path.unlink, lambda path: path.write_text("{}"), lambda path: path.write_text("[]"),
+              lambda path: path.write_text(path.read_text().replace('"case_1", ', ""))]
+)  # fmt: skip
+def test_a_damaged_index_is_written_again(tmp_path, capsys, spoil):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_cases(raw, 3)
+    command = ["prepare", str(raw), f"out={out}", "reader=nndetection", "workers=1"]
+    assert main(command) == 0
+    before = (out / "index.json").read_text()
+    spoil(out / "index.json")
+    capsys.readouterr()
+    assert main(command) == 0 and (out / "index.json").read_text() == before
+    assert "0 cases prepared, 3 were up to date" in capsys.readouterr().out
+    assert main(command) == 0 and "nothing to do" in capsys.readouterr().out
+
+
+def test_a_damaged_note_of_the_store_is_named(tmp_path):
+    write_cases(tmp_path / "raw", 1)
+    run(tmp_path / "raw", tmp_path / "out")
+    cut(tmp_path / "out/prepare.json")
+    with pytest.raises(UserError, match=r"prepare\.json is damaged; delete .*out and prepare it again"):
+        run(tmp_path / "raw", tmp_path / "out")
+
+
 def test_other_settings_are_another_store(tmp_path):
     write_cases(tmp_path / "raw", 2)
     run(tmp_path / "raw", tmp_path / "out")

@@ -109,7 +109,7 @@ def _prepare(
 def _report(out: Path, summary: Any) -> None:
     from pretrain3d.data.store import Store
 
-    if not (summary.done or summary.failed or summary.removed):
+    if not summary.indexed:
         print(f"{out}: complete, all {len(summary.reused)} cases are up to date, nothing to do")
         return
     cases = Store(out).cases.values()

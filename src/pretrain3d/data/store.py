@@ -39,7 +39,7 @@ class Store:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        index = _read_index(self.path)
+        index = read_index(self.path)
         self.name: str = index["name"]
         self.classes: list[str] = index["classes"]
         self.mirror_classes: dict[str, str] = index["mirror_classes"]
@@ -89,7 +89,11 @@ class Store:
         assert all(0 <= a < b <= size for a, b, size in zip(start, stop, shape, strict=True)), (start, stop, shape)
         region = tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
         array = self._array(case_id, kind)
-        return array[(slice(None), *region)] if kind == "image" else array[region]
+        try:
+            return array[(slice(None), *region)] if kind == "image" else array[region]
+        except RuntimeError as error:
+            path = array_path(self.path, kind, case_id)
+            raise UserError(f"{path} is damaged ({error}); delete it and run `pretrain3d prepare` again") from error
 
     def _array(self, case_id: str, kind: str) -> blosc2.NDArray:
         assert kind in KINDS, kind
@@ -97,11 +101,7 @@ class Store:
             self._open, self._pid = OrderedDict(), os.getpid()
         key = (case_id, kind)
         if key not in self._open:
-            path = array_path(self.path, kind, case_id)
-            try:
-                self._open[key] = blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
-            except (FileNotFoundError, RuntimeError) as error:
-                raise UserError(f"cannot read {path} ({error}); run `pretrain3d prepare` again") from error
+            self._open[key] = _open_array(array_path(self.path, kind, case_id))
             if len(self._open) > OPEN_ARRAYS:
                 self._open.popitem(last=False)
         self._open.move_to_end(key)
@@ -183,7 +183,31 @@ def array_path(path: Path, kind: str, case_id: str) -> Path:
     return path / kind / f"{case_id}.b2nd"
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def check_case(path: Path, case_id: str) -> None:
+    """Reads the record of a case and opens its arrays, without their voxels.
+
+    Raises:
+        UserError: one is missing, cut or of another shape.
+    """
+    case = read_case(path, case_id)
+    for kind, stored in zip(KINDS, (True, case.has_instances, case.has_semantic), strict=True):
+        if stored and _open_array(file := array_path(path, kind, case_id)).shape[-3:] != case.shape:
+            raise UserError(f"{file} has another shape than its record; run `pretrain3d prepare` again")
+
+
+def _open_array(path: Path) -> blosc2.NDArray:
+    try:
+        return blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); run `pretrain3d prepare` again") from error
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """``index.json`` of a store.
+
+    Raises:
+        UserError: it is missing, damaged or of another format.
+    """
     file = path / "index.json"
     if not file.is_file():
         raise UserError(f"{path} is not a store (no index.json); `pretrain3d prepare RAW_FOLDER out={path}` makes one")
@@ -191,6 +215,8 @@ def _read_index(path: Path) -> dict[str, Any]:
         index = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}); run `pretrain3d prepare` again") from error
+    if not isinstance(index, dict):
+        raise UserError(f"{file} is damaged (no JSON object); run `pretrain3d prepare` again")
     if index.get("format") != FORMAT:
         raise UserError(f"{file} has format {index.get('format')}, this version reads {FORMAT}; prepare the data again")
     return index
