@@ -25,6 +25,11 @@ from pretrain3d.files import replacing
 FORMAT = 1
 CHUNK, BLOCK = 64, 32
 KINDS = ("image", "instances", "semantic")
+PLAN_NEEDED = ("patch_size", "intensity")  # of a plan, to train with it
+PLAN_KEYS = (
+    *PLAN_NEEDED, "spacing_mm", "anchors", "coverage", "batch_size", "accumulate_grad_batches", "detection_levels",
+    "planned_for",
+)  # fmt: skip
 OPEN_ARRAYS = 256  # per process, well below the usual limit of 1024 open files
 
 
@@ -60,7 +65,7 @@ class Store:
         """``plan.yaml`` of this store.
 
         Raises:
-            UserError: there is none or it is not YAML.
+            UserError: there is none, it is not YAML, or a value makes no sense.
         """
         path = self.path / "plan.yaml"
         try:
@@ -71,6 +76,7 @@ class Store:
             raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(plan, dict):
             raise UserError(f"{path} holds no settings; delete it and run `pretrain3d prepare` again")
+        check_plan(path, plan)
         return plan
 
     def read(self, case_id: str, kind: str, start: tuple[int, ...], stop: tuple[int, ...]) -> np.ndarray:
@@ -176,6 +182,38 @@ class StoreWriter:
         hashes = {case_id: read_case(self.path, case_id).content_hash for case_id in ids}
         write_json(self.path / "index.json", {**self.index, "data_hash": data_hash(hashes), "cases": ids})
         return Store(self.path)
+
+
+def check_plan(path: Path, plan: dict[str, Any]) -> None:
+    """Checks the keys of a plan and the values that are read as they are (not the normalisation and the anchors).
+
+    Raises:
+        UserError: a missing or unknown key, or a value that makes no sense; names ``path``.
+    """
+    if missing := [key for key in PLAN_NEEDED if key not in plan]:
+        raise UserError(f"{path}: {missing[0]} is missing; `pretrain3d plan {path.parent}` plans it")
+    if unknown := [key for key in plan if key not in PLAN_KEYS]:
+        raise UserError(f"{path}: unknown key {unknown[0]!r}; a plan has {', '.join(PLAN_KEYS)}")
+    checks = {
+        "spacing_mm": (lambda v: _three(v, (int, float)) and min(v) > 0, "three sizes in mm"),
+        "patch_size": (lambda v: _three(v, (int,)) and min(v) >= 1, "three numbers of voxels"),
+        "intensity": (lambda v: isinstance(v, dict), "keys and values, such as scheme: ct"),
+        "batch_size": (lambda v: type(v) is int and v >= 1, "a whole number above 0"),
+        "accumulate_grad_batches": (lambda v: type(v) is int and v >= 1, "a whole number above 0"),
+        "detection_levels": (
+            lambda v: v is None or (isinstance(v, list) and v and all(type(n) is int and n >= 0 for n in v)),
+            "null or a list of levels, such as [1, 2, 3]",
+        ),
+        "planned_for": (lambda v: isinstance(v, dict), "keys and values"),
+        "coverage": (lambda v: v is None or isinstance(v, dict), "null or keys and values"),
+    }
+    for key, (fine, expected) in checks.items():
+        if key in plan and not fine(plan[key]):
+            raise UserError(f"{path}: {key} must be {expected}, got {plan[key]!r}")
+
+
+def _three(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(v) in kinds for v in value)
 
 
 def array_path(path: Path, kind: str, case_id: str) -> Path:

@@ -15,7 +15,7 @@ from pretrain3d.config import UserError
 from pretrain3d.data.case import Case
 from pretrain3d.data.normalise import SCHEMES, resolve_intensity
 from pretrain3d.data.splits import fold_cases
-from pretrain3d.data.store import Store
+from pretrain3d.data.store import Store, check_plan
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.anchors import base_sizes, best_iou
 from pretrain3d.devices import GIB, device_memory_gb
@@ -32,7 +32,7 @@ POOR_IOU = 0.4  # a box whose best anchor overlaps less is named in the plan
 MAX_NAMED = 20
 HELD = 0.95  # share of the objects, by their size along each axis, that a patch should hold while memory allows it
 KEPT = ("spacing_mm", "intensity")  # by a plan that is made again
-OPTIONAL = ("coverage", "batch_size", "accumulate_grad_batches", "detection_levels", "planned_for")
+NEEDED = {"spacing_mm", "intensity", "patch_size", "anchors"}
 
 
 def make_plan(
@@ -181,7 +181,7 @@ def write_plan(path: Path, plan: dict[str, Any], store: Store) -> None:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """A plan, checked; what is in `OPTIONAL` may be missing.
+    """A plan, checked; what is not in `NEEDED` may be missing.
 
     Raises:
         UserError: not readable, a missing or unknown key, or a value that makes no sense.
@@ -192,20 +192,11 @@ def read_plan(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if isinstance(plan, dict) and not isinstance(plan.get("planned_for", {}), dict):
-        raise UserError(f"{path}: planned_for must be keys and values, got {plan['planned_for']!r}")
-    keys = {"spacing_mm", "intensity", "patch_size", "anchors"}
-    if not isinstance(plan, dict) or not keys <= plan.keys() <= keys | set(OPTIONAL):
-        found = sorted(plan) if isinstance(plan, dict) else plan
-        raise UserError(f"{path}: expected the keys {sorted(keys)}, got {found}")
-    if not _numbers(plan["spacing_mm"], float) or min(plan["spacing_mm"]) <= 0:
-        raise UserError(f"{path}: spacing_mm must be three sizes in mm, got {plan['spacing_mm']!r}")
-    if not _numbers(plan["patch_size"], int) or min(plan["patch_size"]) < 1:
-        raise UserError(f"{path}: patch_size must be three numbers of voxels, got {plan['patch_size']!r}")
-    for key in ("batch_size", "accumulate_grad_batches"):
-        if not isinstance(plan.get(key, 1), int) or plan.get(key, 1) < 1:
-            raise UserError(f"{path}: {key} must be a whole number above 0, got {plan[key]!r}")
-    if not isinstance(plan["intensity"], dict) or plan["intensity"].get("scheme") not in SCHEMES:
+    if not isinstance(plan, dict) or not plan.keys() >= NEEDED:
+        found = sorted(map(str, plan)) if isinstance(plan, dict) else plan
+        raise UserError(f"{path}: expected the keys {sorted(NEEDED)}, got {found}")
+    check_plan(path, plan)
+    if plan["intensity"].get("scheme") not in SCHEMES:
         raise UserError(f"{path}: intensity.scheme must be one of {', '.join(SCHEMES)}, got {plan['intensity']!r}")
     if plan["anchors"] is not None:
         try:
@@ -293,11 +284,6 @@ def _statistics(store: Store, intensity: dict[str, Any]) -> list[str]:
         return []  # fewer patients than folds
     text = ", ".join(f"{key} {[round(v, 2) for v in values[key]]}" for key in ("low", "high", "mean", "std"))
     return [f"In fold 0: {text}."]
-
-
-def _numbers(value: Any, kind: type) -> bool:
-    kinds = (int, float) if kind is float else (int,)
-    return isinstance(value, list) and len(value) == 3 and all(type(v) in kinds for v in value)
 
 
 def _flow(value: Any) -> str:
