@@ -66,7 +66,6 @@ def test_27_anchors_from_three_sizes_per_axis():
         {"shapes": [[4, 4, 4]]},
         {"sizes": [[4]] * 3, "boxes": [[4, 4, 4]]},
         {},
-        None,
     ],
 )
 def test_unreadable_sizes_name_the_value(base):
@@ -83,3 +82,8 @@ def test_mean_best_iou_equals_centred_boxes():
         expected = box_ops.iou(*centred).amax(dim=1)
         torch.testing.assert_close(best_iou(anchors, sizes)[index], expected)
         torch.testing.assert_close(mean_best_iou(anchors, sizes)[index], expected.mean())
+
+
+def test_a_plan_without_anchors_says_why_and_what_to_do() -> None:
+    with pytest.raises(UserError, match=r"held no objects when it was made; .*`pretrain3d plan STORE`"):
+        base_sizes(None)

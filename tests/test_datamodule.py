@@ -30,7 +30,11 @@ def module_of(
 ) -> DataModule:
     data = DataModule(path, **{"num_workers": 0, **settings})
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_rank=rank, world_size=world_size, global_step=step, accumulate_grad_batches=accumulate
+        global_rank=rank,
+        world_size=world_size,
+        global_step=step,
+        accumulate_grad_batches=accumulate,
+        lightning_module=None,
     )
     return data
 
@@ -49,6 +53,53 @@ def test_pools_never_touch_test_or_validation_cases(path: str):
         assert not {*data.train_ids} & {*data.val_ids, "test_0"}
     folds = [set(DataModule(path, fold=fold).val_ids) for fold in range(5)]
     assert sum(map(len, folds)) == len(set.union(*folds)) == 10
+
+
+@pytest.mark.parametrize(("pool", "there", "sizes"), [("pretrain", "train", (6, 0)), ("train", "pretrain", (0, 4))])
+def test_an_empty_pool_names_the_other_one(tmp_path: Path, pool: str, there: str, sizes: tuple[int, int]):
+    tiny_store(tmp_path, *sizes)
+    text = rf"data\.pool={pool}: .* has no case left to train on; its cases are {there}: data\.pool={there}$"
+    with pytest.raises(UserError, match=text):
+        DataModule(str(tmp_path), pool=pool)
+
+
+def test_a_detector_needs_annotated_cases(path: str):
+    for pool in ("train", "all", "pretrain"):
+        data = module_of(path, pool=pool)
+        data.setup("fit")
+        data.trainer.lightning_module = SimpleNamespace(detector="retina")  # type: ignore[union-attr]
+        data.setup("validate")
+        if pool != "pretrain":
+            data.setup("fit")
+            continue
+        with pytest.raises(UserError, match=r"data\.pool=pretrain: none of the 5 training cases is annotated"):
+            data.setup("fit")
+
+
+def test_annotated_cases_without_objects_have_an_empty_mask(tmp_path: Path):
+    shape = (40, 36, 30)
+    cases = [
+        (make_case(f"c{n}", image_of(shape, n), blocks(shape, []), []), image_of(shape, n), blocks(shape, []))
+        for n in range(5)
+    ]
+    write_store(tmp_path, cases)
+    data = module_of(str(tmp_path))
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    assert batch["mask"].shape == (2, 16, 16, 16) and not batch["mask"].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"seed": -1}, "^seed=-1: at least 0"),
+        ({"augment": {"spatial": "maybe"}}, "augment.spatial=maybe: expected true, false or"),
+        ({"augment": {"intensity": 3}}, "augment.intensity=3: expected true, false or"),
+        ({"augment": {"spatial": {"rotation_degrees": "x"}}}, "augment.spatial.rotation_degrees=x: expected an angle"),
+    ],
+)
+def test_a_senseless_setting_is_one_line(path: str, settings: dict[str, Any], text: str):
+    with pytest.raises(UserError, match=text):
+        DataModule(path, **settings)
 
 
 def test_label_fractions_are_nested_and_belong_to_the_seed(path: str):

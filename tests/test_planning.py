@@ -143,9 +143,12 @@ def test_a_plan_without_objects_reads_back(tmp_path):
         ({"patch_size": [16, 16, 16.5]}, "patch_size must be three"),
         ({"patch_size": 16}, "patch_size must be three"),
         ({"intensity": {"scheme": "hu"}}, "scheme must be one of ct, zscore, window"),
-        ({"intensity": None}, "scheme must be one of"),
+        ({"intensity": None}, "intensity must be keys and values"),
         ({"anchors": {"sizes": [[1], [2]]}}, "anchors: "),
-        ({"anker": 1}, "expected the keys"),
+        ({"planned_for": 3}, "planned_for must be keys"),
+        ({"detection_levels": "all"}, "detection_levels must be null or a list of levels"),
+        ({"batch_size": 0}, "batch_size must be a whole number above 0"),
+        ({"anker": 1}, "unknown key 'anker'"),
     ],
 )
 def test_a_senseless_edit_is_refused_with_the_files_name(tmp_path, change, text):

@@ -289,6 +289,52 @@ def test_a_second_call_does_nothing_and_a_change_only_its_case(tmp_path):
     assert Store(out).data_hash != data_hash and len(Store(out).cases["case_1"].boxes) == 0
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("spoil", [cut, Path.unlink, lambda path: path.write_text("{}")])
+@pytest.mark.parametrize(
+    "name", ["image/case_1.b2nd", "instances/case_1.b2nd", "cases/case_1.json", "prepared/case_1.json"]
+)
+def test_a_damaged_case_is_prepared_again(tmp_path, name, spoil):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_cases(raw, 3)
+    run(raw, out)
+    before = Store(out).data_hash
+    whole = {kind: (out / kind / "case_1.b2nd").read_bytes() for kind in ("image", "instances")}
+    spoil(out / name)
+    summary = run(raw, out)
+    assert (summary.done, summary.reused) == (["case_1"], ["case_0", "case_2"])
+    assert whole == {kind: (out / kind / "case_1.b2nd").read_bytes() for kind in whole}
+    assert Store(out).data_hash == before and run(raw, out).done == []
+
+
+@pytest.mark.parametrize(
+    "spoil", [cut, Path.unlink, lambda path: path.write_text("{}"), lambda path: path.write_text("[]"),
+              lambda path: path.write_text(path.read_text().replace('"case_1", ', ""))]
+)  # fmt: skip
+def test_a_damaged_index_is_written_again(tmp_path, capsys, spoil):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_cases(raw, 3)
+    command = ["prepare", str(raw), f"out={out}", "reader=nndetection", "workers=1"]
+    assert main(command) == 0
+    before = (out / "index.json").read_text()
+    spoil(out / "index.json")
+    capsys.readouterr()
+    assert main(command) == 0 and (out / "index.json").read_text() == before
+    assert "0 cases prepared, 3 were up to date" in capsys.readouterr().out
+    assert main(command) == 0 and "nothing to do" in capsys.readouterr().out
+
+
+def test_a_damaged_note_of_the_store_is_named(tmp_path):
+    write_cases(tmp_path / "raw", 1)
+    run(tmp_path / "raw", tmp_path / "out")
+    cut(tmp_path / "out/prepare.json")
+    with pytest.raises(UserError, match=r"prepare\.json is damaged; delete .*out and prepare it again"):
+        run(tmp_path / "raw", tmp_path / "out")
+
+
 def test_other_settings_are_another_store(tmp_path):
     write_cases(tmp_path / "raw", 2)
     run(tmp_path / "raw", tmp_path / "out")
@@ -301,7 +347,8 @@ def test_other_settings_are_another_store(tmp_path):
 def test_a_removed_case_leaves_the_store(tmp_path):
     write_cases(tmp_path / "raw", 3)
     run(tmp_path / "raw", tmp_path / "out")
-    (tmp_path / "raw/imagesTr/case_1_0000.nii.gz").unlink()
+    for name in ("imagesTr/case_1_0000.nii.gz", "labelsTr/case_1.nii.gz", "labelsTr/case_1.json"):
+        (tmp_path / "raw" / name).unlink()
     assert run(tmp_path / "raw", tmp_path / "out").removed == ["case_1"]
     assert list(Store(tmp_path / "out").cases) == ["case_0", "case_2"]
     assert not list((tmp_path / "out").rglob("*case_1*"))
@@ -400,9 +447,24 @@ def test_the_command_names_bad_files_and_returns_1(tmp_path, capsys):
     failures = [line for line in captured.err.splitlines() if "failed:" in line]
     assert len(failures) == 1 and "case_1" in failures[0] and str(path) in failures[0] and "damaged" in failures[0]
     assert "1 failed" in captured.out and len(Store(out).cases) == 2
+    assert not (out / "plan.yaml").exists() and "not planned, as cases failed; repair" in captured.err
     path.write_bytes(whole)
     assert main(command) == 0
     assert "1 cases prepared, 2 were up to date" in capsys.readouterr().out
+    assert Store(out).plan["coverage"]["objects"] == 6
+
+
+def test_a_plan_stays_while_cases_fail_and_replan_takes_it_away(tmp_path, capsys):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_cases(raw, 3)
+    command = ["prepare", str(raw), f"out={out}", "reader=nndetection", "workers=1"]
+    assert main(command) == 0
+    before = (out / "plan.yaml").read_text()
+    path = raw / "imagesTr/case_1_0000.nii.gz"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert main(command) == 1 and (out / "plan.yaml").read_text() == before
+    assert main([*command, "replan=true"]) == 1 and not (out / "plan.yaml").exists()
+    assert main(["plan", str(out)]) == 0 and Store(out).plan["coverage"]["objects"] == 4
 
 
 def test_an_edited_plan_is_respected(tmp_path, capsys):
@@ -411,10 +473,23 @@ def test_an_edited_plan_is_respected(tmp_path, capsys):
     command = ["prepare", str(raw), f"out={out}", "reader=nndetection", "workers=1"]
     main(command)
     plan = out / "plan.yaml"
-    edited = plan.read_text().replace("spacing_mm: [1.0, 1.0, 2.0]", "spacing_mm: [2.0, 2.0, 2.0]  # mine")
+    made = yaml.safe_load(plan.read_text())
+    edited = plan.read_text().replace("scheme: ct", "scheme: ct  # mine")
     plan.write_text(edited)
+    assert main(command) == 0 and plan.read_text() == edited
+    edited = edited.replace("\nspacing_mm: [1.0, 1.0, 2.0]", "\nspacing_mm: [0.5, 0.5, 1.0]")
+    plan.write_text(edited.replace("low: null", "low: -500"))
+    capsys.readouterr()
     assert main(command) == 0
-    assert Store(out).spacing_mm == (2.0, 2.0, 2.0) and plan.read_text() == edited
+    text = "planned again for voxels of 0.5 x 0.5 x 1 mm, was 1 x 1 x 2 mm"
+    assert text in capsys.readouterr().out and Store(out).spacing_mm == (0.5, 0.5, 1.0)
+    again = Store(out).plan
+    assert again["spacing_mm"] == again["planned_for"]["spacing_mm"] == [0.5, 0.5, 1.0]
+    assert again["intensity"]["low"] == -500 and again["planned_for"]["backbone"] == made["planned_for"]["backbone"]
+    np.testing.assert_allclose(np.mean(again["anchors"]["sizes"]), 2 * np.mean(made["anchors"]["sizes"]), rtol=0.2)
+    assert again["patch_size"] != made["patch_size"]
+    before = modified(out)
+    assert main(command) == 0 and modified(out) == before
     assert main([*command, "spacing_mm=1.5"]) == 2 and "replan=true" in capsys.readouterr().err
     assert main([*command, "patch_size=32"]) == 2
     assert main([*command, "spacing_mm=1.5", "patch_size=16", "replan=true"]) == 0

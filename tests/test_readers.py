@@ -207,6 +207,31 @@ def test_a_folder_without_data_says_what_is_expected(tmp_path):
         OpenKbp(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["imagesTr/x.nii.gz", "imagesTr/a_0002.nii.gz", "imagesUn/e_0001.nii.gz", "imagesTs/f_0000.mha",
+     "labelsTr/z.nii.gz", "labelsTr/a.nii", "organsTr/z.nii.gz"],
+)  # fmt: skip
+def test_nndetection_refuses_a_file_that_no_case_uses(tmp_path, name):
+    full_dataset(tmp_path)
+    for fine in ("imagesTr/README", "imagesTr/.DS_Store", "labelsTr/notes.json", "labelsTr/.x.nii.gz"):
+        (tmp_path / fine).write_text("fine")
+    reader = NnDetection(tmp_path)
+    assert len(reader.cases()) == 4
+    (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=rf"{name}: no case uses it; expected images <case>_0000 to _0001") as error:
+        reader.cases()
+    assert "\n" not in str(error.value)
+
+
+def test_of_many_unused_files_the_first_are_named(tmp_path):
+    write_cases(tmp_path, 5)
+    for path in (tmp_path / "imagesTr").iterdir():
+        path.rename(path.with_name(path.name.replace("_0000", "")))
+    with pytest.raises(UserError, match=r"imagesTr/case_0\.nii\.gz, .*case_2\.nii\.gz and 7 more: no case uses them"):
+        NnDetection(tmp_path).cases()
+
+
 # images
 
 
@@ -402,6 +427,16 @@ def test_both_versions_of_nnunet(tmp_path: Path, description: dict[str, Any]) ->
     assert np.unique(volume.semantic).tolist() == [0, 1, 2] and volume.semantic_annotated == (0, 1)
     assert reader.read(cases["b"]).semantic_annotated == (0,)
     assert reader.read(cases["t"]).semantic is None
+
+
+@pytest.mark.parametrize("name", ["imagesTr/x.nii.gz", "imagesTr/a_0002.nii.gz", "labelsTr/z.nii.gz"])
+def test_nnunet_refuses_a_file_that_no_case_uses(tmp_path: Path, name: str) -> None:
+    description = {"channel_names": CHANNELS, "labels": {"background": 0, "liver": 1, "tumour": 2}}
+    reader = NnUNet(nnunet_folder(tmp_path, description))
+    assert len(reader.cases()) == 3
+    (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=rf"{name}: no case uses it; expected images <case>_0000 to _0001"):
+        reader.cases()
 
 
 def test_what_nobody_looked_at_is_annotated_nowhere(tmp_path: Path) -> None:

@@ -31,7 +31,6 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": 4,
     "patch_size": None,
 }
-KEPT = ("spacing_mm", "intensity")
 SHOWN = ("patch_size", "batch_size", "accumulate_grad_batches", "detection_levels", "anchors")
 
 
@@ -53,7 +52,7 @@ def run(paths: list[str], options: dict[str, object]) -> int:
         raise UserError(f"patch_size={patch}: expected one or three whole numbers of voxels, such as patch_size=96")
 
     from pretrain3d.data.store import Store
-    from pretrain3d.planning.plan import make_plan, read_plan, write_plan
+    from pretrain3d.planning.plan import KEPT, make_plan, read_plan, write_plan
 
     store = Store(Path(paths[0]))
     path = store.path / "plan.yaml"

@@ -18,7 +18,8 @@ Reads every case of RAW_FOLDER, turns it to RAS axes, crops it to the body, resa
 boxes and statistics; then plans patch, batch, levels and anchors in STORE/plan.yaml, for the small default backbone
 and the memory here: `pretrain3d plan` does that again for others. Intensities stay as they are.
 A repeated call does only what is missing or has changed, so an interrupted one is continued. A case that cannot be
-read is named with its reason, the rest goes on, and the exit status is 1.
+read is named with its reason, the rest goes on, nothing is planned, and the exit status is 1. Where spacing_mm was
+changed in plan.yaml, the cases are prepared and all that counts in voxels is planned again.
 
   out=STORE            folder of the store, new or of an earlier call
   reader=NAME          format of RAW_FOLDER: nndetection, nnunet (label maps, nothing to detect), openkbp or images
@@ -72,13 +73,13 @@ def _prepare(
 ) -> int:
     from pretrain3d.data.prepare import prepare
     from pretrain3d.data.store import Store
-    from pretrain3d.planning.plan import make_plan, patch_budget, read_plan, write_plan
+    from pretrain3d.planning.plan import make_plan, patch_budget, plan_again, read_plan, write_plan
 
     patch_budget(patch)  # a mistake is told before the work, not after it
     path = out / "plan.yaml"
-    planned = path.is_file() and not replan
-    if planned:
-        plan_spacing = tuple(float(v) for v in read_plan(path)["spacing_mm"])
+    old = read_plan(path) if path.is_file() and not replan else None
+    if old is not None:
+        plan_spacing = tuple(float(v) for v in old["spacing_mm"])
         if spacing not in (None, plan_spacing):
             raise UserError(f"{path} says spacing_mm={list(plan_spacing)}, not {list(spacing or ())}; edit it or give "
                             "replan=true")  # fmt: skip
@@ -87,17 +88,28 @@ def _prepare(
         spacing = plan_spacing
     summary = prepare(reader, out, spacing, workers, keep_spacing=not replan)
     _report(out, summary)
-    if not planned:
+    if summary.failed:
+        if old is None:  # a plan for part of the cases would stay when the others are there
+            path.unlink(missing_ok=True)
+            print(f"{path}: not planned, as cases failed; repair or remove them and run this again, or plan for those "
+                  f"that are there: pretrain3d plan {out}", file=sys.stderr)  # fmt: skip
+        return 1
+    if old is None:
         store = Store(out)
         write_plan(path, make_plan(store, patch), store)
         print(f"{path}: planned, patch {_by(store.plan['patch_size'])}; edit it as you like")
-    return 1 if summary.failed else 0
+    elif (before := old.get("planned_for", {}).get("spacing_mm")) not in (None, list(summary.spacing_mm)):
+        store = Store(out)
+        write_plan(path, plan_again(store, old), store)
+        print(f"{path}: planned again for voxels of {_by(summary.spacing_mm)} mm, was {_by(before)} mm; patch "
+              f"{_by(store.plan['patch_size'])}")  # fmt: skip
+    return 0
 
 
 def _report(out: Path, summary: Any) -> None:
     from pretrain3d.data.store import Store
 
-    if not (summary.done or summary.failed or summary.removed):
+    if not summary.indexed:
         print(f"{out}: complete, all {len(summary.reused)} cases are up to date, nothing to do")
         return
     cases = Store(out).cases.values()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pretrain3d.config import UserError
 from pretrain3d.data.batch import torch_generator
-from pretrain3d.data.spatial import around_one, checked_probability, checked_range
+from pretrain3d.data.spatial import around_one, checked_node, checked_probability, checked_range
 
 # In the order of application. `channel_p`: with this probability each channel takes part, where not all do.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -42,7 +42,7 @@ def settings_from_config(config: dict[str, Any] | bool | None) -> dict[str, dict
     """
     if config is False:
         return {}
-    changes = {} if config is None or config is True else dict(config)
+    changes = checked_node("augment.intensity", config)
     for name in changes:
         if name not in DEFAULTS:
             raise UserError(f"augment.intensity has no {name!r}; it has {', '.join(DEFAULTS)}")

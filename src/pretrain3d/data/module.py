@@ -116,7 +116,7 @@ class DataModule(lightning.LightningDataModule):
         super().__init__()
         stores = open_stores(store)
         self.store = stores[0]
-        self.seed = _at_least(0, "seed", seed)
+        self.seed = _at_least(0, "seed", seed, "")
         self.batch_size = _at_least(1, "batch_size", batch_size)
         self.num_workers = _at_least(0, "num_workers", num_workers)
         self.foreground = foreground
@@ -125,6 +125,7 @@ class DataModule(lightning.LightningDataModule):
         plan = self.store.plan
         self.patch_size = _patch_size(plan["patch_size"] if patch_size is None else patch_size)
         self.spatial, self.intensities = _augmentation(augment, tuple(flip_axes))
+        self.pool = pool
         pools = (pool, label_fraction, val_fraction)
         self.labels = labels
         self.sets = [
@@ -212,6 +213,20 @@ class DataModule(lightning.LightningDataModule):
         named = [[f"{part.name}/{case_id}" for case_id in own] for part, own in zip(self.sets, ids, strict=True)]
         return [case_id for case_id in chain.from_iterable(zip_longest(*named)) if case_id is not None]
 
+    def setup(self, stage: str) -> None:
+        """Called by Lightning; a detector cannot be trained where nothing is annotated.
+
+        Raises:
+            UserError: such a training.
+        """
+        if stage != "fit" or self.trainer is None or not hasattr(self.trainer.lightning_module, "detector"):
+            return
+        if not any(self.case(case_id).annotated for case_id in self.train_ids):
+            raise UserError(
+                f"data.pool={self.pool}: none of the {len(self.train_ids)} training cases is annotated, a detector "
+                "learns nothing from them; data.pool=train trains on those that are"
+            )
+
     def train_dataloader(self) -> DataLoader:
         """Batches from the trainer's current step on, without end."""
         rank, world_size = self._process()
@@ -271,9 +286,9 @@ class DataModule(lightning.LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
 
-def _at_least(least: int, name: str, value: int) -> int:
+def _at_least(least: int, name: str, value: int, section: str = "data.") -> int:
     if value < least:
-        raise UserError(f"data.{name}={value}: at least {least}")
+        raise UserError(f"{section}{name}={value}: at least {least}")
     return value
 
 

@@ -169,7 +169,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         self.seed = seed
         self.intensities = intensity.settings_from_config(None) if intensities is None else intensities
         self.mirrored = mirrored_labels(store)
-        self.with_mask = any(len(case.labels) for case in cases) and all(
+        self.with_mask = any(case.annotated for case in cases) and all(
             case.has_instances for case in cases if len(case.labels)
         )
         self._normalisations: dict[str, dict[str, tuple[float, ...]]] = {}

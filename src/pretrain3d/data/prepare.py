@@ -27,7 +27,7 @@ from pretrain3d.data.fingerprint import target_spacing
 from pretrain3d.data.identity import content_hash, files_hash
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
 from pretrain3d.data.splits import SPLITS
-from pretrain3d.data.store import KINDS, StoreWriter, array_path
+from pretrain3d.data.store import KINDS, StoreWriter, array_path, check_case, read_index
 from pretrain3d.geometry import Frame, boxes_of_instances
 
 VERSION = 4  # of what is done to a case: goes up whenever the same input gives other arrays or records
@@ -43,6 +43,7 @@ class Summary:
         reused: cases that were there before and are up to date.
         failed: case id -> why it could not be prepared; these are not in the store.
         removed: cases of an earlier call that are not in the raw data any more.
+        indexed: the index was written, as it was missing or damaged, or something else was done.
     """
 
     spacing_mm: tuple[float, ...]
@@ -50,6 +51,7 @@ class Summary:
     reused: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
+    indexed: bool = False
 
 
 def prepare(
@@ -91,8 +93,9 @@ def prepare(
             todo.append(case)
     known = {case.id for case in cases}
     summary.removed = sorted(p.stem for p in (out / "prepared").glob("*.json") if p.stem not in known)
-    if not todo and not summary.removed and (out / "index.json").is_file():
+    if not todo and not summary.removed and _is_indexed(job.writer, known):
         return summary
+    summary.indexed = True
     (out / "index.json").unlink(missing_ok=True)
     for case_id in [*summary.removed, *(case.id for case in todo)]:
         _forget(out, case_id)
@@ -211,17 +214,29 @@ def _is_done(job: _Job, case: RawCase) -> bool:
     path = _note_path(job.writer.path, case.id)
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
+        settings, files, content = note["settings"], note["files"], note["hash"]
         stat = _stat(case)
-    except (OSError, ValueError):
+        check_case(job.writer.path, case.id)
+    except (UserError, OSError, ValueError, KeyError, TypeError):  # the note, an input or the case's part of the store
         return False
-    if note["settings"] != job.settings(case) or not array_path(job.writer.path, "image", case.id).is_file():
+    if settings != job.settings(case):
         return False
-    if note["files"] == stat:
+    if files == stat:
         return True
-    if note["hash"] != files_hash(case.files):
+    if content != files_hash(case.files):
         return False
     write_json(path, {**note, "files": stat})
     return True
+
+
+def _is_indexed(writer: StoreWriter, case_ids: set[str]) -> bool:
+    """Whether the index can be read and says what it would say if it was written now."""
+    try:
+        index = read_index(writer.path)
+    except UserError:
+        return False
+    expected = {**writer.index, "cases": sorted(case_ids)}
+    return "data_hash" in index and {key: value for key, value in index.items() if key != "data_hash"} == expected
 
 
 def _stat(case: RawCase) -> list[list[Any]]:
@@ -257,9 +272,13 @@ def _claim(out: Path, reader: Reader) -> dict[str, Any]:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"out={out} exists and is not a store; choose a new or empty folder")
         return {}
-    old = json.loads(note.read_text(encoding="utf-8"))
-    if old["name"] != reader.name:
-        raise UserError(f"out={out} is the store of {old['name']!r}, not of {reader.name!r}; choose another folder")
+    try:
+        old = json.loads(note.read_text(encoding="utf-8"))
+        name = old["name"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{note} is damaged; delete {out} and prepare it again") from None
+    if name != reader.name:
+        raise UserError(f"out={out} is the store of {name!r}, not of {reader.name!r}; choose another folder")
     for folder in (out, *(out / name for name in (*KINDS, "cases", "prepared"))):
         for path in folder.glob(".*.tmp*"):
             path.unlink(missing_ok=True)

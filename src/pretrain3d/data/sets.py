@@ -257,7 +257,9 @@ def cases_of_pool(
         train += [case_id for case_id in parts["pretrain"] if case_id not in held_out]
         val += [case_id for case_id in parts["pretrain"] if case_id in held_out]
     if not train:
-        raise UserError(f"data.pool={pool}: {store.path} has no case left to train on")
+        others = [name for name in ("train", "pretrain") if parts[name]]
+        hint = f"; its cases are {others[0]}: data.pool={others[0]}" if others else "; it has test cases only"
+        raise UserError(f"data.pool={pool}: {store.path} has no case left to train on{hint}")
     return train, val, list(parts["test"])
 
 

@@ -6,6 +6,7 @@ A transform maps patch coordinates to volume coordinates, both continuous and ha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -49,17 +50,29 @@ class SpatialSettings:
             raise UserError(f"flip_axes={list(flip_axes)}: axes are 0, 1 and 2")
         if config is False:
             return cls(flip_axes=flip_axes, rotation_p=0.0, scale_p=0.0)
-        values = {} if config is None or config is True else dict(config)
+        values = checked_node("augment.spatial", config)
         known = {field.name for field in fields(cls)} - {"flip_axes"}
         for key in values:
             if key not in known:
                 raise UserError(f"augment.spatial has no {key!r}; it has {', '.join(sorted(known))}")
         if "scale" in values:
             values["scale"] = checked_range("augment.spatial.scale", values["scale"], above=0.0)
+        angle = values.get("rotation_degrees", 0.0)
+        if type(angle) not in (int, float) or not 0 <= angle < np.inf:
+            raise UserError(f"augment.spatial.rotation_degrees={angle}: expected an angle of 0 or more")
         for key in ("flip_p", "rotation_p", "scale_p"):
             if key in values:
                 checked_probability(f"augment.spatial.{key}", values[key])
         return cls(flip_axes=flip_axes, **values)
+
+
+def checked_node(name: str, config: Any) -> dict[str, Any]:
+    """The changes that a config makes to defaults: none for ``None`` and True. Raises UserError for no dict."""
+    if config is None or config is True:
+        return {}
+    if not isinstance(config, Mapping):
+        raise UserError(f"{name}={config}: expected true, false or {{key: value, ...}}")
+    return dict(config)
 
 
 def checked_range(name: str, value: Any, above: float = -np.inf) -> tuple[float, float]:

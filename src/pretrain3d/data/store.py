@@ -25,6 +25,11 @@ from pretrain3d.files import replacing
 FORMAT = 1
 CHUNK, BLOCK = 64, 32
 KINDS = ("image", "instances", "semantic")
+PLAN_NEEDED = ("patch_size", "intensity")  # of a plan, to train with it
+PLAN_KEYS = (
+    *PLAN_NEEDED, "spacing_mm", "anchors", "coverage", "batch_size", "accumulate_grad_batches", "detection_levels",
+    "planned_for",
+)  # fmt: skip
 OPEN_ARRAYS = 256  # per process, well below the usual limit of 1024 open files
 
 
@@ -39,7 +44,7 @@ class Store:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        index = _read_index(self.path)
+        index = read_index(self.path)
         self.name: str = index["name"]
         self.classes: list[str] = index["classes"]
         self.mirror_classes: dict[str, str] = index["mirror_classes"]
@@ -60,17 +65,18 @@ class Store:
         """``plan.yaml`` of this store.
 
         Raises:
-            UserError: there is none or it is not YAML.
+            UserError: there is none, it is not YAML, or a value makes no sense.
         """
         path = self.path / "plan.yaml"
         try:
             plan = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"{path} is missing; run `pretrain3d prepare` again to make it") from None
+            raise UserError(f"{path} is missing; `pretrain3d plan {self.path}` makes it") from None
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(plan, dict):
             raise UserError(f"{path} holds no settings; delete it and run `pretrain3d prepare` again")
+        check_plan(path, plan)
         return plan
 
     def read(self, case_id: str, kind: str, start: tuple[int, ...], stop: tuple[int, ...]) -> np.ndarray:
@@ -89,7 +95,11 @@ class Store:
         assert all(0 <= a < b <= size for a, b, size in zip(start, stop, shape, strict=True)), (start, stop, shape)
         region = tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
         array = self._array(case_id, kind)
-        return array[(slice(None), *region)] if kind == "image" else array[region]
+        try:
+            return array[(slice(None), *region)] if kind == "image" else array[region]
+        except RuntimeError as error:
+            path = array_path(self.path, kind, case_id)
+            raise UserError(f"{path} is damaged ({error}); delete it and run `pretrain3d prepare` again") from error
 
     def _array(self, case_id: str, kind: str) -> blosc2.NDArray:
         assert kind in KINDS, kind
@@ -97,11 +107,7 @@ class Store:
             self._open, self._pid = OrderedDict(), os.getpid()
         key = (case_id, kind)
         if key not in self._open:
-            path = array_path(self.path, kind, case_id)
-            try:
-                self._open[key] = blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
-            except (FileNotFoundError, RuntimeError) as error:
-                raise UserError(f"cannot read {path} ({error}); run `pretrain3d prepare` again") from error
+            self._open[key] = _open_array(array_path(self.path, kind, case_id))
             if len(self._open) > OPEN_ARRAYS:
                 self._open.popitem(last=False)
         self._open.move_to_end(key)
@@ -178,12 +184,68 @@ class StoreWriter:
         return Store(self.path)
 
 
+def check_plan(path: Path, plan: dict[str, Any]) -> None:
+    """Checks the keys of a plan and the values that are read as they are (not the normalisation and the anchors).
+
+    Raises:
+        UserError: a missing or unknown key, or a value that makes no sense; names ``path``.
+    """
+    if missing := [key for key in PLAN_NEEDED if key not in plan]:
+        raise UserError(f"{path}: {missing[0]} is missing; `pretrain3d plan {path.parent}` plans it")
+    if unknown := [key for key in plan if key not in PLAN_KEYS]:
+        raise UserError(f"{path}: unknown key {unknown[0]!r}; a plan has {', '.join(PLAN_KEYS)}")
+    checks = {
+        "spacing_mm": (lambda v: _three(v, (int, float)) and min(v) > 0, "three sizes in mm"),
+        "patch_size": (lambda v: _three(v, (int,)) and min(v) >= 1, "three numbers of voxels"),
+        "intensity": (lambda v: isinstance(v, dict), "keys and values, such as scheme: ct"),
+        "batch_size": (lambda v: type(v) is int and v >= 1, "a whole number above 0"),
+        "accumulate_grad_batches": (lambda v: type(v) is int and v >= 1, "a whole number above 0"),
+        "detection_levels": (
+            lambda v: v is None or (isinstance(v, list) and v and all(type(n) is int and n >= 0 for n in v)),
+            "null or a list of levels, such as [1, 2, 3]",
+        ),
+        "planned_for": (lambda v: isinstance(v, dict), "keys and values"),
+        "coverage": (lambda v: v is None or isinstance(v, dict), "null or keys and values"),
+    }
+    for key, (fine, expected) in checks.items():
+        if key in plan and not fine(plan[key]):
+            raise UserError(f"{path}: {key} must be {expected}, got {plan[key]!r}")
+
+
+def _three(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(v) in kinds for v in value)
+
+
 def array_path(path: Path, kind: str, case_id: str) -> Path:
     """Where an array of a case lies."""
     return path / kind / f"{case_id}.b2nd"
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def check_case(path: Path, case_id: str) -> None:
+    """Reads the record of a case and opens its arrays, without their voxels.
+
+    Raises:
+        UserError: one is missing, cut or of another shape.
+    """
+    case = read_case(path, case_id)
+    for kind, stored in zip(KINDS, (True, case.has_instances, case.has_semantic), strict=True):
+        if stored and _open_array(file := array_path(path, kind, case_id)).shape[-3:] != case.shape:
+            raise UserError(f"{file} has another shape than its record; run `pretrain3d prepare` again")
+
+
+def _open_array(path: Path) -> blosc2.NDArray:
+    try:
+        return blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); run `pretrain3d prepare` again") from error
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """``index.json`` of a store.
+
+    Raises:
+        UserError: it is missing, damaged or of another format.
+    """
     file = path / "index.json"
     if not file.is_file():
         raise UserError(f"{path} is not a store (no index.json); `pretrain3d prepare RAW_FOLDER out={path}` makes one")
@@ -191,6 +253,8 @@ def _read_index(path: Path) -> dict[str, Any]:
         index = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}); run `pretrain3d prepare` again") from error
+    if not isinstance(index, dict):
+        raise UserError(f"{file} is damaged (no JSON object); run `pretrain3d prepare` again")
     if index.get("format") != FORMAT:
         raise UserError(f"{file} has format {index.get('format')}, this version reads {FORMAT}; prepare the data again")
     return index

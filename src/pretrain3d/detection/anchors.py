@@ -85,12 +85,17 @@ class Anchors:
         return AnchorGrid(stacked, tuple(shapes), self.strides, self.per_position)  # type: ignore[arg-type]
 
 
-def base_sizes(base: Mapping[str, Sequence[Sequence[float]]]) -> Tensor:
+def base_sizes(base: Mapping[str, Sequence[Sequence[float]]] | None) -> Tensor:
     """``{"sizes": ...}`` or ``{"boxes": ...}`` of a config or plan -> (A, 3) float32 voxels.
 
     Raises:
-        UserError: anything else.
+        UserError: anything else; None is what a plan without objects has.
     """
+    if base is None:
+        raise UserError(
+            "the store's plan has no anchors (anchors: null), as the store held no objects when it was made; if it "
+            "holds some now, `pretrain3d plan STORE` plans them"
+        )
     expected = "expected {sizes: [[x, ...], [y, ...], [z, ...]]} or {boxes: [[x, y, z], ...]} with positive voxels"
     try:
         (kind, values), *more = base.items()

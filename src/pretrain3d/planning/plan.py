@@ -15,7 +15,7 @@ from pretrain3d.config import UserError
 from pretrain3d.data.case import Case
 from pretrain3d.data.normalise import SCHEMES, resolve_intensity
 from pretrain3d.data.splits import fold_cases
-from pretrain3d.data.store import Store
+from pretrain3d.data.store import Store, check_plan
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.anchors import base_sizes, best_iou
 from pretrain3d.devices import GIB, device_memory_gb
@@ -31,7 +31,8 @@ BACKBONE, DETECTOR = "resenc_xs", "retina_unet"  # of configs/detect/base.yaml
 POOR_IOU = 0.4  # a box whose best anchor overlaps less is named in the plan
 MAX_NAMED = 20
 HELD = 0.95  # share of the objects, by their size along each axis, that a patch should hold while memory allows it
-OPTIONAL = ("coverage", "batch_size", "accumulate_grad_batches", "detection_levels", "planned_for")
+KEPT = ("spacing_mm", "intensity")  # by a plan that is made again
+NEEDED = {"spacing_mm", "intensity", "patch_size", "anchors"}
 
 
 def make_plan(
@@ -55,8 +56,8 @@ def make_plan(
         ``spacing_mm``; ``intensity`` (for `normalise.resolve_intensity`); ``patch_size``, ``batch_size`` and
         ``accumulate_grad_batches`` (see `patch.plan_patch`); ``detection_levels`` (indices into the pyramid);
         ``anchors`` (``{"sizes": [xs, ys, zs]}`` of the finest of these levels); the last two None without objects;
-        ``planned_for``: backbone, detector, memory, and the estimated need; ``coverage``: how well patch and anchors
-        fit, and which objects not.
+        ``planned_for``: backbone, detector, memory, the estimated need, and the spacing of the voxels; ``coverage``:
+        how well patch and anchors fit, and which objects not.
 
     Raises:
         UserError: ``patch_size`` is not three multiples, an unknown name, or nothing fits into the memory.
@@ -99,6 +100,7 @@ def make_plan(
             "memory_gb": round(float(memory), 1),
             "memory_of": device,
             "estimated_gb": round(patch.bytes / GIB, 2),
+            "spacing_mm": list(store.spacing_mm),
         },
         "coverage": coverage,
     }
@@ -112,13 +114,33 @@ def planned_detector(detector: str, levels: list[int] | None) -> dict[str, Any]:
     return {**node, "detection_levels": levels}
 
 
+def plan_again(store: Store, old: dict[str, Any]) -> dict[str, Any]:
+    """The plan of a store whose spacing has changed: what is counted in voxels is new, for what ``old`` was made for.
+
+    Spacing and intensities are the old ones.
+
+    Raises:
+        UserError: see `make_plan`.
+    """
+    about = old["planned_for"]
+    plan = make_plan(
+        store,
+        backbone=about.get("backbone", BACKBONE),
+        detector=about.get("detector", DETECTOR),
+        memory_gb=about.get("memory_gb") if about.get("memory_of") == "named" else None,
+        batch_size=old.get("batch_size", BATCH_SIZE) * old.get("accumulate_grad_batches", 1),
+    )
+    return plan | {key: old[key] for key in KEPT}
+
+
 def write_plan(path: Path, plan: dict[str, Any], store: Store) -> None:
     """Writes ``plan.yaml`` with a word on each value, atomically."""
     flow = {key: _flow(value) for key, value in plan.items()}
     lines = [
         f"# Plan of {store.name}. Edit freely: `prepare` keeps this file unless it is called with replan=true.",
         "",
-        "# Voxel size in mm along right, anterior, superior. After a change, run `prepare` again.",
+        "# Voxel size in mm along right, anterior, superior. After a change, run `prepare` again: it also plans again",
+        "# all that is counted in voxels below, and keeps the intensities.",
         f"spacing_mm: {flow['spacing_mm']}",
         "",
         "# Intensities on reading. ct: clip to the 0.5 and 99.5 percentiles of the foreground (objects | body) of the",
@@ -159,7 +181,7 @@ def write_plan(path: Path, plan: dict[str, Any], store: Store) -> None:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """A plan, checked; what is in `OPTIONAL` may be missing.
+    """A plan, checked; what is not in `NEEDED` may be missing.
 
     Raises:
         UserError: not readable, a missing or unknown key, or a value that makes no sense.
@@ -170,18 +192,11 @@ def read_plan(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    keys = {"spacing_mm", "intensity", "patch_size", "anchors"}
-    if not isinstance(plan, dict) or not keys <= plan.keys() <= keys | set(OPTIONAL):
-        found = sorted(plan) if isinstance(plan, dict) else plan
-        raise UserError(f"{path}: expected the keys {sorted(keys)}, got {found}")
-    if not _numbers(plan["spacing_mm"], float) or min(plan["spacing_mm"]) <= 0:
-        raise UserError(f"{path}: spacing_mm must be three sizes in mm, got {plan['spacing_mm']!r}")
-    if not _numbers(plan["patch_size"], int) or min(plan["patch_size"]) < 1:
-        raise UserError(f"{path}: patch_size must be three numbers of voxels, got {plan['patch_size']!r}")
-    for key in ("batch_size", "accumulate_grad_batches"):
-        if not isinstance(plan.get(key, 1), int) or plan.get(key, 1) < 1:
-            raise UserError(f"{path}: {key} must be a whole number above 0, got {plan[key]!r}")
-    if not isinstance(plan["intensity"], dict) or plan["intensity"].get("scheme") not in SCHEMES:
+    if not isinstance(plan, dict) or not plan.keys() >= NEEDED:
+        found = sorted(map(str, plan)) if isinstance(plan, dict) else plan
+        raise UserError(f"{path}: expected the keys {sorted(NEEDED)}, got {found}")
+    check_plan(path, plan)
+    if plan["intensity"].get("scheme") not in SCHEMES:
         raise UserError(f"{path}: intensity.scheme must be one of {', '.join(SCHEMES)}, got {plan['intensity']!r}")
     if plan["anchors"] is not None:
         try:
@@ -269,11 +284,6 @@ def _statistics(store: Store, intensity: dict[str, Any]) -> list[str]:
         return []  # fewer patients than folds
     text = ", ".join(f"{key} {[round(v, 2) for v in values[key]]}" for key in ("low", "high", "mean", "std"))
     return [f"In fold 0: {text}."]
-
-
-def _numbers(value: Any, kind: type) -> bool:
-    kinds = (int, float) if kind is float else (int,)
-    return isinstance(value, list) and len(value) == 3 and all(type(v) in kinds for v in value)
 
 
 def _flow(value: Any) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from pretrain3d.config import UserError
 from pretrain3d.data.readers import nifti
+
+NOTES = ("", ".json", ".txt", ".md", ".csv", ".tsv")  # endings of files that lie beside images and are none
+MAX_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -93,3 +98,27 @@ class Reader:
             UserError: the file is missing or unreadable; names the file.
         """
         return nifti.read_geometry(case.files[0])
+
+
+def check_all_used(folders: Iterable[Path], cases: Iterable[RawCase], expected: str) -> None:
+    """Refuses data that no case uses, so that a misnamed file is not skipped; hidden files and notes may lie there.
+
+    Args:
+        folders: of images and labels; one that is missing holds nothing.
+        cases: all of the data set.
+        expected: what the files should be called.
+
+    Raises:
+        UserError: a file is in no case; names the first few.
+    """
+    used = {path for case in cases for path in case.files}
+    unused = [
+        path
+        for folder in folders
+        for path in sorted(folder.glob("*"))
+        if path.is_file() and not path.name.startswith(".") and path.suffix not in NOTES and path not in used
+    ]
+    if unused:
+        more = f" and {len(unused) - MAX_NAMED} more" if len(unused) > MAX_NAMED else ""
+        names = ", ".join(map(str, unused[:MAX_NAMED]))
+        raise UserError(f"{names}{more}: no case uses {'it' if len(unused) == 1 else 'them'}; expected {expected}")

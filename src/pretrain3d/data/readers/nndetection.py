@@ -20,7 +20,7 @@ import numpy as np
 
 from pretrain3d.config import UserError
 from pretrain3d.data.readers import nifti
-from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
+from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader, check_all_used
 from pretrain3d.geometry import boxes_of_instances
 
 FOLDERS = {"train": "Tr", "test": "Ts", "pretrain": "Un"}
@@ -56,6 +56,12 @@ class NnDetection(Reader):
             for first in nifti.files_in(self.root / f"images{ending}", "*_0000.nii*"):
                 case_id = nifti.stem(first).removesuffix("_0000")
                 cases.append(RawCase(case_id, split, str(self.groups.get(case_id, case_id)), self._files(first, split)))
+        folders = [self.root / f"{kind}{end}" for kind in ("images", "labels", "organs") for end in FOLDERS.values()]
+        organs = ", organs with organs in dataset.json" if not self.semantic_classes else ""
+        check_all_used(
+            folders, cases, f"images <case>_0000 to _{len(self.modality) - 1:04d} (modalities of dataset.json), and "
+            f"masks <case> with the ending of their image{organs}",
+        )  # fmt: skip
         if not cases:
             raise UserError(f"{self.root}: no image imagesTr/<case>_0000.nii.gz, imagesTs/... or imagesUn/...")
         return sorted(cases, key=lambda case: case.id)

@@ -19,7 +19,7 @@ import numpy as np
 
 from pretrain3d.config import UserError
 from pretrain3d.data.readers import nifti
-from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
+from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader, check_all_used
 from pretrain3d.data.readers.nndetection import mirror_pairs, read_json
 
 IGNORE = "ignore"  # nnU-Net's name of voxels that nobody looked at: a class that is annotated nowhere
@@ -61,6 +61,11 @@ class NnUNet(Reader):
                 if split == "train" or labels.is_file():
                     files.append(labels)
                 cases.append(RawCase(case_id, split, str(self.groups.get(case_id, case_id)), tuple(files)))
+        check_all_used(
+            [self.folder / f"{kind}{ending}" for kind in ("images", "labels") for ending in ("Tr", "Ts")], cases,
+            f"images <case>_0000 to _{len(self.modality) - 1:04d} (channel_names of dataset.json), and label maps "
+            "<case> with the ending of their image",
+        )  # fmt: skip
         if not cases:
             raise UserError(f"{self.folder}: no image imagesTr/<case>_0000.nii.gz or imagesTs/<case>_0000.nii.gz")
         return sorted(cases, key=lambda case: case.id)
