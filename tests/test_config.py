@@ -287,6 +287,30 @@ def test_every_shipped_configuration_binds(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("file", "override", "expected"),
+    [
+        (
+            "mae",
+            "module.method=simclr",
+            "module.method=simclr is trained by module.name=contrastive, not reconstruction",
+        ),
+        ("mae", "module.method=voco", "module.method=voco is trained by module.name=contrastive, not reconstruction"),
+        ("simclr", "module.method=mae", "module.method=mae is trained by module.name=reconstruction, not contrastive"),
+        ("mae", "module.method=supervised", "module.method=supervised is trained by module.name=segmentation, not "),
+        ("mae", "module.name=contrastive", "module contrastive: argument 'method' is missing; it takes: method, "),
+        ("simclr", "module.name=segmentation", "module segmentation: argument 'method' is missing; it takes: method, "),
+        ("mae", "module.name=detection", "module detection: argument 'detector' is missing; it takes: detector, "),
+    ],
+)
+def test_modules_and_methods_belong_together(file: str, override: str, expected: str) -> None:
+    from pretrain3d.commands.settings import check_arguments
+
+    values = load(f"configs/pretrain/{file}.yaml", ["data.store=x", override])
+    check_names(values)
+    assert message(check_arguments, values).startswith(expected)
+
+
+@pytest.mark.parametrize(
     ("override", "expected"),
     [
         ("val_every_n_steps=often", "trainer: val_every_n_steps must be int, got 'often'"),

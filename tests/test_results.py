@@ -1,5 +1,6 @@
 """result.json is whole or absent, plain JSON, and checked when read."""
 
+import errno
 import json
 import os
 
@@ -50,7 +51,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     write_text(tmp_path / "x.txt", "old")
 
     def fail(*_):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):

@@ -466,7 +466,7 @@ def test_fit_on_two_sets_and_export_of_either_stem(stores: list[str], tmp_path: 
     ("override", "message"),
     [
         ("data.labels=null", "set data.labels to semantic"),
-        ("module.method=mae", "module.name=segmentation runs module.method=supervised, not mae"),
+        ("module.method=mae", "module.method=mae is trained by module.name=reconstruction, not segmentation"),
         ("data.validation=patches", "segmentation validates whole volumes"),
     ],
 )

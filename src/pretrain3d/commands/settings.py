@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain3d.config import UserError, suggestion
-from pretrain3d.registry import check, checked_arguments, takes
+from pretrain3d.registry import check, checked_arguments, resolve, takes
 
 DATA = {"data": "pretrain3d.data.module:DataModule"}
 TRAINER = {"trainer": "lightning:Trainer"}
@@ -72,19 +72,17 @@ def check_arguments(settings: dict[str, Any]) -> None:
     planned = [key for key in ("batch_size",) if settings["data"].get(key, 0) is None]
     check(DATA, {"name": "data", **settings["data"]}, "data", given=("seed", *planned))
     check(BACKBONES, settings["backbone"], "backbone", given=("in_channels",))
-    given = ["backbone", "patch_size", "note"]
+    follows = {"detection": ("classes", "mirror_classes"), "segmentation": ("label_classes",)}
+    given = ("backbone", "patch_size", "note", *follows.get(module["name"], ()))
+    check(MODULES, module, "module", given=given)
     if module["name"] == "detection":
-        given += ["classes", "mirror_classes"]
         detector = with_anchors(module["detector"], {})
         check(DETECTORS, detector, "module.detector", given=("levels", "num_classes"))
     else:
-        method_given = ["levels", "in_channels", "patch_size", "decoder"]
-        if module["name"] == "segmentation":
-            check_labels(settings)
-            given.append("label_classes")
-            method_given += ["classes", "make_stem"]
-        check(PRETRAINING, module["method"], "module.method", given=tuple(method_given))
-    check(MODULES, module, "module", given=tuple(given))
+        check_method(settings)
+        labels = ("classes", "make_stem") if module["name"] == "segmentation" else ()
+        method_given = ("levels", "in_channels", "patch_size", "decoder", *labels)
+        check(PRETRAINING, module["method"], "module.method", given=method_given)
     optimizer = {key: value for key, value in module["optimizer"].items() if key != "weight_decay"}
     check(OPTIMIZERS, optimizer, "module.optimizer", given=("groups",))
     if module.get("finetune"):
@@ -118,14 +116,19 @@ def check_sections(settings: dict[str, Any]) -> None:
         raise UserError(f"logger.wandb={wandb}: expected a section, such as {{mode: offline}}")
 
 
-def check_labels(settings: dict[str, Any]) -> None:
-    """Raises UserError when a segmentation has no labels to learn, or is given a method that learns none."""
+def check_method(settings: dict[str, Any]) -> None:
+    """Raises UserError when a method is given to a module that cannot train it, or a segmentation has no labels."""
     from pretrain3d.objectives import PRETRAINING
 
-    method = settings["module"]["method"]
-    if not takes(PRETRAINING, method, "module.method", "classes"):
-        raise UserError(f"module.name=segmentation runs module.method=supervised, not {method['name']}")
-    if settings["data"].get("labels") is None:
+    module, method = settings["module"]["name"], settings["module"]["method"]
+    if takes(PRETRAINING, method, "module.method", "make_stem"):
+        right = "segmentation"
+    else:
+        views = hasattr(resolve(PRETRAINING, method["name"], "module.method"), "after_step")
+        right = "contrastive" if views else "reconstruction"
+    if module != right:
+        raise UserError(f"module.method={method['name']} is trained by module.name={right}, not {module}")
+    if module == "segmentation" and settings["data"].get("labels") is None:
         raise UserError("module.name=segmentation: set data.labels to semantic (maps of organs) or objects")
 
 
