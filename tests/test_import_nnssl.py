@@ -323,6 +323,23 @@ def test_only_an_export_is_replaced_by_an_export(tmp_path, capsys):
     assert "choose another name" in capsys.readouterr().err and out.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("intensity", "own"),
+    [
+        ({"scheme": "ct", "low": [-5.0], "high": None}, "scheme: ct, low: [-5.0]"),
+        ({"scheme": "zscore", "foreground": "body"}, "scheme: zscore, foreground: body"),
+        (None, "not known"),
+        ({"scheme": "zscore", "foreground": "image", "low": None}, ""),
+    ],
+)
+def test_another_normalisation_than_the_written_one_is_said(tmp_path, capsys, intensity, own):
+    preprocessing = {**PREPROCESSING, "intensity": intensity}
+    export_weights(tmp_path / "a.pt", RESENC, randomised(RESENC).state_dict(), preprocessing, SOURCE)
+    assert main(["export", str(tmp_path / "a.pt"), f"out={tmp_path / 'b.pth'}", "format=nnssl"]) == 0
+    said = "note: its plan says ZScoreNormalization of the whole image, but the intensity of the run is"
+    assert capsys.readouterr().err == (f"{said} {own}\n" if own else "")
+
+
 def test_the_ledger_ends_with_nothing_left():
     ledger = Ledger({f"module._orig_mod.{name}": torch.zeros(1) for name in ("a.x", "a.y", "b.z", "c")})
     with pytest.raises(UserError, match="none of its 4 tensors belongs to the backbone"):

@@ -65,6 +65,8 @@ def export(source: Path, out: Path, which: str, stem: str, form: str, axes: str)
             )
         nnssl.write(out, content, axes)
         print(f"{out}: {about}, for nnDetection and nnU-Net")
+        if said := nnssl.about_intensity(content["preprocessing"]):
+            print(f"note: {said}", file=sys.stderr)
     else:
         write_once(out, content, about)
 

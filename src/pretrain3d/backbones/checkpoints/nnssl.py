@@ -201,6 +201,15 @@ def _preprocessing(plan: Mapping[str, Any], notes: list[str], path: str) -> dict
     }
 
 
+def about_intensity(preprocessing: Mapping[str, Any]) -> str:
+    """What there is to say where the plan of a file that `write` writes states another normalisation than the run's."""
+    intensity = preprocessing.get("intensity") or {}
+    if all(intensity.get(key) == value for key, value in zscore({}).items()):
+        return ""
+    own = ", ".join(f"{key}: {value}" for key, value in intensity.items() if value is not None) or "not known"
+    return f"its plan says ZScoreNormalization of the whole image, but the intensity of the run is {own}"
+
+
 def zscore(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """nnU-Net's ``ZScoreNormalization``: over the whole image, or over what is not 0 where its masks are used."""
     masked = all(listed(configuration.get("use_mask_for_norm")) or [False])
