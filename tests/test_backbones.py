@@ -166,6 +166,10 @@ def test_decoder_outputs_every_level_with_deep_supervision():
         ({"blocks": [1, 2]}, "one entry per stage"),
         ({"masking": "none"}, "masking is 'none'"),
         ({"kernels": [3, 2, 3]}, "kernels are odd"),
+        ({"strides": [1, 0, 2]}, r"resenc: strides is \[1, 0, 2\]; every number must be 1 or more"),
+        ({"strides": [1, [2, -2, 2], 2]}, "resenc: strides is .*; every number must be 1 or more"),
+        ({"blocks": [1, 0, 1]}, "resenc: blocks is"),
+        ({"channels": [4, 0, 6]}, "resenc: channels is"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):

@@ -265,6 +265,14 @@ def test_prime_factors():
         (lambda: VARIANTS["swin"].build(feature_size=16), "feature_size is 16; it must be a multiple of 12"),
         (lambda: VARIANTS["segresnet"].build(filters=12), "filters is 12; it must be a multiple of 8"),
         (lambda: VARIANTS["resnet"].build(layers=[1, 1]), "one entry for each of 4 stages"),
+        (lambda: VARIANTS["resnet"].build(layers=[1, 1, 0, 1]), "resnet: layers is .*; every number must be 1 or more"),
+        (lambda: VARIANTS["segresnet"].build(blocks=[]), r"segresnet: blocks is \[\]; every number must be 1 or more"),
+        (lambda: VARIANTS["swin"].build(window=0), "swin: window is 0; every number must be 1 or more"),
+        (lambda: ViT(32, 1, 4, 0), "vit: patch is 0; every number must be 1 or more"),
+        (lambda: ViT(32, 1, 4, (8, 0, 8)), r"vit: patch is \(8, 0, 8\)"),
+        (lambda: Primus(24, 0, 2), "primus: depth is 0"),
+        (lambda: Primus(24, 1, 2, drop_path=1.0), "primus: drop_path is 1.0; it must be 0 or more and below 1"),
+        (lambda: VARIANTS["swin"].build(drop_path=-0.1), "swin: drop_path is -0.1; it must be 0 or more and below 1"),
     ],
 )
 def test_wrong_arguments_are_named(build, message):

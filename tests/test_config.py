@@ -318,6 +318,9 @@ def test_modules_and_methods_belong_together(file: str, override: str, expected:
         ("checkpoint_every_n_steps=-1", "trainer.checkpoint_every_n_steps is -1; 1 or more"),
         ("probe_every_n_validations=-1", "trainer.probe_every_n_validations is -1; 0 or more"),
         ("compile=3", "trainer: compile must be bool, got 3"),
+        ("log_every_n_steps=0", "trainer.log_every_n_steps is 0; 1 or more"),
+        ("accumulate_grad_batches=0", "trainer.accumulate_grad_batches is 0; 1 or more"),
+        ("gradient_clip_val=-1", "trainer.gradient_clip_val is -1; 0 or more"),
     ],
 )
 def test_keys_of_the_trainer_that_are_ours(override: str, expected: str) -> None:
@@ -327,6 +330,33 @@ def test_keys_of_the_trainer_that_are_ours(override: str, expected: str) -> None
     assert keys.val_every_n_steps == 100 and "max_steps" in rest and "compile" not in rest
     values = load("configs/pretrain/base.yaml", ["data.store=x", f"trainer.{override}"])
     assert message(trainer_keys, values) == expected
+
+
+def test_arguments_of_the_trainer_that_are_set() -> None:
+    """All that `make_trainer` passes, and the bar, which has a callback of its own."""
+    from pretrain3d.commands.settings import TRAINER_SET, trainer_keys
+
+    for key, instead in TRAINER_SET.items():
+        values = load("configs/pretrain/base.yaml", ["data.store=x", f"+trainer.{key}=3"])
+        assert message(trainer_keys, values) == f"trainer.{key} cannot be set, `fit` does: {instead}"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("accelerator=gppu", "trainer: You selected an invalid accelerator name: `accelerator='gppu'`"),
+        ("+strategy=dpd", "trainer: You selected an invalid strategy name: `strategy='dpd'`"),
+        ("devices=0", "trainer: `Trainer(devices=0)` value is not a valid input using cpu accelerator."),
+        ("accelerator=tpu", "trainer: Requirement 'torch_xla>=1.13' not met"),
+    ],
+)
+def test_what_lightning_refuses(tmp_path: Path, override: str, expected: str) -> None:
+    from pretrain3d.commands.fit import make_trainer
+    from pretrain3d.reporting.run_folder import RunFolder
+
+    added = f"+trainer.{override[1:]}" if override.startswith("+") else f"trainer.{override}"
+    values = load("configs/pretrain/base.yaml", ["data.store=x", "trainer.accelerator=cpu", added])
+    assert message(make_trainer, values, RunFolder(tmp_path / "run")).startswith(expected)
 
 
 # ---- names and arguments

@@ -253,6 +253,93 @@ def test_no_tensor_is_silently_skipped(tmp_path, change, message):
         convert(path, Wishes())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nnssl_adaptation_plan": None}, "nnssl_adaptation_plan is null; it must be a table"),
+        ({"nnssl_adaptation_plan": [1]}, r"nnssl_adaptation_plan is \[1\]; it must be a table"),
+        ({"network_weights": None}, "weights are null; they must be a table of tensors"),
+        ({"network_weights": {"a": 1}}, "weights are {'a': 1}; they must be a table of tensors"),
+    ],
+)
+def test_a_file_without_its_parts(tmp_path, change, message):
+    path = tmp_path / "file.pth"
+    torch.save(released_file(RESENC, path) | change, path)
+    with pytest.raises(UserError, match=message):
+        convert(path, Wishes())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("strides", None, "arch_kwargs.strides is null; it must be a list, one number per stage"),
+        ("features_per_stage", None, "arch_kwargs.features_per_stage is null"),
+        ("features_per_stage", 32, "arch_kwargs.features_per_stage is 32"),
+        ("n_blocks_per_stage", ["a"], r"arch_kwargs.n_blocks_per_stage is \['a'\]"),
+        ("kernel_sizes", [], r"arch_kwargs.kernel_sizes is \[\]"),
+        ("norm_op_kwargs", "x", "norm_op_kwargs is 'x'; it must be a table"),
+    ],
+)
+def test_filled_arguments_without_the_shape(tmp_path, key, value, message):
+    path = tmp_path / "file.pth"
+    content = released_file(RESENC, path)
+    kwargs = content["nnssl_adaptation_plan"]["architecture_plans"]["arch_kwargs"]
+    kwargs.pop(key) if value is None else kwargs.update({key: value})
+    torch.save(content, path)
+    with pytest.raises(UserError, match=message):
+        convert(path, Wishes())
+
+
+def with_configuration(path: Path, **change: object) -> Imported:
+    content = released_file(RESENC, path)
+    for configuration in content["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"].values():
+        configuration.update(change)
+    torch.save(content, path)
+    return convert(path, Wishes())
+
+
+def test_a_plan_may_say_less(tmp_path):
+    imported = with_configuration(
+        tmp_path / "file.pth",
+        spacing=[None] * 3,
+        normalization_schemes="ZScoreNormalization",
+        use_mask_for_norm=False,
+    )
+    assert imported.preprocessing["spacing_mm"] is None and any("no fixed one" in note for note in imported.notes)
+    assert imported.preprocessing["intensity"]["scheme"] == "zscore"
+    for change in ({"spacing": "1 1 1"}, {"spacing": [1.0, None, 1.0]}, {"patch_size": [8, 8]}):
+        with pytest.raises(UserError, match=f"its {next(iter(change))} is .*; it must be three numbers or null"):
+            with_configuration(tmp_path / "file.pth", **change)
+
+
+def test_only_an_export_is_replaced_by_an_export(tmp_path, capsys):
+    exported(RESENC, tmp_path / "a.pt")
+    out = tmp_path / "nnssl.pth"
+    for _ in range(2):
+        assert main(["export", str(tmp_path / "a.pt"), f"out={out}", "format=nnssl"]) == 0
+    released_file(RESENC, out)
+    before = out.read_bytes()
+    assert main(["export", str(tmp_path / "a.pt"), f"out={out}", "format=nnssl"]) == 2
+    assert "choose another name" in capsys.readouterr().err and out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("intensity", "own"),
+    [
+        ({"scheme": "ct", "low": [-5.0], "high": None}, "scheme: ct, low: [-5.0]"),
+        ({"scheme": "zscore", "foreground": "body"}, "scheme: zscore, foreground: body"),
+        (None, "not known"),
+        ({"scheme": "zscore", "foreground": "image", "low": None}, ""),
+    ],
+)
+def test_another_normalisation_than_the_written_one_is_said(tmp_path, capsys, intensity, own):
+    preprocessing = {**PREPROCESSING, "intensity": intensity}
+    export_weights(tmp_path / "a.pt", RESENC, randomised(RESENC).state_dict(), preprocessing, SOURCE)
+    assert main(["export", str(tmp_path / "a.pt"), f"out={tmp_path / 'b.pth'}", "format=nnssl"]) == 0
+    said = "note: its plan says ZScoreNormalization of the whole image, but the intensity of the run is"
+    assert capsys.readouterr().err == (f"{said} {own}\n" if own else "")
+
+
 def test_the_ledger_ends_with_nothing_left():
     ledger = Ledger({f"module._orig_mod.{name}": torch.zeros(1) for name in ("a.x", "a.y", "b.z", "c")})
     with pytest.raises(UserError, match="none of its 4 tensors belongs to the backbone"):
@@ -303,7 +390,7 @@ def test_mistakes_on_the_command_line(tmp_path, capsys):
         (["import", str(tmp_path / "a.pt"), out], "is a file of `pretrain3d export` already"),
         (["export", str(tmp_path / "a.pt"), out, "format=onnx"], "format=onnx: it is pretrain3d or nnssl"),
         (["export", str(tmp_path / "a.pt"), out, "axes=zyx"], "axes=zyx is for format=nnssl"),
-        (["export", str(tmp_path / "a.pt"), f"out={tmp_path / 'a.pt'}", "format=nnssl"], "a file of another kind"),
+        (["export", str(tmp_path / "a.pt"), f"out={tmp_path / 'a.pt'}", "format=nnssl"], "did not write"),
     ]:
         assert main(arguments) == 2
         error = capsys.readouterr().err

@@ -141,6 +141,12 @@ def test_masks_that_leave_nothing_are_refused(backbone, arguments):
         MAE(backbone.levels, 1, (16, 16, 16), UNetDecoder, **arguments)
 
 
+@pytest.mark.parametrize("block", [0, -4, (0, 4, 4)])
+def test_blocks_without_a_side_are_refused(backbone, block):
+    with pytest.raises(UserError, match=r"mae: block is .*; every side must be 1 voxel or more"):
+        MAE(backbone.levels, 1, (16, 16, 16), UNetDecoder, block=block)
+
+
 @pytest.mark.slow
 def test_it_learns_to_inpaint():
     """Smooth waves: what is hidden follows from what is visible, and a trained network says so."""

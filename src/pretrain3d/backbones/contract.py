@@ -92,6 +92,37 @@ def check_image(image: Tensor, in_channels: int, size_multiple: Sequence[int]) -
         )
 
 
+def check_sizes(name: str, **sizes: Any) -> None:
+    """Refuses a size below 1 and an empty list among the arguments of a backbone.
+
+    Args:
+        name: of the backbone, for the error.
+        sizes: whole numbers, lists of them, or lists of lists, by the name of the argument.
+
+    Raises:
+        UserError: names the argument and its value.
+    """
+    for key, value in sizes.items():
+        if not _positive(value):
+            raise UserError(f"{name}: {key} is {value}; every number must be 1 or more")
+
+
+def _positive(value: Any) -> bool:
+    if isinstance(value, Sequence):
+        return len(value) > 0 and all(_positive(entry) for entry in value)
+    return bool(value >= 1)
+
+
+def check_drop_path(name: str, rate: float) -> None:
+    """Refuses a rate of stochastic depth at which nothing would be left.
+
+    Raises:
+        UserError: it is not in [0, 1).
+    """
+    if not 0 <= rate < 1:
+        raise UserError(f"{name}: drop_path is {rate}; it must be 0 or more and below 1")
+
+
 def by_text(size: Sequence[int]) -> str:
     """A size for an error: "64 x 64 x 32"."""
     return " x ".join(str(s) for s in size)

@@ -9,7 +9,7 @@ from monai.networks.nets.resnet import ResNet as MonaiResNet
 from monai.networks.nets.segresnet import SegResNet as MonaiSegResNet
 from torch import Tensor, nn
 
-from pretrain3d.backbones.contract import Level, by_text, check_image
+from pretrain3d.backbones.contract import Level, by_text, check_image, check_sizes
 from pretrain3d.backbones.convolution import Conv3d
 from pretrain3d.config import UserError
 
@@ -51,7 +51,7 @@ class ResNet(nn.Module):
             which weights trained elsewhere need.
 
     Raises:
-        UserError: lists of another length.
+        UserError: lists of another length, or a size below 1.
 
     Source: He et al. (2016) in three dimensions, Hara et al., "Can spatiotemporal 3D CNNs retrace the history of 2D
     CNNs and ImageNet?" (2018).
@@ -70,6 +70,7 @@ class ResNet(nn.Module):
         super().__init__()
         if len(layers) != 4 or len(widths) != 4:
             raise UserError(f"resnet: layers and widths have one entry for each of 4 stages; got {layers} and {widths}")
+        check_sizes("resnet", layers=layers, widths=widths)
         self.arguments = {
             "layers": [int(n) for n in layers],
             "widths": [int(w) for w in widths],
@@ -135,7 +136,7 @@ class SegResNet(nn.Module):
         in_channels: of the image.
 
     Raises:
-        UserError: filters that the norms' groups do not divide.
+        UserError: filters that the norms' groups do not divide, no blocks, or a number of them below 1.
 
     Source: Myronenko, "3D MRI brain tumor segmentation using autoencoder regularization" (2018).
     """
@@ -147,6 +148,7 @@ class SegResNet(nn.Module):
         super().__init__()
         if filters < GROUPS or filters % GROUPS:
             raise UserError(f"segresnet: filters is {filters}; it must be a multiple of {GROUPS}")
+        check_sizes("segresnet", blocks=blocks)
         self.arguments = {
             "filters": int(filters),
             "blocks": [int(b) for b in blocks],

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain3d.backbones.contract import Level, by_text, check_image
+from pretrain3d.backbones.contract import Level, by_text, check_image, check_sizes
 from pretrain3d.backbones.convolution import Conv3d, slice_axis, without
 from pretrain3d.config import UserError
 from pretrain3d.sparse import active_voxels, masked_instance_norm
@@ -131,7 +131,7 @@ class ResEnc(nn.Module):
         checkpointing: recompute activations in the backward pass: less memory, about a third more time.
 
     Raises:
-        UserError: lists of different lengths, an unknown masking, an even kernel.
+        UserError: lists of different lengths, a size below 1, an unknown masking, an even kernel.
     """
 
     runtime_arguments = frozenset({"masking", "checkpointing"})
@@ -224,6 +224,7 @@ def _check_stages(
     if len(set(counts.values())) != 1 or not channels:
         stated = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise UserError(f"resenc: one entry per stage is needed in channels, blocks, strides and kernels; got {stated}")
+    check_sizes("resenc", channels=channels, blocks=blocks, strides=strides, kernels=kernels)
     if masking not in MASKING:
         raise UserError(f"resenc: masking is {masking!r}; it is one of {', '.join(MASKING)}")
     for kernel in kernels:

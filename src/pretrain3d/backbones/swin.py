@@ -6,7 +6,7 @@ import torch
 from monai.networks.nets.swin_unetr import SwinTransformer
 from torch import Tensor, nn
 
-from pretrain3d.backbones.contract import Level, check_image
+from pretrain3d.backbones.contract import Level, check_drop_path, check_image, check_sizes
 from pretrain3d.backbones.monai_encoders import own_convolutions, strides
 from pretrain3d.config import UserError
 
@@ -31,7 +31,7 @@ class Swin(nn.Module):
         checkpointing: recompute activations in the backward pass: less memory, about a third more time.
 
     Raises:
-        UserError: a feature size that the heads do not divide.
+        UserError: a feature size that the heads do not divide, a size below 1, or a drop_path outside [0, 1).
 
     Source: Hatamizadeh et al., "Swin UNETR" (2022); He et al., "SwinUNETR-V2" (2023). The outputs are normalised over
     their channels without learned parameters, as there.
@@ -53,6 +53,8 @@ class Swin(nn.Module):
         super().__init__()
         if feature_size < 12 or feature_size % 12:
             raise UserError(f"swin: feature_size is {feature_size}; it must be a multiple of 12, usually 24, 48 or 96")
+        check_sizes("swin", depths=depths, window=window)
+        check_drop_path("swin", drop_path)
         self.arguments = {
             "feature_size": feature_size,
             "depths": list(depths),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain3d.backbones.contract import Level, by_text, check_image
+from pretrain3d.backbones.contract import Level, by_text, check_drop_path, check_image, check_sizes
 from pretrain3d.config import UserError
 from pretrain3d.sparse import visible_cells
 
@@ -214,7 +214,8 @@ class TokenBackbone(nn.Module):
         checkpointing: recompute activations in the backward pass: less memory, about a third more time.
 
     Raises:
-        UserError: a width that the heads do not divide, or an image size that is no multiple of the patch.
+        UserError: a size below 1, a drop_path outside [0, 1), a width that the heads do not divide, or an image size
+            that is no multiple of the patch.
     """
 
     name: str
@@ -236,6 +237,8 @@ class TokenBackbone(nn.Module):
         drop_path: float = 0.0,
         checkpointing: bool = False,
     ) -> None:
+        check_sizes(self.name, embed_dim=embed_dim, depth=depth, heads=heads, patch=patch, image_size=image_size)
+        check_drop_path(self.name, drop_path)
         check_heads(self.name, embed_dim, heads, 6 if self.rotary else 1)
         super().__init__()
         self.in_channels = in_channels

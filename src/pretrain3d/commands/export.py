@@ -59,10 +59,14 @@ def export(source: Path, out: Path, which: str, stem: str, form: str, axes: str)
         from pretrain3d.backbones.checkpoints import nnssl
         from pretrain3d.backbones.checkpoints.importing import read_foreign
 
-        if out.exists() and not nnssl.recognises(read_foreign(out)):
-            raise UserError(f"out={out} is a file of another kind; choose another name")
+        if out.exists() and not nnssl.is_ours(read_foreign(out)):
+            raise UserError(
+                f"out={out} is a file that `pretrain3d export format=nnssl` did not write; choose another name"
+            )
         nnssl.write(out, content, axes)
         print(f"{out}: {about}, for nnDetection and nnU-Net")
+        if said := nnssl.about_intensity(content["preprocessing"]):
+            print(f"note: {said}", file=sys.stderr)
     else:
         write_once(out, content, about)
 

@@ -264,8 +264,13 @@ def warn_of_anchors(sizes: Any, datamodule: Any, backbone: str) -> None:
 
 
 def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:
-    """Lightning's Trainer with the callbacks and loggers of the framework; epochs play no part, steps count."""
+    """Lightning's Trainer with the callbacks and loggers of the framework; epochs play no part, steps count.
+
+    Raises:
+        UserError: what Lightning refuses, such as an accelerator that is not there.
+    """
     import lightning
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from pretrain3d.modules.monitors import FeatureMonitor
     from pretrain3d.reporting.callbacks import Pictures, Progress
@@ -286,14 +291,19 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:
         loggers.append(wandb_logger)
     checkpoints = Checkpoints(folder.path, every_n_steps=own.checkpoint_every_n_steps, monitor=monitor, mode=mode)
     monitors = [] if kind == "detection" else [FeatureMonitor(own.probe_every_n_validations)]
-    return lightning.Trainer(
-        **{"num_sanity_val_steps": 0, "enable_model_summary": False, **node},
-        default_root_dir=folder.path,
-        max_epochs=-1,
-        val_check_interval=own.val_every_n_steps * accumulate,
-        check_val_every_n_epoch=None,
-        use_distributed_sampler=False,
-        enable_checkpointing=True,
-        logger=loggers,
-        callbacks=[Progress(), Throughput(), Pictures(folder.path), *monitors, checkpoints],
-    )
+    callbacks = [Progress(), Throughput(), Pictures(folder.path), *monitors, checkpoints]
+    try:
+        return lightning.Trainer(
+            **{"num_sanity_val_steps": 0, "enable_model_summary": False, **node},
+            default_root_dir=folder.path,
+            max_epochs=-1,
+            val_check_interval=own.val_every_n_steps * accumulate,
+            check_val_every_n_epoch=None,
+            use_distributed_sampler=False,
+            enable_checkpointing=True,
+            logger=loggers,
+            callbacks=callbacks,
+        )
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        sentence = " ".join(str(error).split()).partition(". ")[0]
+        raise UserError(f"trainer: {sentence}") from error

@@ -13,6 +13,19 @@ DATA = {"data": "pretrain3d.data.module:DataModule"}
 TRAINER = {"trainer": "lightning:Trainer"}
 SECTIONS = {"transfer": ("path", "adapt", "name"), "logger": ("wandb",)}  # those that no component's signature checks
 
+TRAINER_SET = {  # arguments of Lightning's Trainer that `fit` sets itself, and what is there for the user instead
+    "max_epochs": "set trainer.max_steps",
+    "val_check_interval": "set trainer.val_every_n_steps",
+    "check_val_every_n_epoch": "set trainer.val_every_n_steps",
+    "enable_checkpointing": "set trainer.checkpoint_every_n_steps",
+    "logger": "set the section logger",
+    "default_root_dir": "set out and name",
+    "enable_progress_bar": "the bar is on terminals only",
+    "callbacks": "they are those of the framework",
+    "use_distributed_sampler": "the samplers are those of the framework",
+}
+TRAINER_LEAST = {"log_every_n_steps": 1, "accumulate_grad_batches": 1, "gradient_clip_val": 0}  # unchecked by Lightning
+
 
 @dataclass(frozen=True)
 class TrainerKeys:
@@ -44,11 +57,18 @@ def trainer_keys(settings: dict[str, Any]) -> tuple[TrainerKeys, dict[str, Any]]
     """Our keys of `trainer`, and the rest.
 
     Raises:
-        UserError: one of ours is missing or of another type.
+        UserError: one of ours is missing or of another type, one that `fit` sets itself, a number below what it may be.
     """
     names = {field.name for field in fields(TrainerKeys)}
     own = {key: value for key, value in settings["trainer"].items() if key in names}
     rest = {key: value for key, value in settings["trainer"].items() if key not in names}
+    for key in rest:
+        if key in TRAINER_SET:
+            raise UserError(f"trainer.{key} cannot be set, `fit` does: {TRAINER_SET[key]}")
+    for key, least in TRAINER_LEAST.items():
+        value = rest.get(key)
+        if isinstance(value, (int, float)) and not value >= least:
+            raise UserError(f"trainer.{key} is {value}; {least} or more")
     return TrainerKeys(**checked_arguments(TrainerKeys, own, "trainer")), rest
 
 

@@ -31,11 +31,13 @@ def checked_block(
         block: one number, (3,), or ``None`` = `masking.block_size` of the patch.
 
     Raises:
-        UserError: a mask that hides nothing or everything.
+        UserError: a side below 1, or a mask that hides nothing or everything.
     """
     if block is None:
         block = block_size(patch_size)
     x, y, z = (block,) * 3 if isinstance(block, int) else block
+    if min(x, y, z) < 1:
+        raise UserError(f"{method}: block is {block}; every side must be 1 voxel or more")
     num_cells = math.prod(-(-size // side) for size, side in zip(patch_size, (x, y, z), strict=True))
     if not 0 < hidden_cells(num_cells, ratio) < num_cells:
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from pretrain3d.config import UserError
 
 SHOWN = 3  # names in an error
+LONGEST = 60  # characters of a value in an error
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 
 
@@ -114,6 +116,45 @@ class Ledger:
 
     def _some(self) -> str:
         return ", ".join([*self.left, *self.dropped][:SHOWN])
+
+
+def table(value: Any, what: str, path: str) -> Mapping[str, Any]:
+    """A table of a file.
+
+    Raises:
+        UserError: it is something else, named ``what``.
+    """
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path}: its {what} is {shown(value)}; it must be a table")
+    return value
+
+
+def listed(value: Any) -> list[Any]:
+    """A list of a file, where it may also be null or the only entry itself."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def three(value: Any, what: str, path: str) -> list[float] | None:
+    """Three numbers of a file; None where it holds null, also as three nulls (nnU-Net without resampling).
+
+    Raises:
+        UserError: it is something else, named ``what``.
+    """
+    if value is None or listed(value) == [None] * 3:
+        return None
+    if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(isinstance(v, Real) for v in value):
+        raise UserError(f"{path}: its {what} is {shown(value)}; it must be three numbers or null")
+    return [float(number) for number in value]
+
+
+def shown(value: Any) -> str:
+    """A value of a file for an error: whole where it is short."""
+    if value is None:
+        return "null"
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"a {type(value).__name__}"
 
 
 def reported(names: list[str]) -> str:

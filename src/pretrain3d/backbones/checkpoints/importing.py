@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pretrain3d.backbones.checkpoints import FORMATS
 from pretrain3d.backbones.checkpoints.axes import permuted
-from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes
+from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes, shown
 from pretrain3d.backbones.checkpoints.hub import local, name_of
 from pretrain3d.backbones.transfer import FORMAT, check_names, meta_backbone
 from pretrain3d.config import UserError
@@ -67,7 +67,9 @@ def convert(path: str | Path, wishes: Wishes, axes: str = "xyz", kind: str | Non
     name = kind or _recognised(content, str(path))
     ledgers: list[Ledger] = []
 
-    def ledger_of(tensors: Mapping[str, Tensor]) -> Ledger:
+    def ledger_of(tensors: Any) -> Ledger:
+        if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise UserError(f"{path}: its weights are {shown(tensors)}; they must be a table of tensors")
         ledgers.append(Ledger(tensors))
         return ledgers[-1]
 

@@ -11,7 +11,7 @@ import torch
 from pretrain3d.backbones import BACKBONES
 from pretrain3d.backbones.checkpoints import released_primus, released_resenc
 from pretrain3d.backbones.checkpoints.axes import REVERSED, permuted
-from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes, method_of
+from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes, listed, method_of, table, three
 from pretrain3d.backbones.primus import Primus
 from pretrain3d.backbones.resenc import ResEnc
 from pretrain3d.config import UserError, suggestion
@@ -27,6 +27,11 @@ def recognises(content: Mapping[str, Any]) -> bool:
     return PLAN in content and "network_weights" in content
 
 
+def is_ours(content: Mapping[str, Any]) -> bool:
+    """Whether this is a file that `write` wrote."""
+    return recognises(content) and OURS in content
+
+
 def convert(content: Mapping[str, Any], ledger_of: Any, wishes: Wishes, path: str) -> Imported:
     """Node, weights and preprocessing of a file.
 
@@ -39,15 +44,15 @@ def convert(content: Mapping[str, Any], ledger_of: Any, wishes: Wishes, path: st
     Raises:
         UserError: a plan without what is needed, or an architecture that we do not have.
     """
-    plan = content[PLAN]
+    plan = table(content[PLAN], PLAN, path)
     ledger: Ledger = ledger_of(content["network_weights"])
     encoder, stem = _prefixes(plan, ledger, wishes, path)
-    about = plan.get("architecture_plans") or {}
-    name, kwargs = str(about.get("arch_class_name")), about.get("arch_kwargs") or {}
+    about = table(plan.get("architecture_plans") or {}, "architecture_plans", path)
+    name, kwargs = str(about.get("arch_class_name")), table(about.get("arch_kwargs") or {}, "arch_kwargs", path)
     mark = content.get(OURS) or {}
     if "Primus" in name:
         order = wishes.token_order or mark.get("token_order") or "hwd"
-        sizes = [plan.get("pretrain_patch_size"), _configuration(plan).get("patch_size"),
+        sizes = [plan.get("pretrain_patch_size"), _configuration(plan, path).get("patch_size"),
                  plan.get("recommended_downstream_patchsize")]  # fmt: skip
         node, weights, notes = released_primus.take(ledger, encoder, stem, kwargs, sizes, order, path)
         notes.append(f"order of the tokens: {order}")
@@ -59,7 +64,7 @@ def convert(content: Mapping[str, Any], ledger_of: Any, wishes: Wishes, path: st
     others = [f for f in ledger.under(stem.rpartition(".")[0]) if _is_other_stem(f, stem, plan)]
     ledger.drop(others, "other stems")
     ledger.drop(list(ledger.left))  # by contract all that lies outside the two subtrees: decoders, heads, tokens
-    result = Imported(node, weights, _preprocessing(plan, notes), _source(content, plan), notes=notes)
+    result = Imported(node, weights, _preprocessing(plan, notes, path), _source(content, plan), notes=notes)
     if mark:  # a file of ours
         if mark["axes"] == "zyx":
             result = permuted(result, REVERSED)
@@ -153,6 +158,7 @@ def _prefixes(plan: Mapping[str, Any], ledger: Ledger, wishes: Wishes, path: str
     encoder, stem = plan.get("key_to_encoder"), wishes.stem or plan.get("key_to_stem")
     if not encoder or not stem:
         raise UserError(f"{path}: its plan lacks key_to_encoder or key_to_stem, so nothing says where the encoder is")
+    encoder, stem = str(encoder), str(stem)
     if not ledger.under(encoder):
         raise UserError(f"{path}: key_to_encoder is {encoder!r}, but no tensor of the file lies there")
     if not ledger.under(stem):
@@ -161,7 +167,7 @@ def _prefixes(plan: Mapping[str, Any], ledger: Ledger, wishes: Wishes, path: str
         known = sorted({".".join(n.split(".")[: depth + 1]) for n in ledger.under(parent)}) if parent else []
         hint, there = suggestion(stem, known) or ";", ", ".join(known[:8]) or "none"
         raise UserError(f"{path}: no tensor lies under the stem {stem!r}{hint} there are {there}")
-    return str(encoder), str(stem)
+    return encoder, stem
 
 
 def _is_other_stem(name: str, stem: str, plan: Mapping[str, Any]) -> bool:
@@ -172,30 +178,41 @@ def _is_other_stem(name: str, stem: str, plan: Mapping[str, Any]) -> bool:
     return is_one_of_many and name.startswith(f"{parent}.")
 
 
-def _configuration(plan: Mapping[str, Any]) -> Mapping[str, Any]:
-    configurations = (plan.get("pretrain_plan") or {}).get("configurations") or {}
-    return next(iter(configurations.values()), {})
+def _configuration(plan: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    pretrain_plan = table(plan.get("pretrain_plan") or {}, "pretrain_plan", path)
+    configurations = table(pretrain_plan.get("configurations") or {}, "configurations", path)
+    return table(next(iter(configurations.values()), {}), "configuration", path)
 
 
-def _preprocessing(plan: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    configuration = _configuration(plan)
-    spacing, patch = configuration.get("spacing"), configuration.get("patch_size")
-    schemes = set(configuration.get("normalization_schemes") or [])
+def _preprocessing(plan: Mapping[str, Any], notes: list[str], path: str) -> dict[str, Any]:
+    configuration = _configuration(plan, path)
+    spacing = three(configuration.get("spacing"), "spacing", path)
+    patch = three(configuration.get("patch_size"), "patch_size", path)
+    schemes = {str(scheme) for scheme in listed(configuration.get("normalization_schemes"))}
     intensity = zscore(configuration) if schemes == {"ZScoreNormalization"} else None
     if intensity is None:
         notes.append(f"normalisation {sorted(schemes) or 'not stated'} has no counterpart here; give intensity=...")
     if spacing is None:
         notes.append("pretrained at the spacing of each image (no fixed one)")
     return {
-        "spacing_mm": None if spacing is None else [float(value) for value in spacing],
+        "spacing_mm": spacing,
         "patch_size": None if patch is None else [int(value) for value in patch],
         "intensity": intensity,
     }
 
 
+def about_intensity(preprocessing: Mapping[str, Any]) -> str:
+    """What there is to say where the plan of a file that `write` writes states another normalisation than the run's."""
+    intensity = preprocessing.get("intensity") or {}
+    if all(intensity.get(key) == value for key, value in zscore({}).items()):
+        return ""
+    own = ", ".join(f"{key}: {value}" for key, value in intensity.items() if value is not None) or "not known"
+    return f"its plan says ZScoreNormalization of the whole image, but the intensity of the run is {own}"
+
+
 def zscore(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """nnU-Net's ``ZScoreNormalization``: over the whole image, or over what is not 0 where its masks are used."""
-    masked = all(configuration.get("use_mask_for_norm") or [False])
+    masked = all(listed(configuration.get("use_mask_for_norm")) or [False])
     return {"scheme": "zscore", "foreground": "body" if masked else "image",
             **dict.fromkeys(("low", "high", "mean", "std"))}  # fmt: skip
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pretrain3d.backbones.checkpoints import released_resenc
-from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes
+from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes, listed, table, three
 from pretrain3d.backbones.checkpoints.nnssl import zscore
 from pretrain3d.config import UserError
 
@@ -24,7 +24,7 @@ def convert(content: Mapping[str, Any], ledger_of: Any, wishes: Wishes, path: st
         UserError: another network than a 3D ResEnc U-Net, or plans without its architecture.
     """
     init = content["init_args"]
-    plans = init["plans"]
+    plans = table(init["plans"], "plans", path)
     configuration = _configuration(plans, str(init.get("configuration")), path)
     class_name, kwargs = _architecture(configuration, path)
     ledger: Ledger = ledger_of(content["network_weights"])
@@ -33,13 +33,13 @@ def convert(content: Mapping[str, Any], ledger_of: Any, wishes: Wishes, path: st
     first = weights.get("stem.conv.weight")
     channels = 1 if first is None else int(first.shape[1])
     arguments = released_resenc.arguments_of(class_name, kwargs, channels, path)
-    spacing = configuration.get("spacing")
+    patch = three(configuration.get("patch_size"), "patch_size", path)
     intensity = _intensity(configuration, plans, notes)
     if any(len(set(values)) > 1 for values in [*arguments["kernels"], *arguments["strides"]]):
         notes.append("its kernels or strides differ between axes, which nnU-Net orders z, y, x: axes=zyx turns them")
     preprocessing = {
-        "spacing_mm": None if spacing is None else [float(value) for value in spacing],
-        "patch_size": [int(value) for value in configuration["patch_size"]],
+        "spacing_mm": three(configuration.get("spacing"), "spacing", path),
+        "patch_size": None if patch is None else [int(value) for value in patch],
         "intensity": intensity,
     }
     trainer = str(content.get("trainer_name") or "nnUNetTrainer")
@@ -52,10 +52,10 @@ def convert(content: Mapping[str, Any], ledger_of: Any, wishes: Wishes, path: st
 
 
 def _configuration(plans: Mapping[str, Any], name: str, path: str) -> dict[str, Any]:
-    known = plans.get("configurations") or {}
+    known = table(plans.get("configurations") or {}, "configurations", path)
     chain: list[Mapping[str, Any]] = []
     while name in known and len(chain) <= len(known):
-        chain.append(known[name])
+        chain.append(table(known[name], f"configuration {name}", path))
         name = str(known[name].get("inherits_from"))
     if not chain:
         raise UserError(f"{path}: its plans have no configuration {name!r}; they have {', '.join(known) or 'none'}")
@@ -67,10 +67,10 @@ def _configuration(plans: Mapping[str, Any], name: str, path: str) -> dict[str, 
 
 def _architecture(configuration: Mapping[str, Any], path: str) -> tuple[str, Mapping[str, Any]]:
     """Class and ``arch_kwargs``; before nnU-Net 2.4 they were spread over the configuration."""
-    node = configuration.get("architecture")
-    if node:
-        return str(node["network_class_name"]), node["arch_kwargs"]
+    node = table(configuration.get("architecture") or {}, "architecture", path)
     try:
+        if node:
+            return str(node["network_class_name"]), table(node["arch_kwargs"] or {}, "arch_kwargs", path)
         kernels = configuration["conv_kernel_sizes"]
         base, top = configuration["UNet_base_num_features"], configuration["unet_max_num_features"]
         return str(configuration["UNet_class_name"]), {
@@ -84,7 +84,7 @@ def _architecture(configuration: Mapping[str, Any], path: str) -> tuple[str, Map
 
 
 def _intensity(configuration: Mapping[str, Any], plans: Mapping[str, Any], notes: list[str]) -> dict[str, Any] | None:
-    schemes = list(configuration.get("normalization_schemes") or [])
+    schemes = [str(scheme) for scheme in listed(configuration.get("normalization_schemes"))]
     if schemes and set(schemes) == {"ZScoreNormalization"}:
         return zscore(configuration)
     if schemes and set(schemes) == {"CTNormalization"}:

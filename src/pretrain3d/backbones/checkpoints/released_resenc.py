@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pretrain3d.backbones.checkpoints.contract import Ledger, reported
+from pretrain3d.backbones.checkpoints.contract import Ledger, reported, shown, table
 from pretrain3d.backbones.resenc import NORM_EPS, SLOPE, triple
 from pretrain3d.config import UserError
 
@@ -51,6 +52,10 @@ def arguments_of(class_name: str, kwargs: Mapping[str, Any] | None, in_channels:
         if kind == "ResidualEncoderUNet":
             raise UserError(f"{where}: arch_kwargs is null and {class_name} has no standard size; fill it in")
         return {**_shape("resenc_l"), "in_channels": in_channels}
+    for key in ("features_per_stage", "n_blocks_per_stage", "kernel_sizes", "strides"):
+        value = kwargs.get(key)
+        if not _whole(value) or (key == "features_per_stage" and isinstance(value, Integral)):
+            raise UserError(f"{where}: arch_kwargs.{key} is {shown(value)}; it must be a list, one number per stage")
     for key, value in kwargs.items():
         if key in _FREE:
             continue
@@ -59,8 +64,8 @@ def arguments_of(class_name: str, kwargs: Mapping[str, Any] | None, in_channels:
         first = kwargs["features_per_stage"][0]
         if wanted is None or not (plain in wanted or (key == "stem_channels" and plain == first)):
             raise UserError(f"{where}: arch_kwargs.{key} is {value}; pretrain3d's ResEnc has no such variant")
-    eps = (kwargs.get("norm_op_kwargs") or {}).get("eps", NORM_EPS)
-    slope = (kwargs.get("nonlin_kwargs") or {}).get("negative_slope", SLOPE)
+    eps = table(kwargs.get("norm_op_kwargs") or {}, "norm_op_kwargs", where).get("eps", NORM_EPS)
+    slope = table(kwargs.get("nonlin_kwargs") or {}, "nonlin_kwargs", where).get("negative_slope", SLOPE)
     if eps != NORM_EPS or slope != SLOPE:
         raise UserError(f"{where}: norm eps {eps} and slope {slope}; pretrain3d's ResEnc has {NORM_EPS} and {SLOPE}")
     stages = len(kwargs["features_per_stage"])
@@ -153,6 +158,13 @@ def kwargs_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "nonlin": "torch.nn.LeakyReLU",
         "nonlin_kwargs": {"inplace": True},
     }
+
+
+def _whole(value: Any) -> bool:
+    """Whether this is a whole number, or a list of such or of lists of such."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(_whole(entry) for entry in value)
+    return isinstance(value, Integral)
 
 
 def _shape(name: str) -> dict[str, Any]:
