@@ -131,6 +131,7 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
     from pretrain3d.backbones.transfer import transfer_into
     from pretrain3d.data.leakage import Corpus, find, merged, warning
     from pretrain3d.modules import MODULES
+    from pretrain3d.modules.monitors import through_shared_stem
     from pretrain3d.reporting.results import commit
 
     store = datamodule.store
@@ -151,6 +152,7 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         module_node["detector"] = detector
         given |= {"classes": store.classes, "mirror_classes": store.mirror_classes}
         method = detector["name"]
+    shared = through_shared_stem(datamodule.sets, module_node.get("method", {}))[0]
     note = {
         "version": 1,
         "kind": module_node["name"],
@@ -159,7 +161,7 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         "module": module_node,
         "classes": list(store.classes),
         "mirror_classes": dict(store.mirror_classes),
-        "preprocessing": preprocessing(settings, datamodule, datamodule.sets[0]),
+        "preprocessing": preprocessing(settings, datamodule, shared),
         "sets": about_sets(settings, datamodule),
         "batch": {
             "batch_size": datamodule.batch_size,
