@@ -121,6 +121,11 @@ class BaseModule(lightning.LightningModule):
     def _make_timetable(self) -> Timetable:
         trainer: Any = self.trainer
         steps = 10**6 if trainer.fast_dev_run else int(trainer.max_steps)  # the former sees the begin of a long run
+        if steps < 1 and self.schedule_name != "constant":
+            raise UserError(
+                f"trainer.max_steps={steps}: module.schedule={self.schedule_name} needs the length of the run, 1 or "
+                "more; only module.schedule=constant works without"
+            )
         cycle = None
         if self.swa is not None:
             self.swa.check_length(steps)
