@@ -23,6 +23,10 @@ TINY = [
     [
         ("mae", ["trainer.max_steps=-1"], "trainer.max_steps=-1: module.schedule=cosine needs the length of the run"),
         ("mae", ["trainer.max_steps=0", "module.schedule=poly"], "trainer.max_steps=0: module.schedule=poly needs"),
+        *(
+            ("mae", [f"trainer.precision={name}"], f"precision={name}; it is one of 32-true, bf16-mixed, 16-mixed")
+            for name in ("bf16-true", "16-true", "64-true", "64")
+        ),
     ],
 )
 def test_mistakes(config: str, overrides: list[str], message: str, tmp_path: Path, capsys: Any) -> None:

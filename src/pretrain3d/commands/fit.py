@@ -41,6 +41,8 @@ A key that the file or its base mentions is overridden with key=value, another a
 
 WORSE_IOU = 0.03  # of the training boxes with their best anchors, against the plan, from which it is said
 SPLITS = ("train", "val", "test")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+SHORT_PRECISIONS = ("32", "bf16", "16", "None")  # Lightning's other names of them
 TAKEN = ("classes", "mirror_classes", "sets", "batch", "backbone", "module")  # of a note: from config, store and plan
 
 
@@ -75,6 +77,7 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
     from pretrain3d.planning.memory import out_of_memory_advice
 
     check_arguments(settings)
+    check_precision(settings["trainer"].get("precision"))
     quieten()
     lightning.seed_everything(settings["seed"], verbose=False)
     torch.set_float32_matmul_precision("high")
@@ -116,6 +119,12 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
     if trainer.is_global_zero:
         print(f"{folder.path}: {trainer.global_step} steps")
     return 0
+
+
+def check_precision(precision: object) -> None:
+    """Raises UserError for a precision of the weights in which the networks do not run."""
+    if str(precision) not in PRECISIONS + SHORT_PRECISIONS:
+        raise UserError(f"trainer.precision={precision}; it is one of {', '.join(PRECISIONS)}")
 
 
 def quieten() -> None:
