@@ -27,6 +27,7 @@ TINY = [
             ("mae", [f"trainer.precision={name}"], f"precision={name}; it is one of 32-true, bf16-mixed, 16-mixed")
             for name in ("bf16-true", "16-true", "64-true", "64")
         ),
+        ("swin_mix", ["data.flip_axes=[0,1,2]"], "data.flip_axes=[0, 1, 2] mirrors x and y, which together is half a"),
     ],
 )
 def test_mistakes(config: str, overrides: list[str], message: str, tmp_path: Path, capsys: Any) -> None:

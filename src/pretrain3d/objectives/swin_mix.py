@@ -88,6 +88,14 @@ class SwinMix(nn.Module):
         self.turn_head = nn.Linear(levels[-1].channels, QUARTERS)
         self.match_head = nn.Linear(levels[-1].channels, EMBEDDING)
 
+    def check_mirrors(self, flip_axes: Sequence[int]) -> None:
+        """See `contract.Method`."""
+        if self.weights["rotation"] and {0, 1} <= set(flip_axes):
+            raise UserError(
+                f"swin_mix: data.flip_axes={list(flip_axes)} mirrors x and y, which together is half a turn, so that the "
+                "rotation cannot be told; take [0, 2] or [1, 2]"
+            )
+
     def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """Makes both views of every sample; see `contract.Method.prepare`.
 
