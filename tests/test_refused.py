@@ -28,6 +28,12 @@ TINY = [
             for name in ("bf16-true", "16-true", "64-true", "64")
         ),
         ("swin_mix", ["data.flip_axes=[0,1,2]"], "data.flip_axes=[0, 1, 2] mirrors x and y, which together is half a"),
+        ("swin_mix", ["data.batch_size=1"], "swin_mix tells the patches of a batch apart; data.batch_size is 1"),
+        (
+            "simclr",
+            ["data.batch_size=1", "module.method.pairs=1", "module.method.crop_size=8"],
+            "simclr tells the pairs of a batch apart; data.batch_size and pairs are 1",
+        ),
     ],
 )
 def test_mistakes(config: str, overrides: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
