@@ -194,10 +194,12 @@ class BaseModule(lightning.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the norm itself: Lightning 2.6 refuses to with a fused optimiser under mixed precision (its #21435)."""
+        """Clips by itself: Lightning 2.6 refuses to with a fused optimiser under mixed precision (its #21435)."""
         if gradient_clip_val:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            by_value = gradient_clip_algorithm == "value"
+            clip = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
+            clip(parameters, gradient_clip_val)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The average follows every optimiser step, before any checkpoint of that step is written."""
