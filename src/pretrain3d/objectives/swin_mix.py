@@ -92,8 +92,8 @@ class SwinMix(nn.Module):
         """See `contract.Method`."""
         if self.weights["rotation"] and {0, 1} <= set(flip_axes):
             raise UserError(
-                f"swin_mix: data.flip_axes={list(flip_axes)} mirrors x and y, which together is half a turn, so that the "
-                "rotation cannot be told; take [0, 2] or [1, 2]"
+                f"swin_mix: data.flip_axes={list(flip_axes)} mirrors x and y, which together is half a turn, so that "
+                "the rotation cannot be told; take [0, 2] or [1, 2]"
             )
 
     def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
