@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import lightning
 import pytest
 import torch
 from torch import nn
 
 from pretrain3d.config import UserError
 from pretrain3d.modules.averaging import Average
+from pretrain3d.modules.base import BaseModule
 from pretrain3d.modules.optim import parameter_groups, warmup_then
 
 
@@ -47,6 +49,16 @@ def test_schedule_ramps_over_the_warm_up_and_ends_at_zero() -> None:
 def test_schedule_mistakes(name: str, warmup: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         warmup_then(name, warmup, 10)
+
+
+@pytest.mark.parametrize(("algorithm", "expected"), [(None, [0.6, -0.8]), ("norm", [0.6, -0.8]), ("value", [1, -1])])
+def test_gradients_are_clipped_as_asked(algorithm: str | None, expected: list[float]) -> None:
+    module = BaseModule(nn.Linear(1, 1), nn.Linear(1, 1), "head", {}, {"name": "sgd", "lr": 1.0})
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, -4.0])
+    trainer = lightning.Trainer(logger=False, enable_checkpointing=False, gradient_clip_algorithm=algorithm)
+    module.configure_gradient_clipping(torch.optim.SGD([weight], 1.0), 1.0, trainer.gradient_clip_algorithm)
+    torch.testing.assert_close(weight.grad, torch.tensor(expected, dtype=torch.float32))
 
 
 def test_norms_and_biases_do_not_decay() -> None:

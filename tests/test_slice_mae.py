@@ -58,8 +58,8 @@ def test_reference_count():
 
 
 def test_axes_are_drawn_evenly_by_the_sample():
-    _, method = make("slice_mae", (4, 4, 4), block=2)
-    prepared = method.prepare(make_batch((4, 4, 4), batch=600), generators(*range(600)))
+    _, method = make("slice_mae", (8, 8, 8), block=4)
+    prepared = method.prepare(make_batch((8, 8, 8), batch=600), generators(*range(600)))
     counts = np.bincount(prepared["axes"], minlength=3)
     assert counts.min() > 200 - 4 * (600 * 2 / 9) ** 0.5
 
@@ -171,6 +171,8 @@ def test_mistakes():
         make("slice_mae", SHAPE, ratio=0.0)
     with pytest.raises(UserError, match=r"slice_mae: ratio 0.75.*the 1 blocks"):
         make("slice_mae", (16, 4, 4), block=4)  # a slice across x is a single block
+    with pytest.raises(UserError, match=r"a slice of \[1, 4, 4\] .*\[16, 4, 4\] is a single voxel at the coarsest"):
+        make("slice_mae", (16, 4, 4), block=2)
     with pytest.raises(UserError, match="Primus takes no single slices; take resenc_xs"):
         SliceMAE.check_backbone(Primus(embed_dim=24, depth=1, heads=2, image_size=16))
     SliceMAE.check_backbone(ResEnc([4, 8], [1, 1], [1, 2]))

@@ -22,6 +22,7 @@ from pretrain3d.backbones.resenc import ResEnc
 from pretrain3d.backbones.transfer import load_backbone, load_export
 from pretrain3d.config import UserError
 from pretrain3d.data.module import DataModule
+from pretrain3d.data.probe import ProbePatches
 from pretrain3d.evaluation.segmentation import SegmentationScores
 from pretrain3d.modules.checkpoint import load_module
 from pretrain3d.modules.volumes import predict_volume, tile_weight
@@ -460,6 +461,24 @@ def test_fit_on_two_sets_and_export_of_either_stem(stores: list[str], tmp_path: 
     assert load_export(own)["source"]["stem"] == "beta" and load_export(own)["source"]["data"] == "alpha+beta"
     assert main(["export", str(run), f"out={tmp_path / 'no.pt'}", "stem=alpha"]) == 2
     assert "stem=alpha: the run has stems of its own for beta" in capsys.readouterr().err
+
+
+def test_the_shared_stem_travels_and_is_watched_with_what_it_was_trained_on(
+    stores: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = []
+
+    def choose(store: Any, *arguments: Any) -> ProbePatches:
+        watched.append(store.name)
+        return ProbePatches(store, *arguments)
+
+    monkeypatch.setattr("pretrain3d.modules.monitors.ProbePatches", choose)
+    line = ["fit", "--config", "configs/pretrain/multitalent.yaml", "name=run", f"out={tmp_path}",
+            f"data.store=[{stores[0]},{stores[1]}]", "module.method.stems=[alpha]", *TINY]  # fmt: skip
+    assert main([*line, "data.intensity={scheme: ct}"]) == 0
+    note = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["pretrain3d"]
+    assert watched == ["beta"]
+    assert note["preprocessing"] == note["sets"]["beta"]["preprocessing"] != note["sets"]["alpha"]["preprocessing"]
 
 
 @pytest.mark.parametrize(

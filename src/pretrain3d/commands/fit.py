@@ -41,6 +41,8 @@ A key that the file or its base mentions is overridden with key=value, another a
 
 WORSE_IOU = 0.03  # of the training boxes with their best anchors, against the plan, from which it is said
 SPLITS = ("train", "val", "test")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+SHORT_PRECISIONS = ("32", "bf16", "16", "None")  # Lightning's other names of them
 TAKEN = ("classes", "mirror_classes", "sets", "batch", "backbone", "module")  # of a note: from config, store and plan
 
 
@@ -75,6 +77,7 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
     from pretrain3d.planning.memory import out_of_memory_advice
 
     check_arguments(settings)
+    check_precision(settings["trainer"].get("precision"))
     quieten()
     lightning.seed_everything(settings["seed"], verbose=False)
     torch.set_float32_matmul_precision("high")
@@ -118,6 +121,12 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
     return 0
 
 
+def check_precision(precision: object) -> None:
+    """Raises UserError for a precision of the weights in which the networks do not run."""
+    if str(precision) not in PRECISIONS + SHORT_PRECISIONS:
+        raise UserError(f"trainer.precision={precision}; it is one of {', '.join(PRECISIONS)}")
+
+
 def quieten() -> None:
     """Silences what Lightning says at every start of a run that is as it should be."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -131,6 +140,7 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
     from pretrain3d.backbones.transfer import transfer_into
     from pretrain3d.data.leakage import Corpus, find, merged, warning
     from pretrain3d.modules import MODULES
+    from pretrain3d.modules.monitors import through_shared_stem
     from pretrain3d.reporting.results import commit
 
     store = datamodule.store
@@ -151,6 +161,7 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         module_node["detector"] = detector
         given |= {"classes": store.classes, "mirror_classes": store.mirror_classes}
         method = detector["name"]
+    shared = through_shared_stem(datamodule.sets, module_node.get("method", {}))[0]
     note = {
         "version": 1,
         "kind": module_node["name"],
@@ -159,7 +170,7 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         "module": module_node,
         "classes": list(store.classes),
         "mirror_classes": dict(store.mirror_classes),
-        "preprocessing": preprocessing(settings, datamodule, datamodule.sets[0]),
+        "preprocessing": preprocessing(settings, datamodule, shared),
         "sets": about_sets(settings, datamodule),
         "batch": {
             "batch_size": datamodule.batch_size,

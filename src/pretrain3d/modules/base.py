@@ -121,6 +121,11 @@ class BaseModule(lightning.LightningModule):
     def _make_timetable(self) -> Timetable:
         trainer: Any = self.trainer
         steps = 10**6 if trainer.fast_dev_run else int(trainer.max_steps)  # the former sees the begin of a long run
+        if steps < 1 and self.schedule_name != "constant":
+            raise UserError(
+                f"trainer.max_steps={steps}: module.schedule={self.schedule_name} needs the length of the run, 1 or "
+                "more; only module.schedule=constant works without"
+            )
         cycle = None
         if self.swa is not None:
             self.swa.check_length(steps)
@@ -189,10 +194,12 @@ class BaseModule(lightning.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the norm itself: Lightning 2.6 refuses to with a fused optimiser under mixed precision (its #21435)."""
+        """Clips by itself: Lightning 2.6 refuses to with a fused optimiser under mixed precision (its #21435)."""
         if gradient_clip_val:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            by_value = gradient_clip_algorithm == "value"
+            clip = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
+            clip(parameters, gradient_clip_val)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The average follows every optimiser step, before any checkpoint of that step is written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import lightning
@@ -19,10 +20,15 @@ from pretrain3d.objectives.projection import pooled
 from pretrain3d.parallel import all_gather, rank, world_size
 
 
+def through_shared_stem(sets: Sequence[Any], method: dict[str, Any]) -> list[Any]:
+    """The data sets that pass the backbone's stem: all but those to which ``method`` gives stems of their own."""
+    return [part for part in sets if part.name not in method.get("stems", ())] or list(sets)
+
+
 class FeatureMonitor(Callback):
     """Logs, at every validation, numbers on the pooled features of the same patches of the store.
 
-    Of several stores it is the first one with maps of organs, else the first.
+    Of several stores it is the first one with maps of organs, else the first, of those that pass the backbone's stem.
 
     ``val/feature_std``: see `collapse.spread`; ``val/effective_rank``: see `collapse.effective_rank`; with a warning in
     plain words when they, or those of a method's projected embeddings, say that the network has collapsed. Every few
@@ -81,7 +87,8 @@ class FeatureMonitor(Callback):
         data = trainer.datamodule
         size = getattr(module.get_submodule(module.head_name), "view_size", data.patch_size)
         number = -(-self.num_patches // world_size()) * world_size()
-        part = max(data.sets, key=lambda part: any(case.has_semantic for case in part.store.cases.values()))
+        sets = through_shared_stem(data.sets, module.note["module"]["method"])
+        part = max(sets, key=lambda part: any(case.has_semantic for case in part.store.cases.values()))
         return ProbePatches(part.store, part.normalisation, size, part.val_ids, number)
 
     @torch.no_grad()

@@ -97,6 +97,10 @@ class SimCLR(nn.Module):
         """
         embeddings = outputs["embeddings"]
         first, second = (half.flatten(0, 1) for half in embeddings.float().split(self.pairs, dim=1))
+        if self.training and len(first) == 1:
+            raise UserError(
+                "simclr tells the pairs of a batch apart; data.batch_size and pairs are 1, take 2 or more of either"
+            )
         loss, top1 = nt_xent(first, second, self.temperature)
         with torch.no_grad():
             std = spread(embeddings.flatten(0, 1))

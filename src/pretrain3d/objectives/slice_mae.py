@@ -35,7 +35,8 @@ class SliceMAE(nn.Module):
         block: side of a block in voxels, (3,) or one number; ``None`` = `masking.block_size` of the patch.
 
     Raises:
-        UserError: a mask that hides nothing or everything; a backbone that takes no slices.
+        UserError: a mask that hides nothing or everything; a slice that is a single voxel at the coarsest level; a
+            backbone that takes no slices.
 
     Source: the slice-wise arm of the detection pretraining study: blocks of 16 x 16 in slices of 160 x 160, ratio 0.75.
     How its 3D kernels meet a slice is not published; with zeros around the slice only the central plane of a kernel
@@ -59,6 +60,11 @@ class SliceMAE(nn.Module):
         for axis in range(3):
             across = [1 if other == axis else size for other, size in enumerate(patch_size)]
             checked_block("slice_mae", across, ratio, self.block)
+            if all(size <= step for size, step in zip(across, levels[-1].stride, strict=True)):
+                raise UserError(
+                    f"slice_mae: a slice of {across} of data.patch_size {list(patch_size)} is a single voxel at the "
+                    f"coarsest level of the backbone, whose stride is {list(levels[-1].stride)}; take a larger patch"
+                )
         self.decoder = decoder(levels, in_channels)
 
     @staticmethod

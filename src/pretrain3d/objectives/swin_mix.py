@@ -88,6 +88,14 @@ class SwinMix(nn.Module):
         self.turn_head = nn.Linear(levels[-1].channels, QUARTERS)
         self.match_head = nn.Linear(levels[-1].channels, EMBEDDING)
 
+    def check_mirrors(self, flip_axes: Sequence[int]) -> None:
+        """See `contract.Method`."""
+        if self.weights["rotation"] and {0, 1} <= set(flip_axes):
+            raise UserError(
+                f"swin_mix: data.flip_axes={list(flip_axes)} mirrors x and y, which together is half a turn, so that "
+                "the rotation cannot be told; take [0, 2] or [1, 2]"
+            )
+
     def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """Makes both views of every sample; see `contract.Method.prepare`.
 
@@ -161,6 +169,10 @@ class SwinMix(nn.Module):
         totals, views = torch.stack(sums), outputs["embeddings"].float().unflatten(0, (2, -1)).movedim(0, 1)
         if self.training:  # validation batches are not paired between processes
             totals, views = all_sum(totals), all_gather(views)
+        if self.training and len(views) == 1 and self.weights["contrast"]:
+            raise UserError(
+                "swin_mix tells the patches of a batch apart; data.batch_size is 1, take 2 or more, or contrast=0"
+            )
         voxels, samples = totals[2].detach().clamp(min=1.0), totals[5].detach()
         contrast, top1 = nt_xent(views[:, 0], views[:, 1], self.temperature)
         parts = {"reconstruction": totals[0] / voxels, "rotation": totals[3] / samples, "contrast": contrast}
