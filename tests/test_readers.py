@@ -248,6 +248,24 @@ def test_images_are_cases_for_pretraining(tmp_path):
     assert volume.instances is None and volume.semantic is None
 
 
+def test_images_of_several_channels_are_grouped(tmp_path):
+    image = ct_phantom(np.random.default_rng(0))
+    for name in ("x_0000", "x_0001", "deep/x_0000", "deep/x_0001"):
+        save(tmp_path / f"{name}.nii.gz", image + int(name[-1]), AFFINE)
+    reader = Images(tmp_path)
+    reader.modality = ["MR"]
+    assert set(by_id(reader)) == {"x_0000", "x_0001", "deep-x_0000", "deep-x_0001"}
+    reader.modality = ["MR", "MR"]
+    cases = by_id(reader)
+    assert set(cases) == {"x", "deep-x"}
+    np.testing.assert_array_equal(reader.read(cases["deep-x"]).image, [image, image + 1])
+    for name in ("y_0000", "z", "x_0002"):
+        path = save(tmp_path / f"{name}.nii.gz", image, AFFINE)
+        with pytest.raises(UserError, match=rf"{name}.nii.gz: modality has 2 entries, expected the files <case>_0000"):
+            reader.cases()
+        path.unlink()
+
+
 # OpenKBP
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+import numpy as np
 
 from pretrain3d.config import UserError
 from pretrain3d.data.readers import nifti
@@ -11,6 +14,9 @@ from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
 
 class Images(Reader):
     """Every NIfTI file below a folder is a case of one channel; all are in the split "pretrain".
+
+    Where ``modality`` has several entries, a case is the files ``<case>_0000``, ``<case>_0001``, ... of one folder, as
+    nnU-Net names channels.
 
     The files do not say what they show: `prepare` takes it as ``modality=CT``. The path below the folder is the case's
     id, with ``-`` for ``/``, and each is a group of its own.
@@ -37,9 +43,29 @@ class Images(Reader):
         for path in paths:
             case_id = "-".join((*path.relative_to(self.folder).parts[:-1], nifti.stem(path)))
             cases.append(RawCase(case_id, "pretrain", case_id, (path,)))
-        return cases
+        return _grouped(cases, len(self.modality)) if len(self.modality) > 1 else cases
 
     def read(self, case: RawCase) -> RawVolume:
         """The image alone."""
-        image, affine = nifti.read_image(case.files[0])
-        return RawVolume(image[None], affine)
+        first, *others = case.files
+        image, affine = nifti.read_image(first)
+        channels = [image]
+        for path in others:
+            channel, channel_affine = nifti.read_image(path)
+            nifti.check_same_grid(path, channel_affine, channel.shape, first)
+            channels.append(channel)
+        return RawVolume(np.stack(channels), affine)
+
+
+def _grouped(cases: list[RawCase], channels: int) -> list[RawCase]:
+    """Cases of one channel each, ``<case>_0000`` and on, as cases of all channels."""
+    endings = [f"_{index:04d}" for index in range(channels)]
+    groups: dict[str, list[RawCase]] = {}
+    for case in cases:
+        groups.setdefault(re.sub(r"_\d{4}$", "", case.id), []).append(case)
+    for case_id, group in groups.items():
+        if [case.id for case in group] != [f"{case_id}{ending}" for ending in endings]:
+            names = ", ".join(str(case.files[0]) for case in group)
+            raise UserError(f"{names}: modality has {channels} entries, expected the files <case>{endings[0]} to "
+                            f"{endings[-1]} of each case")  # fmt: skip
+    return [RawCase(name, "pretrain", name, tuple(case.files[0] for case in group)) for name, group in groups.items()]
