@@ -454,6 +454,19 @@ def test_the_command_names_bad_files_and_returns_1(tmp_path, capsys):
     assert Store(out).plan["coverage"]["objects"] == 6
 
 
+def test_the_command_warns_of_an_image_that_is_there_twice(tmp_path, capsys):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_cases(raw, 3)
+    command = ["prepare", str(raw), f"out={out}", "reader=nndetection", "workers=1"]
+    assert main(command) == 0 and "warning" not in capsys.readouterr().err
+    for name in ("imagesTs/x", "imagesTs/y"):
+        (raw / name).parent.mkdir(exist_ok=True)
+        shutil.copy(raw / "imagesTr/case_0_0000.nii.gz", raw / f"{name}_0000.nii.gz")
+    assert main(command) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert lines == ["  warning: the same image twice: case_0 (train) = x (test), case_0 (train) = y (test)"]
+
+
 def test_a_plan_stays_while_cases_fail_and_replan_takes_it_away(tmp_path, capsys):
     raw, out = tmp_path / "raw", tmp_path / "out"
     write_cases(raw, 3)

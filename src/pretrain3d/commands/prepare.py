@@ -41,6 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "workers": 2,
     "replan": False,
 }
+MAX_NAMED = 3
 
 
 def run(paths: list[str], options: dict[str, object]) -> int:
@@ -107,6 +108,7 @@ def _prepare(
 
 
 def _report(out: Path, summary: Any) -> None:
+    from pretrain3d.data.identity import same_content
     from pretrain3d.data.store import Store
 
     if not summary.indexed:
@@ -120,6 +122,10 @@ def _report(out: Path, summary: Any) -> None:
         f"{len(summary.failed)} failed" if summary.failed else "",
     ]
     print(f"{out}: {', '.join(filter(None, counts))}")
+    if pairs := same_content(cases):
+        named = [f"{a.id} ({a.split}) = {b.id} ({b.split})" for a, b in pairs[:MAX_NAMED]]
+        more = f" and {len(pairs) - MAX_NAMED} more" if len(pairs) > MAX_NAMED else ""
+        print(f"  warning: the same image twice: {', '.join(named)}{more}", file=sys.stderr)
     print(f"  {len(cases)} cases, {sum(len(c.boxes) for c in cases)} objects, voxels of {_by(summary.spacing_mm)} mm")
     for case_id, problem in sorted(summary.failed.items()):
         print(f"  failed: {case_id}: {' '.join(problem.split())}", file=sys.stderr)

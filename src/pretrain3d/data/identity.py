@@ -11,11 +11,15 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.fft import dctn
 
 from pretrain3d.data.resample import resample_image
+
+if TYPE_CHECKING:
+    from pretrain3d.data.case import Case
 
 GRID, RADIUS = 24, 10
 POWER = 2.0  # of the frequency, by which a coefficient is weighted: flattens the spectrum of anatomy
@@ -41,6 +45,12 @@ def content_hash(image: np.ndarray) -> str:
 def data_hash(hashes: Mapping[str, str]) -> str:
     """One hash of all cases (id -> content hash), whatever their order."""
     return hashlib.sha256("\n".join(f"{key} {hashes[key]}" for key in sorted(hashes)).encode()).hexdigest()[:32]
+
+
+def same_content(cases: Iterable[Case]) -> list[tuple[Case, Case]]:
+    """Pairs of cases with one image: each case that repeats another, after the first that has it."""
+    first: dict[str, Case] = {}
+    return [(kept, case) for case in cases if (kept := first.setdefault(case.content_hash, case)) is not case]
 
 
 def files_hash(files: Iterable[Path]) -> str:
