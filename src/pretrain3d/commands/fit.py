@@ -30,7 +30,7 @@ pretrain3d fit --config FILE [key=value ...] [+key=value ...]
 
 Trains one run and writes it to <out>/<name>: config.yaml, metrics.csv, checkpoints/ with last.ckpt and best.ckpt,
 pictures/. Calling it again with the same config resumes an unfinished run and leaves a finished one alone;
-trainer.max_steps may grow.
+trainer.max_steps may grow; workers, loggers and the intervals of logging and checkpoints may change.
 
   pretrain3d fit --config configs/detect/phantom.yaml trainer.max_steps=100 backbone=resenc_s
   pretrain3d fit --config configs/detect/phantom.yaml trainer.devices=2 trainer.strategy=ddp
