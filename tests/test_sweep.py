@@ -23,7 +23,7 @@ from tiny_store import tiny_store
 from pretrain3d import boxes as box_ops
 from pretrain3d.__main__ import main
 from pretrain3d.backbones.resenc import ResEnc
-from pretrain3d.commands.fit import about_sets
+from pretrain3d.commands.assemble import about_sets
 from pretrain3d.config import UserError, to_yaml
 from pretrain3d.data.module import DataModule
 from pretrain3d.detection.contract import Detections

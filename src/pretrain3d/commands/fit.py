@@ -1,4 +1,4 @@
-"""`fit`: one config, one run. Assembles data, backbone and module, trains, and resumes what was killed."""
+"""`fit`: one config, one run. Trains it, and resumes what was killed."""
 
 from __future__ import annotations
 
@@ -7,19 +7,11 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.commands.settings import (
-    DATA,
-    check_arguments,
-    intensity_of_transfer,
-    of_plan,
-    trainer_keys,
-    with_anchors,
-    with_levels,
-)
+from pretrain3d.commands.assemble import assemble
+from pretrain3d.commands.settings import DATA, check_arguments, intensity_of_transfer, of_plan, trainer_keys
 from pretrain3d.config import UserError, load
 from pretrain3d.registry import build, check_names
 from pretrain3d.reporting.run_folder import RunFolder
@@ -39,8 +31,6 @@ trainer.max_steps may grow; workers, loggers and the intervals of logging and ch
 A key that the file or its base mentions is overridden with key=value, another argument of a component is added with
 +key=value. `pretrain3d show FILE` prints the resolved config."""
 
-WORSE_IOU = 0.03  # of the training boxes with their best anchors, against the plan, from which it is said
-SPLITS = ("train", "val", "test")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 SHORT_PRECISIONS = ("32", "bf16", "16", "None")  # Lightning's other names of them
 TAKEN = ("classes", "mirror_classes", "sets", "batch", "backbone", "module")  # of a note: from config, store and plan
@@ -132,146 +122,6 @@ def quieten() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (".*in eval mode at the start of training.*", ".*LeafSpec.*", ".*does not have many workers.*"):
         warnings.filterwarnings("ignore", message=message)
-
-
-def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> Any:
-    """The LightningModule of a config: backbone, transferred weights, and the head that the module section names."""
-    from pretrain3d.backbones import BACKBONES
-    from pretrain3d.backbones.transfer import transfer_into
-    from pretrain3d.data.leakage import Corpus, find, merged, warning
-    from pretrain3d.modules import MODULES
-    from pretrain3d.modules.monitors import through_shared_stem
-    from pretrain3d.reporting.results import commit
-
-    store = datamodule.store
-    backbone_node = {**settings["backbone"], "in_channels": datamodule.in_channels}
-    backbone = build(BACKBONES, backbone_node, "backbone")
-    check_patch(datamodule, backbone, settings)
-    transfer = settings.get("transfer") or {}
-    module_node = dict(settings["module"])
-    given: dict[str, Any] = {"backbone": backbone, "patch_size": tuple(datamodule.patch_size)}
-    method = module_node.get("method", {}).get("name", "")
-    if module_node["name"] == "segmentation":
-        given["label_classes"] = datamodule.label_classes
-    if module_node["name"] == "detection":
-        if len(datamodule.sets) > 1:
-            raise UserError("data.store lists several stores; a detector is trained on one")
-        detector = with_levels(module_node["detector"], store.plan, settings["backbone"]["name"])
-        detector = with_anchors(detector, store.plan.get("anchors"))
-        module_node["detector"] = detector
-        given |= {"classes": store.classes, "mirror_classes": store.mirror_classes}
-        method = detector["name"]
-    shared = through_shared_stem(datamodule.sets, module_node.get("method", {}))[0]
-    note = {
-        "version": 1,
-        "kind": module_node["name"],
-        "seed": settings["seed"],
-        "backbone": backbone_node,
-        "module": module_node,
-        "classes": list(store.classes),
-        "mirror_classes": dict(store.mirror_classes),
-        "preprocessing": preprocessing(settings, datamodule, shared),
-        "sets": about_sets(settings, datamodule),
-        "batch": {
-            "batch_size": datamodule.batch_size,
-            "accumulate_grad_batches": settings["trainer"].get("accumulate_grad_batches", 1),
-        },
-        "precision": settings["trainer"].get("precision", "32-true"),
-        "source": {
-            "run": settings["name"],
-            "commit": commit(),
-            "method": method,
-            "data": "+".join(part.name for part in datamodule.sets),
-            "data_hash": datamodule.data_hash,
-            "licence": ", ".join(dict.fromkeys(part.store.licence for part in datamodule.sets)),
-        },
-        "transfer": None,
-    }
-    if transfer.get("path"):
-        report = transfer_into(backbone, str(transfer["path"]), adapt=tuple(transfer.get("adapt") or ()))
-        note["transfer"] = report.to_dict()
-        note["pretrained_on"] = report.corpus
-        print(f"{folder.path}: {report}")
-        warn_of_spacing(report.preprocessing.get("spacing_mm"), store.spacing_mm)
-    cases = [(part.store, split, getattr(part, f"{split}_ids")) for part in datamodule.sets for split in SPLITS]
-    note["leakage"] = find(note.get("pretrained_on"), cases)
-    note["corpus"] = merged(*(Corpus.of(part.store, part.train_ids).to_dict() for part in datamodule.sets))
-    if note["leakage"]:
-        print(warning(note["leakage"], str(transfer["path"])), file=sys.stderr)
-    module = build(MODULES, module_node, "module", note=note, **given)
-    if "anchors" in module_node.get("detector", {}) and settings["module"]["detector"].get("anchors") is None:
-        warn_of_anchors(module.detector.anchors.level_sizes(), datamodule, settings["backbone"]["name"])
-    return module
-
-
-def check_patch(datamodule: Any, backbone: Any, settings: dict[str, Any]) -> None:
-    """Raises UserError when patches are no multiple of what the backbone needs; crops of views are no patches."""
-    from pretrain3d.backbones.contract import by_text
-
-    patch, multiple = datamodule.patch_size, backbone.size_multiple
-    if settings["module"]["name"] == "contrastive" or not any(s % m for s, m in zip(patch, multiple, strict=True)):
-        return
-    name, store = settings["backbone"]["name"], datamodule.store.path
-    advice = "set data.patch_size"
-    if settings["data"].get("patch_size") is None:
-        advice = f"the plan's are for another backbone, `pretrain3d plan {store} backbone={name}` makes one for this"
-    needed = by_text(multiple)
-    raise UserError(f"patches of {by_text(patch)} do not fit {name}, which needs multiples of {needed}: {advice}")
-
-
-def about_sets(settings: dict[str, Any], datamodule: Any) -> dict[str, dict[str, Any]]:
-    """What a run takes from each of its stores; see docs/design.md, "Checkpoints"."""
-    return {
-        part.name: {
-            "data_hash": part.store.data_hash,
-            "label_classes": list(part.label_classes),
-            "preprocessing": preprocessing(settings, datamodule, part),
-        }
-        for part in datamodule.sets
-    }
-
-
-def preprocessing(settings: dict[str, Any], datamodule: Any, part: Any) -> dict[str, Any]:
-    """What must be done to a file of one data set before the network sees it; travels in checkpoints and exports."""
-    from pretrain3d.data.normalise import resolve_intensity
-
-    store, data = part.store, settings["data"]
-    return {
-        "axes": "RAS",
-        "modality": list(store.modality),
-        "spacing_mm": [float(value) for value in store.spacing_mm],
-        "patch_size": list(datamodule.patch_size),
-        "intensity": resolve_intensity(store, part.intensity, data["fold"], data["num_folds"]),
-    }
-
-
-def warn_of_spacing(pretrained_mm: Sequence[float] | None, store_mm: Sequence[float]) -> None:
-    """Says so when the transferred weights know objects at another size in voxels."""
-    if pretrained_mm is None or all(abs(a / b - 1) <= 0.1 for a, b in zip(pretrained_mm, store_mm, strict=True)):
-        return
-    texts = [" x ".join(f"{value:g}" for value in spacing) for spacing in (pretrained_mm, store_mm)]
-    print(f"note: the weights were pretrained at {texts[0]} mm, the store has voxels of {texts[1]} mm", file=sys.stderr)
-
-
-def warn_of_anchors(sizes: Any, datamodule: Any, backbone: str) -> None:
-    """Says so when the plan's anchors, (L, A, 3) voxels on the levels of this detector, fit worse than planned."""
-    import numpy as np
-    import torch
-
-    from pretrain3d.detection.anchors import mean_best_iou
-
-    store = datamodule.store
-    planned = (store.plan.get("coverage") or {}).get("mean_best_anchor_iou")
-    boxes = torch.from_numpy(np.concatenate([store.cases[case_id].boxes for case_id in datamodule.train_ids]))
-    if planned is None or not len(boxes):
-        return
-    fit = float(mean_best_iou(sizes.flatten(0, 1), boxes[:, 3:] - boxes[:, :3]))
-    if fit < planned - WORSE_IOU:
-        print(
-            f"note: on the levels of {backbone} the plan's anchors have a mean best IoU of {fit:.2f}, planned were "
-            f"{planned:.2f}; `pretrain3d plan {store.path} backbone={backbone}` finds better ones",
-            file=sys.stderr,
-        )
 
 
 def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:

@@ -123,7 +123,7 @@ def data_of(folder: RunFolder, note: dict[str, Any]) -> Any:
     Raises:
         UserError: a store is gone, or its cases, classes or spacing have changed.
     """
-    from pretrain3d.commands.fit import about_sets
+    from pretrain3d.commands.assemble import about_sets
     from pretrain3d.commands.settings import DATA
 
     settings, known = folder.config(), note["preprocessing"]
