@@ -17,6 +17,7 @@ import os, signal, sys
 from pretrain3d.modules.pretraining import PretrainingModule as Module
 from pretrain3d.__main__ import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 step = Module.training_step
 def training_step(self, batch, batch_idx):
     if self.global_step == int(sys.argv[2]):
@@ -27,7 +28,7 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)])
 def test_a_signal_is_one_line(
     phantom_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, status: int
 ) -> None:
