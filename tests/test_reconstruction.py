@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_store import tiny_store
 
 from pretrain3d.__main__ import main
 from pretrain3d.commands import reconstruction
 from pretrain3d.config import read_yaml
+from pretrain3d.data.leakage import Corpus
+from pretrain3d.data.store import Store
 from pretrain3d.evaluation.reconstruction import summarise
 from pretrain3d.objectives import inpainting
 from pretrain3d.reporting.results import read_result
@@ -104,6 +107,27 @@ def test_the_same_weights_give_the_same_numbers(out: Path, capsys: pytest.Captur
     (run / "result.json").unlink()
     assert main(line) == 0
     assert read_result(run)["metrics"] == first["metrics"] and read_result(run)["cases"] == first["cases"]
+
+
+def test_what_earlier_weights_have_seen_is_a_leak(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that went on from weights whose corpus holds a test case; none of its own cases is a held-out one."""
+    run = fit(out, "mae")
+    assert main(["test", str(run), "patches=1", "samples=0", "split=val"]) == 0
+    assert read_result(run)["leakage"] == []
+    path = run / "checkpoints" / "last.ckpt"
+    before, content = path.read_bytes(), torch.load(path, weights_only=True)
+    store = Store(out / "store")
+    content["pretrain3d"]["pretrained_on"] = Corpus.of(store, ["test_0"]).to_dict()
+    torch.save(content, path)
+    capsys.readouterr()
+    assert main(["test", str(run), "patches=1", "samples=0"]) == 0
+    path.write_bytes(before)
+    assert read_result(run)["leakage"] == [
+        {"case": "test_0", "split": "test", "how": "same voxels", "similarity": None}
+    ]
+    said = capsys.readouterr().err
+    assert "1 test cases: test_0 (same voxels)" in said
+    assert "result.json of checkpoint=last, split=val is replaced" in said
 
 
 def test_table_report_and_show(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

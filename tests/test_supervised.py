@@ -486,7 +486,7 @@ def test_the_shared_stem_travels_and_is_watched_with_what_it_was_trained_on(
     [
         ("data.labels=null", "set data.labels to semantic"),
         ("module.method=mae", "module.method=mae is trained by module.name=reconstruction, not segmentation"),
-        ("data.validation=patches", "segmentation validates whole volumes"),
+        ("+data.validation=patches", "validation follows from the rest of the configuration"),
     ],
 )
 def test_mistakes_of_a_config(stores: list[str], tmp_path: Path, capsys: Any, override: str, message: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from pretrain3d.commands.assemble import assemble
 from pretrain3d.commands.settings import DATA, check_arguments, intensity_of_transfer, of_plan, trainer_keys
 from pretrain3d.config import UserError, load
-from pretrain3d.registry import build, check_names
+from pretrain3d.registry import build, check_names, resolve
 from pretrain3d.reporting.run_folder import RunFolder
 
 TAKES_CONFIG = True
@@ -62,6 +62,7 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from pretrain3d.devices import is_out_of_memory
+    from pretrain3d.modules import MODULES
     from pretrain3d.modules.base import NOTE
     from pretrain3d.modules.checkpoint import read_checkpoint
     from pretrain3d.planning.memory import out_of_memory_advice
@@ -75,7 +76,9 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
     settings = of_plan(settings)
     if settings["data"]["intensity"] == "pretrained":
         settings = intensity_of_transfer(settings)
-    datamodule = build(DATA, {"name": "data", **settings["data"]}, "data", seed=settings["seed"])
+    validation = resolve(MODULES, settings["module"]["name"], "module").validates_on
+    node = {"name": "data", **settings["data"]}
+    datamodule = build(DATA, node, "data", seed=settings["seed"], validation=validation)
     module = assemble(settings, datamodule, folder)
     if trainer_keys(settings)[0].compile:
         module.compile_networks()

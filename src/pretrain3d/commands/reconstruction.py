@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from pretrain3d.config import UserError
+from pretrain3d.files import check_writable
 from pretrain3d.options import read_options
 from pretrain3d.reporting.run_folder import RunFolder
 
@@ -34,8 +35,8 @@ def test(folder: RunFolder, checkpoint: str, split: str, samples: int, patches: 
     module, datamodule = load(folder, checkpoint)
 
     from pretrain3d.backbones.transfer import fingerprint
-    from pretrain3d.commands.test import about_run, held_out, log_to_wandb
-    from pretrain3d.data.leakage import find, warning
+    from pretrain3d.commands.test import about_run, held_out, log_to_wandb, say_what_is_replaced
+    from pretrain3d.data.leakage import find, merged, warning
     from pretrain3d.evaluation.reconstruction import summarise
     from pretrain3d.reporting.results import is_current, write_result
 
@@ -51,8 +52,10 @@ def test(folder: RunFolder, checkpoint: str, split: str, samples: int, patches: 
     if is_current(folder.path / "result.json", asked):
         print(f"{folder.path / 'result.json'} is of these weights already, nothing to predict")
         return
+    check_writable(folder.path)
+    say_what_is_replaced(folder.path, asked)
     ids = [(part.store, split, getattr(part, f"{split}_ids")) for part in datamodule.sets]
-    leakage = find(module.note.get("corpus"), ids)
+    leakage = find(merged(module.note.get("pretrained_on"), module.note["corpus"]), ids)
     if leakage:
         print(warning(leakage, str(folder.path)), file=sys.stderr)
     start = time.perf_counter()

@@ -90,7 +90,7 @@ def check_arguments(settings: dict[str, Any]) -> None:
     check_sections(settings)
     module = settings["module"]
     planned = [key for key in ("batch_size",) if settings["data"].get(key, 0) is None]
-    check(DATA, {"name": "data", **settings["data"]}, "data", given=("seed", *planned))
+    check(DATA, {"name": "data", **settings["data"]}, "data", given=("seed", "validation", *planned))
     check(BACKBONES, settings["backbone"], "backbone", given=("in_channels",))
     follows = {"detection": ("classes", "mirror_classes"), "segmentation": ("label_classes",)}
     given = ("backbone", "patch_size", "note", *follows.get(module["name"], ()))

@@ -78,7 +78,8 @@ class DataModule(lightning.LightningDataModule):
         pool: cases trained on: "train" (the labelled training fold), "pretrain" (the unlabelled ones) or "all" (both);
             never test cases.
         label_fraction: of the labelled training cases that is used; smaller ones are subsets of larger ones.
-        validation: "volumes" (whole cases) or "patches" (the same ones every time, not augmented).
+        validation: "volumes" (whole cases) or "patches" (the same ones every time, not augmented); `fit` gives what the
+            module validates on.
         num_val_patches: over all processes; at least one for each.
         val_fraction: of the unlabelled cases, held out for validation where the pool has them (at least one, by group).
         labels: what is learned voxel by voxel, see `data.sets.DataSet`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -42,9 +42,12 @@ class BaseModule(lightning.LightningModule):
             ``ema`` would.
 
     Attributes:
+        validates_on: what a validation step takes: "volumes" (a whole case) or "patches" (a batch of fixed ones).
         flop_per_sample: model FLOP of a training step per sample, forward and backward; known after the first step, and
             counted again where a phase freezes or frees the backbone.
     """
+
+    validates_on: Literal["volumes", "patches"] = "volumes"
 
     def __init__(
         self,

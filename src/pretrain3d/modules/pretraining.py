@@ -28,6 +28,7 @@ class PretrainingModule(BaseModule):
         UserError: the backbone lacks what the method needs.
     """
 
+    validates_on = "patches"
     method: Any  # from the registry; see `objectives.contract.Method`
 
     def __init__(

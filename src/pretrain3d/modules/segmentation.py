@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain3d.config import UserError
 from pretrain3d.data.module import NO_CASE
 from pretrain3d.detection.tiles import check_tiling
 from pretrain3d.evaluation.segmentation import SegmentationScores
@@ -55,14 +54,6 @@ class SegmentationModule(BaseModule):
         self.overlap = overlap
         self.tile_batch = tile_batch
         self.scores = SegmentationScores(label_classes)
-
-    def on_fit_start(self) -> None:
-        """Raises UserError when the data side does not bring whole cases with their labels."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data.validation != "volumes":
-            raise UserError(
-                f"data.validation={data.validation}: segmentation validates whole volumes; set it to volumes"
-            )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         prepared = self.method.prepare(batch)
