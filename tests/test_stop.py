@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 import yaml
 
 from pretrain3d.__main__ import main
+from pretrain3d.modules.pretraining import PretrainingModule
 
 DRIVER = """
 import os, signal, sys
@@ -59,3 +62,38 @@ def test_a_signal_is_one_line(
     whole, resumed = (torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
                       for name in ("whole", "run"))  # fmt: skip
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_job_that_slurm_requeues(phantom_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first checkpoint and after it; what Lightning writes in the middle of a step is not gone on from."""
+    asked, steps = tmp_path / "asked", PretrainingModule.training_step
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for key, value in {"NTASKS": 1, "JOB_ID": 7, "JOB_NAME": "train", "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{key}", str(value))
+    line = ["fit", "--config", "configs/pretrain/phantom_mae.yaml", f"out={tmp_path}", f"data.store={phantom_store}",
+            "data.patch_size=[16,16,16]", "data.batch_size=2", "data.num_workers=0", "module.warmup_steps=1",
+            "trainer.max_steps=6", "trainer.val_every_n_steps=6", "trainer.checkpoint_every_n_steps=3",
+            "trainer.accelerator=cpu"]  # fmt: skip
+    assert main([*line, "name=whole"]) == 0
+    run = tmp_path / "run"
+    for stop in (1, 4):
+
+        def step(module: PretrainingModule, batch: dict, batch_idx: int, stop: int = stop) -> torch.Tensor:
+            if module.global_step == stop:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if module.global_step == stop + 1:
+                raise KeyboardInterrupt
+            return steps(module, batch, batch_idx)
+
+        monkeypatch.setattr(PretrainingModule, "training_step", step)
+        assert main([*line, "name=run"]) == 130
+        assert list(run.glob("hpc_*"))
+    monkeypatch.setattr(PretrainingModule, "training_step", steps)
+    assert main([*line, "name=run"]) == 0
+    assert asked.read_text() == "requeue 7\n" * 2 and not list(run.glob("hpc_*"))
+    one, other = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+                  for folder in (run, tmp_path / "whole"))  # fmt: skip
+    assert all(torch.equal(one[key], other[key]) for key in other)
+    assert (run / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()

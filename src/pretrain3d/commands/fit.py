@@ -87,6 +87,7 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
     trainer = make_trainer(settings, folder)
     if trainer.is_global_zero:
         folder.open(asked)
+    folder.drop_requeued()
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=str(folder.last) if resume else None, weights_only=True)
     except OSError as error:
@@ -110,6 +111,7 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
         training = "validation_step" not in functions
         raise UserError(out_of_memory_advice(settings, datamodule.patch_size, training)) from error
     if trainer.is_global_zero:
+        folder.drop_requeued()
         print(f"{folder.path}: {trainer.global_step} steps")
     return 0
 

@@ -76,6 +76,14 @@ class RunFolder:
         write_text(self.path / "config.yaml", to_yaml(settings))
         write_json(self.path / "state.json", {**self.state(), "status": "running"})
 
+    def drop_requeued(self) -> None:
+        """Removes what Lightning writes when SLURM signals the end of a job, on any process.
+
+        It is of the middle of a step, and a run without a checkpoint of its own would go on from it.
+        """
+        for path in self.path.glob("hpc_ckpt_*.ckpt"):
+            path.unlink(missing_ok=True)
+
     def start_of(self, settings: dict[str, Any]) -> str:
         """What `fit` with this config does here: ``fresh``, ``resume`` or ``finished``.
 
