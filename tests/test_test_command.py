@@ -12,7 +12,7 @@ import pytest
 from tiny_store import blocks, make_case, write_store
 
 from pretrain3d.__main__ import main
-from pretrain3d.commands.test import log_to_wandb
+from pretrain3d.commands.trained import log_to_wandb
 from pretrain3d.config import to_yaml
 from pretrain3d.reporting import wandb_logger
 from pretrain3d.reporting.results import read_result, write_result

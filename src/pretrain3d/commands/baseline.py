@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain3d.commands.test import (
+from pretrain3d.commands.tested import (
     Prediction,
     hash_of,
     held_out,

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+from pretrain3d.commands.tested import held_out, say_what_is_replaced
+from pretrain3d.commands.trained import about_run, data_of, log_to_wandb
 from pretrain3d.config import UserError
 from pretrain3d.files import check_writable
 from pretrain3d.options import read_options
@@ -35,7 +37,6 @@ def test(folder: RunFolder, checkpoint: str, split: str, samples: int, patches: 
     module, datamodule = load(folder, checkpoint)
 
     from pretrain3d.backbones.transfer import fingerprint
-    from pretrain3d.commands.test import about_run, held_out, log_to_wandb, say_what_is_replaced
     from pretrain3d.data.leakage import find, merged, warning
     from pretrain3d.evaluation.reconstruction import summarise
     from pretrain3d.reporting.results import is_current, write_result
@@ -93,7 +94,6 @@ def load(folder: RunFolder, checkpoint: str) -> tuple[Any, Any]:
 
     import torch
 
-    from pretrain3d.commands.test import data_of
     from pretrain3d.modules.checkpoint import load_module
 
     module: Any = load_module(weights, "reconstruction", "cuda" if torch.cuda.is_available() else "cpu")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.commands.test import hash_of, held_out, load_run
+from pretrain3d.commands.tested import hash_of, held_out
+from pretrain3d.commands.trained import load_run
 from pretrain3d.config import UserError
 from pretrain3d.files import check_writable
 from pretrain3d.options import read_options

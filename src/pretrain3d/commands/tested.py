@@ -1,0 +1,139 @@
+"""The held-out cases of a store as `test` predicts and scores them, and the files that it writes of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain3d.config import UserError
+
+Prediction = tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes (N, 6) in cached voxels, scores (N,), labels (N,)
+
+
+def held_out(cases: dict[str, list[str]], split: str) -> list[str]:
+    """The case ids of a split.
+
+    Raises:
+        UserError: the split is not ``test`` or ``val``, or holds no case.
+    """
+    if split not in ("test", "val"):
+        raise UserError(f"split={split}: it is test or val")
+    if not cases[split]:
+        raise UserError(f"the store holds no {split} case")
+    return cases[split]
+
+
+def truth_of(data: Any, case_ids: list[str]) -> dict[str, dict[str, Any]]:
+    """What there is to find in cases of a store, in the voxels of their input files, as a score file says it."""
+    return {
+        case.id: {
+            "boxes": case.frame.to_original(case.boxes), "labels": case.labels, "annotated": list(case.annotated),
+            "volumes_mm3": case.volumes_mm3, "spacing_mm": np.linalg.norm(case.frame.affine[:3, :3], axis=0),
+            "group": case.group,
+        }
+        for case in (data.cases[case_id] for case_id in case_ids)
+    }  # fmt: skip
+
+
+def hash_of(data: Any, case_ids: list[str]) -> str:
+    """A short hash of what is to be found in cases of a store: it changes with an annotation, a class or the cases."""
+    records = [data.cases[case_id].to_dict() for case_id in sorted(case_ids)]
+    keys = ("id", "group", "shape", "frame", "boxes", "labels", "volumes_mm3", "annotated")
+    known = [data.classes, [[record[key] for key in keys] for record in records]]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+
+def say_what_is_replaced(folder: Path, asked: dict[str, Any]) -> None:
+    """Prints a line if the folder holds the result of another split, checkpoint or baseline."""
+    from pretrain3d.reporting.results import read_result
+
+    if not (folder / "result.json").is_file():
+        return
+    old = read_result(folder).get("asked") or {}
+    keys = [key for key in ("baseline", "checkpoint", "split") if key in old]
+    if any(old[key] != asked.get(key) for key in keys):
+        was = ", ".join(f"{key}={old[key]}" for key in keys)
+        print(f"{folder / 'result.json'} of {was} is replaced", file=sys.stderr)
+
+
+def score_cases(
+    folder: Path,
+    name: str,
+    data: Any,
+    case_ids: list[str],
+    predict: Callable[[str], Prediction],
+    about: dict[str, Any],
+    samples: int,
+    threshold: float | None = None,
+) -> None:
+    """Predicts and scores cases in the voxels of their input files; writes score files and result.json.
+
+    With the ``threshold`` of an operating point the result also says what boxes from this score on find.
+    """
+    from tqdm import tqdm
+
+    from pretrain3d.detection.sweep import measure_at
+    from pretrain3d.evaluation.matching import match
+    from pretrain3d.evaluation.scorefile import groups_of, write
+    from pretrain3d.evaluation.sizes import by_size
+    from pretrain3d.evaluation.statistics import evaluate_with_intervals
+    from pretrain3d.reporting.results import write_result
+
+    start = time.perf_counter()
+    found: dict[str, Any] = {}
+    for case_id in tqdm(case_ids, desc=f"test {name}", unit="case"):
+        case = data.cases[case_id]
+        boxes, scores, labels = predict(case_id)
+        found[case_id] = {"boxes": case.frame.to_original(boxes), "scores": scores, "labels": labels}
+    truth = truth_of(data, case_ids)
+    seconds = time.perf_counter() - start
+    write(folder / "predictions.json", data.classes, found)
+    write(folder / "targets.json", data.classes, truth)
+    groups = groups_of(truth)
+    scored = evaluate_with_intervals(found, truth, data.classes, samples=samples, groups=groups)
+    sizes = by_size(match(found, truth, data.classes), found, truth, samples=samples, groups=groups)
+    operating = None if threshold is None else measure_at(threshold, found, truth, data.classes)
+    write_result(
+        folder,
+        run=name,
+        operating=operating,
+        by_size=sizes,
+        **scored,
+        **about,
+        data={"hash": data.data_hash, "name": data.name, "licence": data.licence, "cases": len(case_ids)},
+        test_seconds=seconds,
+    )
+    shown = ("mAP", "AP@0.10", "AP@0.50", "FROC@0.10")
+    print(f"{name}: " + ", ".join(f"{key} {_text(scored['metrics'][key]['value'])}" for key in shown))
+    if operating is not None:
+        print(f"at score {threshold:.3f}: sensitivity {_text(operating['sensitivity'])}, "
+              f"{operating['false_positives_per_case']:.2f} false positives per case")  # fmt: skip
+    print(f"{folder / 'result.json'} ({len(case_ids)} cases, {seconds:.0f} s)")
+
+
+def write_strata(folder: Path, column: str, strata: dict[str, list[str]], samples: int) -> None:
+    """Adds what the tested folder's score files say of each stratum to its `result.json`, and prints it."""
+    if not strata:
+        return
+    from pretrain3d.commands.score import strata_table
+    from pretrain3d.evaluation.matching import match
+    from pretrain3d.evaluation.scorefile import groups_of, read_pair
+    from pretrain3d.evaluation.strata import by_stratum
+    from pretrain3d.reporting.results import read_result, write_json
+
+    classes, found, truth = read_pair(folder / "predictions.json", folder / "targets.json")
+    parts = by_stratum(match(found, truth, classes), strata, samples=samples, groups=groups_of(truth))
+    result = read_result(folder)
+    write_json(folder / "result.json", {**result, "by": {**result.get("by", {}), column: parts}})
+    print(strata_table(column, parts))
+
+
+def _text(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
