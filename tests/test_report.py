@@ -61,6 +61,7 @@ def detection_run(folder, name, level, seed=0, trained=True, cases=6):
         cost={"seconds": 300.0, "steps": 400, "samples": 1600} if trained else None,
         backbone={"name": "resenc_xs", "fingerprint": "f", "init": "scratch"} if trained else None,
         asked={"split": "test"},
+        by_size={"0-500": {"objects": 11, "metrics": {"AP@0.10": entry(level / 2)}}},
     )
     if not trained:
         return folder
@@ -155,7 +156,8 @@ def test_the_page_holds_everything_and_needs_nothing_else(runs, tmp_path):
     assert "<script" not in text and "@import" not in text
     shown = " ".join(page.text)
     for expected in ("0.500 [0.420, 0.580]", "threshold", "FROC at IoU 0.10", "pretraining loss", "validation mAP",
-                     "5 min 00 s", "liver lesion", "retina_unet", "Reconstruction", "6 test cases"):  # fmt: skip
+                     "5 min 00 s", "liver lesion", "retina_unet", "Reconstruction", "6 test cases",
+                     "0-500 (11 objects)", "0.250 [0.170, 0.330]"):  # fmt: skip
         assert expected in shown, expected
     assert len(text) < 3e6
 

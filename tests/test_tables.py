@@ -6,7 +6,7 @@ import pytest
 
 from pretrain3d.config import UserError
 from pretrain3d.reporting.results import write_result
-from pretrain3d.reporting.tables import KEYS, Table, by_seed, make_tables, read_results
+from pretrain3d.reporting.tables import KEYS, Table, by_seed, make_tables, part_tables, read_results
 
 
 def result(name="a", value=0.5, seed=0, data="h", cases=("c0", "c1"), interval=True, **config):
@@ -63,6 +63,25 @@ def test_different_cases_never_share_a_table():
 def test_a_missing_value_of_one_seed_is_not_averaged_over():
     table = make_tables([result("x-s0", 0.5, 0), result("x-s1", None, 1)])[0]
     assert table.rows == [["x-s* (2 seeds)", *["–"] * 4]]
+
+
+def test_parts_have_tables_of_their_own():
+    def part(value, **counted):
+        return {"metrics": {"AP@0.10": {"value": value, "low": None, "high": None}}, **counted}
+
+    sizes = {"0-500": part(0.2, objects=1), "500-": part(None, objects=7)}
+    runs = [
+        result("x-s0", seed=0) | {"by_size": sizes, "by": {"scanner": {"A": part(0.4, num_cases=2)}}},
+        result("x-s1", seed=1) | {"by_size": sizes, "by": {"scanner": {"A": part(0.6, num_cases=2)}}},
+        result("old"),
+    ]
+    by_size, by_scanner = part_tables(runs)
+    assert by_size.title == "AP@0.10 by object size in mm3, set h, 2 test cases"
+    assert by_size.header == ["run", "0-500 (1 object)", "500- (7 objects)"]
+    assert by_size.rows == [["x-s* (2 seeds)", "0.200 ± 0.000", "–"], ["old", "–", "–"]]
+    assert by_scanner.title == "AP@0.10 by scanner, set h, 2 test cases"
+    assert by_scanner.header == ["run", "A (2 cases)"] and by_scanner.rows[0][1] == "0.500 ± 0.141"
+    assert part_tables([result("old")]) == []
 
 
 def test_formats_of_a_table():

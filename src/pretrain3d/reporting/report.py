@@ -24,6 +24,7 @@ from pretrain3d.reporting.tables import (
     describe_cases,
     is_reconstruction,
     make_tables,
+    part_tables,
 )
 
 CASES = 4  # with pictures
@@ -111,11 +112,8 @@ def write_report(path: str | Path, runs: Sequence[str | Path], title: str = "Res
     colours = figures.palette([run.label for run in read])
     tested = [run for run in read if run.result is not None and run.is_detection]
     sections = [
-        (
-            "Results",
-            "".join(f'<div class="wide">{table.as_html()}</div>' for table in tables_of(read))
-            + _per_class(tested, colours),
-        ),
+        ("Results", _tables(tables_of(read)) + _per_class(tested, colours)),
+        ("Results in parts", _tables(part_tables([run.result for run in tested if run.result is not None]))),
         ("Training", _training(read, colours)),
         ("Detection curves", _curves(tested, colours)),
         ("Cases", _cases(tested) if pictures else ""),
@@ -163,6 +161,10 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 def _module(config: dict[str, Any]) -> str | None:
     return (config.get("module") or {}).get("name")
+
+
+def _tables(tables: Sequence[Table]) -> str:
+    return "".join(f'<div class="wide">{table.as_html()}</div>' for table in tables)
 
 
 def _per_class(tested: Sequence[Run], colours: dict[str, str]) -> str:

@@ -96,6 +96,24 @@ def make_tables(results: Sequence[Result]) -> list[Table]:
     return tables + [_reconstruction_table(same_cases) for same_cases in reconstructed.values()]
 
 
+def part_tables(results: Sequence[Result]) -> list[Table]:
+    """`CLASS_KEY` by object size and by every column of ``test by=COLUMN``, per set of cases; not of reconstruction.
+
+    A run that was not measured in a part has a dash there.
+    """
+    tables = []
+    for same_cases in by_cases([result for result in results if not is_reconstruction(result)]).values():
+        rows = by_seed(same_cases).items()
+        for title in dict.fromkeys(title for result in same_cases for title in _parts(result)):
+            of_title = [_parts(result).get(title, {}) for result in same_cases]
+            header = {name: f"{name} ({_counted(part)})" for parts in of_title for name, part in parts.items()}
+            body = [[row, *(_cell([_of_part(r, title, one) for r in group]) for one in header)] for row, group in rows]
+            tables.append(
+                Table(f"{CLASS_KEY} by {title}, {describe_cases(same_cases[0])}", ["run", *header.values()], body)
+            )
+    return tables
+
+
 def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table | None:
     """What the training of each run cost, by the name of its row; None where nothing was trained.
 
@@ -175,6 +193,21 @@ def _seedless(value: Any, seed: int) -> Any:
 
 def _of_class(result: Result, name: str) -> dict[str, Any] | None:
     return (result["per_class"].get(name) or {}).get(CLASS_KEY)
+
+
+def _parts(result: Result) -> dict[str, Any]:
+    sizes = {"object size in mm3": result["by_size"]} if result.get("by_size") else {}
+    return sizes | (result.get("by") or {})
+
+
+def _of_part(result: Result, title: str, name: str) -> dict[str, Any] | None:
+    return _parts(result).get(title, {}).get(name, {}).get("metrics", {}).get(CLASS_KEY)
+
+
+def _counted(part: Mapping[str, Any]) -> str:
+    """``"60 objects"`` of a bin of sizes, ``"12 cases"`` of a value of a column."""
+    number, noun = (part["objects"], "object") if "objects" in part else (part["num_cases"], "case")
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _cell(entries: Sequence[Mapping[str, Any] | None]) -> str:
