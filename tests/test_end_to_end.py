@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import nibabel
@@ -13,6 +14,7 @@ import yaml
 from pretrain3d.__main__ import main
 from pretrain3d.backbones.transfer import load_export
 from pretrain3d.config import UserError
+from pretrain3d.data.store import Store
 
 TINY = [
     "data.patch_size=[32,32,32]", "data.batch_size=2", "data.num_workers=0", "module.warmup_steps=1",
@@ -114,6 +116,15 @@ def test_a_plan_is_for_its_backbone_and_its_runs(
         assert main(["test", str(tmp_path / "det"), "samples=0", "pictures=0"]) == 0  # with those of its training
     finally:
         plan.write_text(before)
+
+    index = phantom_store / "index.json"
+    before, ids = index.read_text(), [case.id for case in Store(phantom_store).cases.values() if case.split == "train"]
+    try:
+        index.write_text(json.dumps({**json.loads(before), "folds": [{"train": ids[1:], "val": ids[:1]}]}))
+        assert main(["test", str(tmp_path / "det"), "samples=0", "pictures=0"]) == 2  # what was trained on is held out
+        assert re.search(rf"sets.*cases '.* there, '{len(ids) - 1} train, 1 val", capsys.readouterr().err)
+    finally:
+        index.write_text(before)
 
 
 def test_a_run_that_never_began_can_be_corrected(

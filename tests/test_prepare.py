@@ -21,6 +21,7 @@ from pretrain3d.data.body import body_mask, body_on_grid, crop_to
 from pretrain3d.data.prepare import prepare
 from pretrain3d.data.readers.nndetection import NnDetection
 from pretrain3d.data.resample import resample_image, resample_labels
+from pretrain3d.data.splits import fold_cases
 from pretrain3d.data.store import Store
 from pretrain3d.geometry import Frame, boxes_of_instances
 
@@ -452,6 +453,28 @@ def test_the_command_names_bad_files_and_returns_1(tmp_path, capsys):
     assert main(command) == 0
     assert "1 cases prepared, 2 were up to date" in capsys.readouterr().out
     assert Store(out).plan["coverage"]["objects"] == 6
+
+
+def test_the_command_takes_the_folds_of_a_splits_file(tmp_path, capsys):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_cases(raw, 3)
+    command = ["prepare", str(raw), f"out={out}", "reader=nndetection", "workers=1"]
+    assert main(command) == 0
+    folds = [{"train": ["case_0", "case_2"], "val": ["case_1"]}, {"train": ["case_1"], "val": ["case_2"]}]
+    (raw / "splits_final.json").write_text(json.dumps(folds))
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "0 cases prepared, 3 were up to date" in said.out and "2 folds of the splits file" in said.out
+    assert "fold 1 leaves out 1 training cases, the first 'case_0'" in said.err
+    assert fold_cases(Store(out), 1)["val"] == ["case_2"]
+    assert main(["show", str(out)]) == 0 and "fold 0 of 2 (splits file)" in capsys.readouterr().out
+    folds[1]["val"] = ["case_3"]
+    (raw / "splits_final.json").write_text(json.dumps(folds))
+    assert main(command) == 2 and "fold 1: there is no case 'case_3'" in capsys.readouterr().err
+    assert Store(out).folds[1]["val"] == ["case_2"]
+    (raw / "splits_final.json").unlink()
+    assert main(command) == 0 and Store(out).folds == []
 
 
 def test_the_command_warns_of_an_image_that_is_there_twice(tmp_path, capsys):

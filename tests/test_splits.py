@@ -1,15 +1,17 @@
+import json
 from types import SimpleNamespace
 
 import pytest
 
 from pretrain3d.config import UserError
-from pretrain3d.data.splits import fold_cases
+from pretrain3d.data.readers.contract import RawCase
+from pretrain3d.data.splits import fold_cases, read_folds
 
 
-def store_of(cases: list[tuple[str, str, str]]) -> SimpleNamespace:
+def store_of(cases: list[tuple[str, str, str]], folds=()) -> SimpleNamespace:
     """Cases as (id, split, group)."""
     records = {name: SimpleNamespace(id=name, split=split, group=group) for name, split, group in cases}
-    return SimpleNamespace(path="stores/x", cases=records)
+    return SimpleNamespace(path="stores/x", cases=records, folds=list(folds))
 
 
 CASES = [(f"c{i:02d}", "train", f"patient{i // 2}") for i in range(26)]
@@ -61,3 +63,61 @@ def test_a_fold_out_of_range_is_refused(arguments):
 def test_more_folds_than_patients_are_refused():
     with pytest.raises(UserError, match="2 training patients cannot fill 5 folds"):
         fold_cases(store_of(CASES[:4]), 0)
+
+
+GIVEN = [{"train": ["c00", "c01", "c04"], "val": ["c02"]}, {"train": ["c02", "c03"], "val": ["c01", "c00"]}]
+
+
+def read(tmp_path, content, cases=(*CASES[:5], *OTHERS)):
+    path = tmp_path / "splits_final.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return read_folds(path, [RawCase(name, split, group, ()) for name, split, group in cases])
+
+
+def test_folds_of_a_splits_file_are_taken_as_they_are(tmp_path):
+    folds, said = read(tmp_path, GIVEN)
+    assert folds == GIVEN
+    assert [line.split(": ", 1)[1] for line in said] == [
+        "fold 0 leaves out 1 training cases, the first 'c03'",
+        "fold 1 leaves out 1 training cases, the first 'c04'",
+    ]
+    store = store_of(CASES[:5] + OTHERS, folds)
+    assert fold_cases(store, 1, num_folds=7) == {
+        "train": ["c02", "c03"], "val": ["c00", "c01"], "test": ["t0"], "pretrain": ["u0", "u1"],
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"fold must be 0\.\.1, the folds of stores/x, got fold=2"):
+        fold_cases(store, 2)
+    del store.cases["c02"]  # could not be prepared, and `prepare` said so
+    assert fold_cases(store, 1)["train"] == ["c03"]
+    with pytest.raises(UserError, match="none of the val cases of fold 0 could be prepared"):
+        fold_cases(store, 0)
+
+
+def test_patients_on_both_sides_of_a_fold_are_said(tmp_path):
+    said = read(tmp_path, [{"train": ["c00", "c02", "c04"], "val": ["c01", "c03"]}])[1]
+    assert len(said) == 1 and "fold 0 trains and validates on 2 of the patients, the first 'patient0'" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("[", "cannot read .*splits_final.json: Expecting value"),
+        ({"train": ["c00"], "val": ["c01"]}, "expected a list of folds"),
+        ([], "expected a list of folds"),
+        ([["c00"]], "fold 0: expected case ids under train and under val"),
+        ([{"train": ["c00"]}], "fold 0: expected case ids under train and under val"),
+        ([{"train": ["c00"], "val": []}], "fold 0: expected case ids under train and under val"),
+        ([{"train": [0], "val": ["c01"]}], "fold 0: expected case ids under train and under val"),
+        ([GIVEN[0], {"train": ["c00"], "val": ["c99"]}], "fold 1: there is no case 'c99'"),
+        ([{"train": ["c00", "t0"], "val": ["c01"]}], "fold 0: 't0' is a test case, expected training cases"),
+        ([{"train": ["c00", "c01"], "val": ["c01"]}], "fold 0: case 'c01' is named twice"),
+    ],
+)
+def test_a_splits_file_that_cannot_be_is_refused(tmp_path, content, text):
+    with pytest.raises(UserError, match=text):
+        read(tmp_path, content)
+
+
+def test_two_validation_splits_are_refused(tmp_path):
+    with pytest.raises(UserError, match="a validation split of their own, 'v0' is in it"):
+        read(tmp_path, GIVEN, (*CASES[:5], ("v0", "val", "v0")))

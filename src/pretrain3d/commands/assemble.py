@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -105,11 +107,18 @@ def about_sets(settings: dict[str, Any], datamodule: Any) -> dict[str, dict[str,
     return {
         part.name: {
             "data_hash": part.store.data_hash,
+            "cases": _training_cases(part),
             "label_classes": list(part.label_classes),
             "preprocessing": preprocessing(settings, datamodule, part),
         }
         for part in datamodule.sets
     }
+
+
+def _training_cases(part: Any) -> str:
+    """Tells when other cases are trained or validated on: their numbers, and a hash of their names."""
+    names = hashlib.sha256(json.dumps([sorted(part.train_ids), sorted(part.val_ids)]).encode()).hexdigest()
+    return f"{len(part.train_ids)} train, {len(part.val_ids)} val, {names[:8]}"
 
 
 def preprocessing(settings: dict[str, Any], datamodule: Any, part: Any) -> dict[str, Any]:

@@ -20,6 +20,8 @@ and the memory here: `pretrain3d plan` does that again for others. Intensities s
 A repeated call does only what is missing or has changed, so an interrupted one is continued. A case that cannot be
 read is named with its reason, the rest goes on, nothing is planned, and the exit status is 1. Where spacing_mm was
 changed in plan.yaml, the cases are prepared and all that counts in voxels is planned again.
+RAW_FOLDER/splits_final.json, if it is there, says the folds as in nnU-Net: [{"train": [cases], "val": [cases]}, ...],
+else `fit` deals the training cases to data.num_folds folds by patient.
 
   out=STORE            folder of the store, new or of an earlier call
   reader=NAME          format of RAW_FOLDER: nndetection, nnunet (label maps, nothing to detect), openkbp or images
@@ -61,11 +63,12 @@ def run(paths: list[str], options: dict[str, object]) -> int:
 
     reader = resolve(READERS, str(given["reader"]), "reader")(raw)
     reader.modality = _modality(given["modality"], reader.modality)
-    return _prepare(reader, out, spacing, patch, given["workers"], given["replan"])
+    return _prepare(reader, raw, out, spacing, patch, given["workers"], given["replan"])
 
 
 def _prepare(
     reader: Any,
+    raw: Path,
     out: Path,
     spacing: tuple[float, ...] | None,
     patch: tuple[int, ...] | None,
@@ -73,6 +76,7 @@ def _prepare(
     replan: bool,
 ) -> int:
     from pretrain3d.data.prepare import prepare
+    from pretrain3d.data.splits import FOLDS_FILE
     from pretrain3d.data.store import Store
     from pretrain3d.planning.plan import make_plan, patch_budget, plan_again, read_plan, write_plan
 
@@ -87,7 +91,10 @@ def _prepare(
         if patch is not None:
             raise UserError(f"{path} exists and holds the patch size; edit it there or give replan=true")
         spacing = plan_spacing
-    summary = prepare(reader, out, spacing, workers, keep_spacing=not replan)
+    folds = raw / FOLDS_FILE
+    summary = prepare(
+        reader, out, spacing, workers, keep_spacing=not replan, folds_file=folds if folds.is_file() else None
+    )
     _report(out, summary)
     if summary.failed:
         if old is None:  # a plan for part of the cases would stay when the others are there
@@ -111,6 +118,8 @@ def _report(out: Path, summary: Any) -> None:
     from pretrain3d.data.identity import same_content
     from pretrain3d.data.store import Store
 
+    for line in summary.said:
+        print(f"warning: {line}", file=sys.stderr)
     if not summary.indexed:
         print(f"{out}: complete, all {len(summary.reused)} cases are up to date, nothing to do")
         return
@@ -126,7 +135,8 @@ def _report(out: Path, summary: Any) -> None:
         named = [f"{a.id} ({a.split}) = {b.id} ({b.split})" for a, b in pairs[:MAX_NAMED]]
         more = f" and {len(pairs) - MAX_NAMED} more" if len(pairs) > MAX_NAMED else ""
         print(f"  warning: the same image twice: {', '.join(named)}{more}", file=sys.stderr)
-    print(f"  {len(cases)} cases, {sum(len(c.boxes) for c in cases)} objects, voxels of {_by(summary.spacing_mm)} mm")
+    print(f"  {len(cases)} cases, {sum(len(c.boxes) for c in cases)} objects, voxels of {_by(summary.spacing_mm)} mm"
+          + (f", {summary.folds} folds of the splits file" if summary.folds else ""))  # fmt: skip
     for case_id, problem in sorted(summary.failed.items()):
         print(f"  failed: {case_id}: {' '.join(problem.split())}", file=sys.stderr)
 

@@ -65,7 +65,8 @@ class DataModule(lightning.LightningDataModule):
     Args:
         store: folder that `prepare` wrote, or several: then a training sample comes from a set of n cases with a
             probability proportional to sqrt(n), and a case is named ``<set>/<case>``.
-        fold, num_folds: which part of the training cases is validated on (a store with its own split ignores both).
+        fold, num_folds: which part of the training cases is validated on; a store with folds of its own ignores
+            num_folds, one with a validation split both.
         patch_size: voxels; None: the plan's.
         batch_size: per process and step; a global batch is this times the number of processes.
         num_workers: processes that read; the samples do not depend on it.

@@ -26,7 +26,7 @@ from pretrain3d.data.case import Case, case_path, write_json
 from pretrain3d.data.fingerprint import target_spacing
 from pretrain3d.data.identity import content_hash, files_hash
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
-from pretrain3d.data.splits import SPLITS
+from pretrain3d.data.splits import SPLITS, Folds, read_folds
 from pretrain3d.data.store import KINDS, StoreWriter, array_path, check_case, read_index
 from pretrain3d.geometry import Frame, boxes_of_instances
 
@@ -44,6 +44,8 @@ class Summary:
         failed: case id -> why it could not be prepared; these are not in the store.
         removed: cases of an earlier call that are not in the raw data any more.
         indexed: the index was written, as it was missing or damaged, or something else was done.
+        folds: number of folds that the data's own splits file says; 0 without one.
+        said: of these folds, where they leave cases out or share patients.
     """
 
     spacing_mm: tuple[float, ...]
@@ -52,6 +54,8 @@ class Summary:
     failed: dict[str, str] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     indexed: bool = False
+    folds: int = 0
+    said: list[str] = field(default_factory=list)
 
 
 def prepare(
@@ -61,6 +65,7 @@ def prepare(
     workers: int = 2,
     progress: bool = True,
     keep_spacing: bool = True,
+    folds_file: Path | None = None,
 ) -> Summary:
     """Makes or completes the store ``out``. A bad case is noted and the rest goes on.
 
@@ -71,11 +76,13 @@ def prepare(
         workers: processes; 1 works in this one.
         progress: shows a bar.
         keep_spacing: False computes the spacing again where ``spacing_mm`` is None.
+        folds_file: says which training cases each fold validates on, see `data.splits.read_folds`.
 
     Raises:
-        UserError: no case could be prepared, or ``out`` is something else.
+        UserError: no case could be prepared, the folds make no sense, or ``out`` is something else.
     """
     cases = _checked_cases(reader)
+    folds, said = ([], []) if folds_file is None else read_folds(folds_file, cases)
     old = _claim(out, reader)
     if spacing_mm is None:
         spacing_mm = old["spacing_mm"] if keep_spacing and old.get("spacing_mm") else _computed_spacing(reader, cases)
@@ -83,8 +90,8 @@ def prepare(
     note = {"name": reader.name, "spacing_mm": list(spacing_mm)}
     if note != old:
         write_json(out / "prepare.json", note)
-    job = _Job(reader, _writer(reader, out, spacing_mm), spacing_mm)
-    summary = Summary(spacing_mm)
+    job = _Job(reader, _writer(reader, out, spacing_mm, folds), spacing_mm)
+    summary = Summary(spacing_mm, folds=len(folds), said=said)
     todo = []
     for case in tqdm(cases, desc="check", unit="case", disable=not progress, leave=False, delay=1):
         if _is_done(job, case):
@@ -301,8 +308,8 @@ def _computed_spacing(reader: Reader, cases: list[RawCase]) -> tuple[float, ...]
     return target_spacing(np.asarray(spacings), np.asarray(shapes))
 
 
-def _writer(reader: Reader, out: Path, spacing_mm: tuple[float, ...]) -> StoreWriter:
+def _writer(reader: Reader, out: Path, spacing_mm: tuple[float, ...], folds: Folds) -> StoreWriter:
     return StoreWriter(
         out, reader.name, reader.classes, spacing_mm, reader.modality, reader.mirror_classes, reader.semantic_classes,
-        reader.licence,
+        reader.licence, folds,
     )  # fmt: skip

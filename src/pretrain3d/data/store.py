@@ -53,6 +53,7 @@ class Store:
         self.spacing_mm: tuple[float, ...] = tuple(index["spacing_mm"])
         self.licence: str = index["licence"]
         self.data_hash: str = index["data_hash"]
+        self.folds: list[dict[str, list[str]]] = index.get("folds", [])  # of a splits file, see `data.splits`
         self.cases: dict[str, Case] = {case_id: read_case(self.path, case_id) for case_id in sorted(index["cases"])}
         for case_id, case in self.cases.items():
             if problem := case.problem(len(self.classes)):
@@ -129,6 +130,7 @@ class StoreWriter:
         mirror_classes: class -> class under a left-right mirror.
         semantic_classes: names of labels 1.. of the semantic map.
         licence: as the data set states it.
+        folds: of a splits file, see `data.splits.read_folds`; none: they are dealt by patient.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class StoreWriter:
         mirror_classes: dict[str, str] | None = None,
         semantic_classes: list[str] | None = None,
         licence: str = "",
+        folds: list[dict[str, list[str]]] | None = None,
     ) -> None:
         self.path = Path(path)
         self.index: dict[str, Any] = {
@@ -152,6 +155,7 @@ class StoreWriter:
             "semantic_classes": list(semantic_classes or []),
             "spacing_mm": [float(value) for value in spacing_mm],
             "licence": licence,
+            **({"folds": folds} if folds else {}),
         }
 
     def add(

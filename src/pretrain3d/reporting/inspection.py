@@ -123,7 +123,8 @@ def _folds(store: Any) -> Rows:
         split = fold_cases(store, 0)
     except UserError:  # fewer patients than folds
         return [("folds", "too few patients for 5")]
-    return [("fold 0", ", ".join(f"{len(ids)} {name}" for name, ids in split.items()))]
+    name = f"fold 0 of {len(store.folds)} (splits file)" if store.folds else "fold 0"
+    return [(name, ", ".join(f"{len(ids)} {name}" for name, ids in split.items()))]
 
 
 def _plan(path: Path) -> list[str]:
