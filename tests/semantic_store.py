@@ -25,22 +25,23 @@ def semantic_store(
     mirror_classes: dict[str, str] | None = None,
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
     channels: int = 1,
+    tests: tuple[bool, ...] = (),
 ) -> Store:
     """Cases with three objects of two classes; the first two organs are exactly the objects of these classes.
 
     Args:
         annotated: organs that the maps of all cases mean to hold; None: all.
         unmapped: cases of split "pretrain" without a map.
+        tests: cases of split "test", with a map or without.
     """
     writer = StoreWriter(path, name, ["nodule", "lesion"], spacing_mm, ["CT"] * channels, mirror_classes, organs)
     ids = []
-    for number in range(num_train + unmapped):
+    kinds = [("train", True)] * num_train + [("pretrain", False)] * unmapped + [("test", mapped) for mapped in tests]
+    for number, (split, mapped) in enumerate(kinds):
         shape = (40 + 2 * (number % 3), 36, 30)
-        mapped = number < num_train
         mask = blocks(shape, OBJECTS if mapped else [])
         image = np.concatenate([image_of(shape, number + 50 * channel) for channel in range(channels)])
         image[:, mask > 0] += 120
-        split = "train" if mapped else "pretrain"
         case = make_case(
             f"c{number}", image, mask, LABELS if mapped else [], split, annotated=(0, 1) if mapped else (),
             has_instances=mapped,

@@ -67,7 +67,7 @@ def test_held_out_errors_by_loops(out: Path, capsys: pytest.CaptureFixture[str])
     assert main(["test", str(run), "split=val", "patches=3", "samples=20"]) == 0
     assert "mae, mean squared error: network " in capsys.readouterr().out
     result = read_result(run)
-    module, data = reconstruction.load(RunFolder(run), "last")
+    module, data = reconstruction.load(RunFolder(run), "last", "reconstruction")
     assert [row["case"] for row in result["cases"]] == data.val_ids and not set(data.val_ids) & set(data.train_ids)
     assert result["leakage"] == [] and result["asked"]["patches"] == 3 and result["data"]["cases"] == len(data.val_ids)
     for number, row in enumerate(result["cases"]):

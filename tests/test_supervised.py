@@ -23,10 +23,11 @@ from pretrain3d.backbones.transfer import load_backbone, load_export
 from pretrain3d.config import UserError
 from pretrain3d.data.module import DataModule
 from pretrain3d.data.probe import ProbePatches
-from pretrain3d.evaluation.segmentation import SegmentationScores
+from pretrain3d.evaluation.segmentation import SegmentationScores, summarise
 from pretrain3d.modules.checkpoint import load_module
 from pretrain3d.modules.volumes import predict_volume, tile_weight
 from pretrain3d.objectives.segmentation import Segmentation
+from pretrain3d.reporting.results import read_result
 
 SHAPE = (8, 6, 4)
 ONE = {"ct": ["liver", "kidney"]}
@@ -461,6 +462,90 @@ def test_fit_on_two_sets_and_export_of_either_stem(stores: list[str], tmp_path: 
     assert load_export(own)["source"]["stem"] == "beta" and load_export(own)["source"]["data"] == "alpha+beta"
     assert main(["export", str(run), f"out={tmp_path / 'no.pt'}", "stem=alpha"]) == 2
     assert "stem=alpha: the run has stems of its own for beta" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one set with three test cases, one of them without a map."""
+    out = tmp_path_factory.mktemp("tested")
+    semantic_store(out / "store", "gamma", ["liver", "aorta"], 8, tests=(True, False, True))
+    line = ["fit", "--config", "configs/pretrain/supervised.yaml", "name=sup", f"out={out}", f"data.store={out}/store"]
+    assert main([*line, "module.ema=0.5", *TINY]) == 0
+    return out
+
+
+def test_held_out_dice_is_that_of_validation(tested: Path, capsys: Any) -> None:
+    run = tested / "sup"
+    assert main(["test", str(run), "split=val", "samples=50", "tile_batch=1"]) == 0
+    assert "sup, dice 0." in capsys.readouterr().out
+    result = read_result(run)
+    with open(run / "metrics.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    for key, entry in result["metrics"].items():
+        assert entry["value"] == pytest.approx(float(last[f"val/{key}"]), rel=1e-4), key
+    for name in ("liver", "aorta"):
+        assert result["per_class"][name]["dice"]["value"] == pytest.approx(float(last[f"val/dice/{name}"]), rel=1e-4)
+        of_cases = [row[f"dice/{name}"] for row in result["cases"]]
+        assert result["per_class"][name]["dice"]["value"] == pytest.approx(np.mean(of_cases), rel=1e-4)
+    assert result["cases"][0]["dice"] == pytest.approx(
+        np.mean([result["cases"][0][f"dice/{name}"] for name in ("liver", "aorta")])
+    )
+
+
+def test_test_table_and_report(tested: Path, capsys: Any) -> None:
+    run, report = tested / "sup", tested / "report.html"
+    line = ["test", str(run), "samples=20"]
+    assert main(line) == 0
+    assert "1 of 3 test cases hold nothing to segment, left out" in capsys.readouterr().out
+    assert [row["case"] for row in read_result(run)["cases"]] == ["c10", "c8"]
+    assert main(line) == 0 and "is of these weights already" in capsys.readouterr().out
+    assert main(["table", str(run), f"report={report}"]) == 0
+    shown = capsys.readouterr().out
+    dice = read_result(run)["per_class"]["liver"]["dice"]
+    assert "segmentation: gamma, 2 test cases" in shown and "Dice per class, gamma, 2 test cases" in shown
+    assert f"{dice['value']:.3f} [{dice['low']:.3f}, {dice['high']:.3f}]" in shown and "mAP" not in shown
+    assert "Dice of everything" in report.read_text() and "Detection curves" not in report.read_text()
+
+
+def test_mistakes_of_a_test(tested: Path, capsys: Any) -> None:
+    run = str(tested / "sup")
+    for option, message in (
+        ("tile_batch=0", "tile_batch=0: expected a whole number from 1 on"),
+        ("samples=-1", "samples=-1: expected a whole number from 0 on"),
+        ("split=train", "split=train: it is test or val"),
+        ("by=site", "unknown option 'by'"),
+    ):
+        assert main(["test", run, option]) == 2
+        assert message in capsys.readouterr().err, option
+
+
+def test_labels_prepared_anew_are_measured_anew(tested: Path, capsys: Any) -> None:
+    run, note = tested / "sup", tested / "store" / "prepared" / "c8.json"
+    assert main(["test", str(run), "samples=0"]) == 0
+    note.parent.mkdir()
+    note.write_text('{"hash": "another"}')
+    capsys.readouterr()
+    assert main(["test", str(run), "samples=0"]) == 0
+    assert "is of these weights already" not in capsys.readouterr().out
+
+
+def test_summary_of_cases_by_loops() -> None:
+    rng = np.random.default_rng(0)
+    groups = ["a", "a", "b", "c", "d"]
+    cases = rng.random((5, 2, 3))
+    cases[:3, 1] = np.nan  # a class that only two patients have
+    found = summarise(list(cases), ["x", "y"], groups, samples=3000)
+    x, y = cases[:, 0, 0], cases[3:, 1, 0]
+    assert found["per_class"]["x"]["dice"]["value"] == pytest.approx(x.mean())
+    assert found["per_class"]["y"]["dice"]["value"] == pytest.approx(y.mean())
+    assert found["metrics"]["dice"]["value"] == pytest.approx((x.mean() + y.mean()) / 2)
+    drawn = []
+    for _ in range(3000):
+        chosen = [row for name in rng.choice(list("abcd"), 4) for row, group in enumerate(groups) if group == name]
+        of_class = [[v for v in cases[chosen, column, 0] if not np.isnan(v)] for column in (0, 1)]
+        drawn.append(np.mean([np.mean(values) for values in of_class if values]))
+    entry = found["metrics"]["dice"]
+    assert [entry["low"], entry["high"]] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.03)
 
 
 def test_the_shared_stem_travels_and_is_watched_with_what_it_was_trained_on(

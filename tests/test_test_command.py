@@ -174,3 +174,9 @@ def test_a_wandb_that_fails_does_not_stop_a_test(tmp_path: Path, monkeypatch: py
         warnings.simplefilter("always")
         log_to_wandb(folder, settings)
     assert any("no W&B log of this run: RuntimeError: no service" in str(each.message) for each in caught)
+
+
+def test_a_pretraining_by_contrast_has_nothing_to_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml({"name": "simclr", "module": {"name": "contrastive"}}))
+    assert main(["test", str(tmp_path)]) == 2
+    assert "was pretrained by contrast, which has nothing to test on held-out cases" in capsys.readouterr().err

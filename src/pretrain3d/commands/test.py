@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.commands import baseline, reconstruction
+from pretrain3d.commands import baseline, reconstruction, segmentation
 from pretrain3d.commands.tested import (
     Prediction,
     hash_of,
@@ -25,6 +25,7 @@ from pretrain3d.reporting.run_folder import RunFolder
 USAGE = """\
 pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [pictures=4] [by=COLUMN cases=TABLE] [tile_batch=N]
 pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [patches=4]     of a pretraining by reconstruction
+pretrain3d test RUN [checkpoint=last] [split=test] [samples=1000] [tile_batch=N]  of supervised pretraining
 pretrain3d test baseline=mean_box|threshold store=STORE out=FOLDER [fold=0 num_folds=5]
                 [split=test] [samples=1000] [by=COLUMN cases=TABLE]
 
@@ -32,7 +33,8 @@ Predicts whole volumes and scores them in the voxels of the input files: predict
 and result.json with 95 % bootstrap intervals over patients, overall, per class and in thirds of the objects by volume.
 Boxes are merged as `sweep` chose on the validation cases, if it did. A run that logged to W&B gets its result there.
 Of a pretraining by reconstruction: the error on fixed patches of held-out cases, beside that of the mean predictor and,
-where blocks are hidden, of tri-linear in-painting.
+where blocks are hidden, of tri-linear in-painting. Of supervised pretraining: Dice and error of the volume of whole
+cases, per class and their mean.
 
   checkpoint=last|best   which weights of the run
   split=test|val         held-out cases, or the validation fold
@@ -47,6 +49,8 @@ where blocks are hidden, of tri-linear in-painting.
   baseline=...           a method without a network: the mean box of each class, placed relative to the volume, or
                          an intensity threshold with connected components; both are fitted to the training fold"""
 
+PRETRAINED = {"reconstruction": reconstruction.run, "segmentation": segmentation.run}
+
 
 def run(paths: list[str], options: dict[str, object]) -> int:
     """Tests a run folder or a baseline; returns the exit status."""
@@ -54,8 +58,12 @@ def run(paths: list[str], options: dict[str, object]) -> int:
         folder = RunFolder(Path(paths[0]))
         if said := folder.unfinished():
             print(said, file=sys.stderr)
-        if (folder.config().get("module") or {}).get("name") == "reconstruction":
-            return reconstruction.run(folder, options)
+        kind = (folder.config().get("module") or {}).get("name")
+        if kind in PRETRAINED:
+            return PRETRAINED[kind](folder, options)
+        if kind == "contrastive":
+            raise UserError(f"{folder.path} was pretrained by contrast, which has nothing to test on held-out cases; "
+                            "test a detector that starts from it")  # fmt: skip
         defaults = {"checkpoint": "last", "split": "test", "samples": 1000, "pictures": 4, "by": "", "cases": "",
                     "tile_batch": None}  # fmt: skip
         test_run(folder, **_checked(read_options(options, defaults)))

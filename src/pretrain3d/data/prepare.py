@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -199,6 +199,15 @@ def _run(job: _Job, cases: list[RawCase], workers: int) -> Iterator[tuple[str, s
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def inputs_hash(store: Path, case_ids: Iterable[str]) -> str:
+    """A short hash of the files that cases of a store were prepared from: it changes with an image and with a label."""
+    notes = [_note_path(store, case_id) for case_id in sorted(case_ids)]
+    known = [
+        [path.stem, json.loads(path.read_text(encoding="utf-8"))["hash"] if path.is_file() else ""] for path in notes
+    ]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
 def _work(job: _Job, case: RawCase) -> str | None:

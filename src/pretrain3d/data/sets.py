@@ -112,12 +112,12 @@ class DataSet:
         return LabelMap(torch.from_numpy(table[mask]), annotated)
 
     def _keep_labelled(self, labels: Labels, pool: str) -> None:
-        """Leaves out training and validation cases that could teach nothing."""
+        """Leaves out cases that could teach nothing; of the test cases silently, `test` says so."""
         cases = self.store.cases
         total = len(self.train_ids) + len(self.val_ids)
-        self.train_ids, self.val_ids = (
+        self.train_ids, self.val_ids, self.test_ids = (
             [i for i in ids if (cases[i].has_semantic if labels == "semantic" else cases[i].annotated)]
-            for ids in (self.train_ids, self.val_ids)
+            for ids in (self.train_ids, self.val_ids, self.test_ids)
         )
         what = "a semantic map" if labels == "semantic" else "an annotated class"
         if not self.train_ids or not self.val_ids:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain3d.evaluation.protocol import mean_of_present
+from pretrain3d.evaluation.statistics import SAMPLES, intervals, resample
 from pretrain3d.parallel import all_sum
+
+KEYS = ("dice", "volume_error", "trivial_dice")  # of `scores`, in its order
 
 
 class SegmentationScores:
@@ -16,18 +21,22 @@ class SegmentationScores:
 
     Args:
         classes: names of the classes of each data set.
+
+    Attributes:
+        names: of all classes, those of several sets as "<set>/<class>".
     """
 
     def __init__(self, classes: Mapping[str, Sequence[str]]) -> None:
-        self.classes = {name: list(names) for name, names in classes.items()}
-        self.first = np.cumsum([0, *map(len, self.classes.values())]).tolist()
+        several = len(classes) > 1
+        self.names = [f"{part}/{name}" if several else name for part, names in classes.items() for name in names]
+        self.first = np.cumsum([0, *map(len, classes.values())]).tolist()
         self.reset()
 
     def reset(self) -> None:
         """Forgets all cases."""
         self._sums = torch.zeros(self.first[-1], 3, 2)  # per class and score: sum and number of cases
 
-    def update(self, index: int, found: Tensor, labels: Tensor, annotated: np.ndarray) -> None:
+    def update(self, index: int, found: Tensor, labels: Tensor, annotated: np.ndarray) -> np.ndarray:
         """Adds one whole case.
 
         Args:
@@ -35,11 +44,15 @@ class SegmentationScores:
             found: (K, X, Y, Z) bool, which voxels each class of the set is said to have.
             labels: (X, Y, Z) integers, 0 = background, 1 + class.
             annotated: (K,) bool, the classes that are scored.
+
+        Returns:
+            (all classes, 3) the `scores` of the case, nan where there are none.
         """
+        of_case = torch.full(self._sums.shape[:2], torch.nan)
         for row in np.flatnonzero(annotated).tolist():
-            values = torch.tensor(scores(found[row], labels == row + 1))
-            known = ~values.isnan()
-            self._sums[self.first[index] + row] += torch.stack([values.nan_to_num(), known.float()], 1)
+            of_case[self.first[index] + row] = torch.tensor(scores(found[row], labels == row + 1))
+        self._sums += torch.stack([of_case.nan_to_num(), (~of_case.isnan()).float()], -1)
+        return of_case.numpy()
 
     def compute(self, device: torch.device | str = "cpu") -> dict[str, float]:
         """Of all processes' cases; nan where there is none.
@@ -54,10 +67,34 @@ class SegmentationScores:
         sums = all_sum(self._sums.to(device)).double().cpu()
         means = sums[..., 0] / sums[..., 1]  # (K, 3), nan without a case
         overall = means.nanmean(0)
-        values = {key: float(overall[column]) for column, key in enumerate(("dice", "volume_error", "trivial_dice"))}
-        several = len(self.classes) > 1
-        names = [f"{part}/{name}" if several else name for part, names in self.classes.items() for name in names]
-        return values | {f"dice/{name}": float(value) for name, value in zip(names, means[:, 0], strict=True)}
+        values = {key: float(overall[column]) for column, key in enumerate(KEYS)}
+        return values | {f"dice/{name}": float(value) for name, value in zip(self.names, means[:, 0], strict=True)}
+
+
+def summarise(
+    cases: Sequence[np.ndarray], names: Sequence[str], groups: Sequence[str], samples: int = SAMPLES, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """What `SegmentationScores.compute` gives of whole cases, with 95 % bootstrap intervals.
+
+    Args:
+        cases: of each its (K, 3) scores, as `SegmentationScores.update` returns them.
+        names: of the K classes.
+        groups: one name per case; cases of a group (a patient) are drawn together.
+        samples: of the bootstrap.
+        seed: of its draws.
+
+    Returns:
+        {"metrics": {key: {"value", "low", "high"}}, "per_class": {class: {key: {...}}}} of `KEYS`.
+    """
+    weights = np.vstack([np.ones(len(cases)), resample(len(cases), samples, seed, groups)])  # (1 + S, cases)
+    values = np.stack(cases).astype(float)  # (cases, K, 3)
+    known = ~np.isnan(values)
+    total, count = (np.einsum("sc,ckn->skn", weights, part) for part in (np.where(known, values, 0.0), known))
+    means = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    per_class = {
+        name: {key: means[:, row, column] for column, key in enumerate(KEYS)} for row, name in enumerate(names)
+    }
+    return intervals({key: mean_of_present([row[key] for row in per_class.values()]) for key in KEYS}, per_class)
 
 
 def scores(found: Tensor, true: Tensor) -> tuple[float, float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,14 +85,26 @@ class SegmentationModule(BaseModule):
         """One whole case of the validation fold."""
         self.check_pending()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        case_id = batch["case_id"]
-        if case_id == NO_CASE:
+        if batch["case_id"] == NO_CASE:
             return {}
+        image, labels, found, _ = self.score_case(data, batch["case_id"])
+        return {"pictures": slices(image[0], labels, found)} if batch_idx == 0 else {}
+
+    def score_case(self, data: Any, case_id: str) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
+        """Predicts a whole case and adds it to `scores`.
+
+        Args:
+            data: the `DataModule` that has the case.
+            case_id: of the case.
+
+        Returns:
+            (C, X, Y, Z) image, (X, Y, Z) labels, (K, X, Y, Z) bool where each class of its set was found, and what
+            `SegmentationScores.update` returns.
+        """
         image, _ = data.volume(case_id)
         truth, index = data.label_map(case_id), data.set_of(case_id)
         found = self.method.found(self.predict_logits(image, index, data.pad_value(case_id)))
-        self.scores.update(index, found, truth.labels, truth.annotated)
-        return {"pictures": slices(image[0], truth.labels, found)} if batch_idx == 0 else {}
+        return image, truth.labels, found, self.scores.update(index, found, truth.labels, truth.annotated)
 
     def on_validation_epoch_end(self) -> None:
         values = self.scores.compute(self.device)

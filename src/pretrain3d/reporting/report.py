@@ -22,7 +22,7 @@ from pretrain3d.reporting.tables import (
     check_paths,
     cost_table,
     describe_cases,
-    is_reconstruction,
+    kind_of,
     make_tables,
     part_tables,
 )
@@ -84,7 +84,7 @@ class Run:
     @property
     def is_detection(self) -> bool:
         if self.result is not None:
-            return not is_reconstruction(self.result)
+            return kind_of(self.result) == "detection"
         return _module(self.config) == "detection"
 
 

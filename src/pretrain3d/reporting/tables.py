@@ -21,6 +21,7 @@ RECONSTRUCTION = {
     "network": "network", "mean_predictor": "mean predictor", "inpainting_linear": "tri-linear in-painting",
     "network/mean_predictor": "network : mean", "network/inpainting_linear": "network : in-painting",
 }  # fmt: skip
+SEGMENTATION = {"dice": "Dice", "volume_error": "volume error", "trivial_dice": "Dice of everything"}
 Result = dict[str, Any]
 
 
@@ -79,11 +80,11 @@ def check_paths(paths: Sequence[str | Path]) -> None:
 def make_tables(results: Sequence[Result]) -> list[Table]:
     """Two tables (all classes together, and per class) for each set of cases that the results are of.
 
-    Numbers of different cases are not comparable, so they never share a table. Results of reconstruction come last, in
-    one table per set of cases; see `evaluation.reconstruction.summarise`.
+    Numbers of different cases are not comparable, so they never share a table. Results of pretraining come last:
+    errors of reconstruction (`evaluation.reconstruction`), Dice of segmentation (`evaluation.segmentation`).
     """
     tables = []
-    for same_cases in by_cases([result for result in results if not is_reconstruction(result)]).values():
+    for same_cases in by_cases(of_kind(results, "detection")).values():
         rows = [(name, group) for name, group in by_seed(same_cases).items()]
         about = describe_cases(same_cases[0])
         seeds = "; mean ± standard deviation over seeds" if any(len(group) > 1 for _, group in rows) else ""
@@ -92,8 +93,12 @@ def make_tables(results: Sequence[Result]) -> list[Table]:
         classes = list(dict.fromkeys(name for result in same_cases for name in result["per_class"]))
         body = [[name, *(_cell([_of_class(r, one) for r in group]) for one in classes)] for name, group in rows]
         tables.append(Table(f"{CLASS_KEY} per class, {about}", ["run", *classes], body))
-    reconstructed = by_cases([result for result in results if is_reconstruction(result)])
-    return tables + [_reconstruction_table(same_cases) for same_cases in reconstructed.values()]
+    tables += [
+        _reconstruction_table(same_cases) for same_cases in by_cases(of_kind(results, "reconstruction")).values()
+    ]
+    for same_cases in by_cases(of_kind(results, "segmentation")).values():
+        tables += _segmentation_tables(same_cases)
+    return tables
 
 
 def part_tables(results: Sequence[Result]) -> list[Table]:
@@ -102,7 +107,7 @@ def part_tables(results: Sequence[Result]) -> list[Table]:
     A run that was not measured in a part has a dash there.
     """
     tables = []
-    for same_cases in by_cases([result for result in results if not is_reconstruction(result)]).values():
+    for same_cases in by_cases(of_kind(results, "detection")).values():
         rows = by_seed(same_cases).items()
         for title in dict.fromkeys(title for result in same_cases for title in _parts(result)):
             of_title = [_parts(result).get(title, {}) for result in same_cases]
@@ -126,9 +131,14 @@ def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table | None:
     return Table("training", ["run", *columns], body) if rows else None
 
 
-def is_reconstruction(result: Result) -> bool:
-    """Whether a result is of a pretraining by reconstruction, not of a detector."""
-    return "network" in result["metrics"]
+def kind_of(result: Result) -> str:
+    """``"detection"``, or what a pretraining was tested on: ``"reconstruction"`` or ``"segmentation"``."""
+    return {"network": "reconstruction", "dice": "segmentation"}.get(next(iter(result["metrics"]), ""), "detection")
+
+
+def of_kind(results: Sequence[Result], kind: str) -> list[Result]:
+    """Those of a `kind_of`."""
+    return [result for result in results if kind_of(result) == kind]
 
 
 def _reconstruction_table(same_cases: Sequence[Result]) -> Table:
@@ -139,6 +149,17 @@ def _reconstruction_table(same_cases: Sequence[Result]) -> Table:
         rows.append([name, str(asked.get("measure", "–")), str(asked.get("patches", "–")), *cells])
     title = f"reconstruction, held-out patches: {describe_cases(same_cases[0])}, 95 % intervals over patients"
     return Table(title, ["run", "error", "patches per case", *RECONSTRUCTION.values()], rows)
+
+
+def _segmentation_tables(same_cases: Sequence[Result]) -> list[Table]:
+    rows = by_seed(same_cases).items()
+    about = describe_cases(same_cases[0])
+    body = [[name, *(_cell([result["metrics"].get(key) for result in group]) for key in SEGMENTATION)]
+            for name, group in rows]  # fmt: skip
+    overall = Table(f"segmentation: {about}, 95 % intervals over patients", ["run", *SEGMENTATION.values()], body)
+    classes = list(dict.fromkeys(name for result in same_cases for name in result["per_class"]))
+    body = [[name, *(_cell([_of_class(r, one, "dice") for r in group]) for one in classes)] for name, group in rows]
+    return [overall, Table(f"Dice per class, {about}", ["run", *classes], body)]
 
 
 def by_cases(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -191,8 +212,8 @@ def _seedless(value: Any, seed: int) -> Any:
     return re.sub(rf"-s{seed}(?!\d)", "-s*", value) if isinstance(value, str) else value
 
 
-def _of_class(result: Result, name: str) -> dict[str, Any] | None:
-    return (result["per_class"].get(name) or {}).get(CLASS_KEY)
+def _of_class(result: Result, name: str, key: str = CLASS_KEY) -> dict[str, Any] | None:
+    return (result["per_class"].get(name) or {}).get(key)
 
 
 def _parts(result: Result) -> dict[str, Any]:
