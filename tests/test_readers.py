@@ -182,17 +182,53 @@ def test_an_organ_without_name_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ({"labels": {"1": "a"}}, "labels must be"),
-        ({"labels": ["a"]}, "labels must be"),
-        ({"modalities": {"0": "CT", "2": "CT"}}, "modalities must be"),
-        ({"organs": {"0": "background"}}, "organs must be"),
+        ({"labels": {"1": "a"}}, r"dataset\.json: labels must name every number from 0 on"),
+        ({"labels": ["a"]}, "labels must name every number from 0 on"),
+        ({"labels": {}}, "labels must name every number from 0 on"),
+        ({"labels": {"0": "a", "1": "a"}}, "labels holds 'a' twice"),
+        ({"labels": {"0": None}}, "labels must hold names, got None"),
+        ({"modalities": {"0": "CT", "2": "CT"}}, "modalities must name every number from 0 on"),
+        ({"modalities": {}}, "modalities must name every number from 0 on"),
+        ({"organs": {"0": "background"}}, "organs must name every number from 1 on"),
+        ({"organs": {"1": "liver", "2": "liver"}}, "organs holds 'liver' twice"),
         ({"mirror_classes": {"nodule": "other"}}, "mirror_classes must map names among"),
+        ({"mirror_classes": {"nodule": ["lesion"]}}, "mirror_classes must map names among"),
+        ({"groups": ["a"]}, "groups must be"),
+        ({"groups": {"a": None}}, "groups of case 'a' must be a patient's name, got None"),
+        ({"name": ["a"]}, "name must be a text"),
+        ({"licence": 3}, "licence must be a text, got 3"),
     ],
 )
 def test_a_wrong_description_is_refused(tmp_path, content, text):
     write_dataset(tmp_path, **content)
     with pytest.raises(UserError, match=text):
         NnDetection(tmp_path)
+
+
+def test_a_misspelled_case_of_a_group_is_refused(tmp_path):
+    full_dataset(tmp_path)
+    description = json.loads((tmp_path / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps({**description, "groups": {"A": "p"}}))
+    with pytest.raises(UserError, match="groups names 'A', which is no case; there is 'a', for one"):
+        NnDetection(tmp_path).cases()
+
+
+@pytest.mark.parametrize("instances", [[0], None, {"1": 0.7}, {"1": True}, {"1": "nodule"}, {"1": -1}, {"one": 0}])
+def test_instances_that_are_no_classes_by_number_are_refused(tmp_path, instances):
+    full_dataset(tmp_path)
+    (tmp_path / "labelsTr/a.json").write_text(json.dumps({"instances": instances}))
+    reader = NnDetection(tmp_path)
+    with pytest.raises(UserError, match=r'labelsTr/a.json: expected \{"instances": \{"1": 0, ...\}\}, got'):
+        reader.read(by_id(reader)["a"])
+
+
+@pytest.mark.parametrize("folder", ["labelsTr", "labelsTs", "labels"])
+def test_plain_images_refuse_labels(tmp_path, folder):
+    save(tmp_path / "imagesTr" / "a.nii.gz", np.zeros((4, 4, 4), np.int16), np.eye(4))
+    assert len(Images(tmp_path).cases()) == 1
+    save(tmp_path / folder / "a.nii.gz", np.zeros((4, 4, 4), np.uint8), np.eye(4))
+    with pytest.raises(UserError, match=f"a.nii.gz: {folder} holds labels, no images"):
+        Images(tmp_path).cases()
 
 
 def test_a_folder_without_data_says_what_is_expected(tmp_path):
@@ -466,7 +502,8 @@ def test_what_nobody_looked_at_is_annotated_nowhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "text"),
     [
-        ({"background": 0, "whole": [1, 2]}, "regions of several values"),
+        ({"background": 0, "whole": [1, 2]}, r"dataset\.json: labels has regions of several values"),
+        ({"background": 0}, "labels must name every number from 1 on"),
         ({"background": 0, "liver": 2}, "labels must name every number from 1 on"),
         (["liver"], "labels must name every number from 1 on"),
     ],
@@ -474,3 +511,19 @@ def test_what_nobody_looked_at_is_annotated_nowhere(tmp_path: Path) -> None:
 def test_labels_of_nnunet_that_cannot_be_read(tmp_path: Path, labels: Any, text: str) -> None:
     with pytest.raises(UserError, match=text):
         NnUNet(nnunet_folder(tmp_path, {"channel_names": CHANNELS, "labels": labels}))
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"annotated": ["a"]}, r"annotated must be \{case: \[names of labels\], ...\}, got \['a'\]"),
+        ({"annotated": {"a": "liver"}}, "annotated must be"),
+        ({"annotated": {"a": ["lung"]}}, "annotated of a has 'lung', which is no label"),
+        ({"annotated": {"x": ["liver"]}}, "annotated names 'x', which is no case; there is 'a', for one"),
+        ({"groups": {"x": "p"}}, "groups names 'x', which is no case"),
+    ],
+)
+def test_keys_of_nnunet_that_cannot_be_read(tmp_path: Path, more: dict[str, Any], text: str) -> None:
+    description = {"channel_names": CHANNELS, "labels": {"background": 0, "liver": 1, "tumour": 2}, **more}
+    with pytest.raises(UserError, match=text):
+        NnUNet(nnunet_folder(tmp_path, description)).cases()

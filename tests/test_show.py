@@ -42,6 +42,12 @@ def test_raw_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
+def test_a_data_set_with_a_mistake_is_no_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / "a.nii.gz")
+    (tmp_path / "dataset.json").write_text('{"labels": {"0": "nodule"}, "modalities": []}')
+    assert "dataset.json: modalities must name every number from 0 on, got []" in mistake(capsys, tmp_path)
+
+
 def test_a_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = tiny_store(tmp_path / "store")
     lines = shown(capsys, store.path)

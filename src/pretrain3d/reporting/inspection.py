@@ -56,6 +56,8 @@ def _raw(path: Path) -> list[str]:
 
     reasons = []
     for name in READERS:
+        if name == "images" and (path / "dataset.json").is_file():
+            continue  # any folder of images would do for it, and a data set with a mistake is none
         try:
             reader = resolve(READERS, name, "reader")(path)
             cases = reader.cases()
@@ -269,9 +271,10 @@ def _result(path: Path) -> list[str]:
     rows: Rows = [
         *[(key, _interval(entry)) for key, entry in result["metrics"].items() if key in _HEADLINE],
         *[
-            (f"mAP of {name}", _interval(keys["mAP"]))
+            (f"{key} of {name}", _interval(keys[key]))
             for name, keys in result["per_class"].items()
-            if "mAP" in (keys or {})
+            for key in ("mAP", "dice")
+            if key in (keys or {})
         ],
         ("cases", f"{len(result['cases'])}, of {data.get('name', 'unknown data')}, hash {data.get('hash', 'unknown')}"),
         ("backbone", " ".join(f"{key} {value}" for key, value in backbone.items())),
@@ -282,7 +285,10 @@ def _result(path: Path) -> list[str]:
     return _lines(f"{path}: result of {result['run']}", rows)
 
 
-_HEADLINE = ("mAP", "AP@0.10", "AP@0.50", "FROC@0.10", "FROC@0.50", "network", "mean_predictor", "inpainting_linear")
+_HEADLINE = (
+    "mAP", "AP@0.10", "AP@0.50", "FROC@0.10", "FROC@0.50", "network", "mean_predictor", "inpainting_linear", "dice",
+    "volume_error", "trivial_dice",
+)  # fmt: skip
 
 
 def _interval(entry: Mapping[str, Any]) -> str:

@@ -11,6 +11,8 @@ from pretrain3d.config import UserError
 from pretrain3d.data.readers import nifti
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
 
+LABELS = ("labels", "labelsTr", "labelsTs")  # folders of masks in the layouts that people have at hand
+
 
 class Images(Reader):
     """Every NIfTI file below a folder is a case of one channel; all are in the split "pretrain".
@@ -39,6 +41,10 @@ class Images(Reader):
         paths = nifti.files_in(self.folder, "**/*")
         if not paths:
             raise UserError(f"{self.folder}: no .nii or .nii.gz file in it")
+        for path in paths:
+            if held := set(LABELS) & set(path.relative_to(self.folder).parts[:-1]):
+                raise UserError(f"{path}: {held.pop()} holds labels, no images; give the images' own folder, or "
+                                "take reader=nndetection or nnunet")  # fmt: skip
         cases = []
         for path in paths:
             case_id = "-".join((*path.relative_to(self.folder).parts[:-1], nifti.stem(path)))

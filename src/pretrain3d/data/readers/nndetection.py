@@ -12,7 +12,6 @@ keys ``"groups": {case: patient}``, ``"mirror_classes": {class: class}`` and ``"
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,15 @@ import numpy as np
 from pretrain3d.config import UserError
 from pretrain3d.data.readers import nifti
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader, check_all_used
+from pretrain3d.data.readers.description import (
+    check_known,
+    classes_by_number,
+    groups_of,
+    mirror_pairs,
+    names_by_number,
+    read_json,
+    text_of,
+)
 from pretrain3d.geometry import boxes_of_instances
 
 FOLDERS = {"train": "Tr", "test": "Ts", "pretrain": "Un"}
@@ -41,13 +49,14 @@ class NnDetection(Reader):
         self.root = folder / "raw_splitted" if (folder / "raw_splitted").is_dir() else folder
         self.file = _description_file(folder)
         description = read_json(self.file)
-        self.name = str(description.get("name") or description.get("task") or folder.resolve().name)
-        self.classes = _names(description, "labels", 0)
-        self.modality = _names(description, "modalities", 0)
-        self.semantic_classes = _names(description, "organs", 1) if "organs" in description else []
-        self.mirror_classes = mirror_pairs(description.get("mirror_classes", {}), self.classes)
-        self.licence = str(description.get("licence", description.get("license", "")))
-        self.groups: dict[str, str] = description.get("groups", {})
+        self.name = text_of(self.file, description, ("name", "task"), folder.resolve().name)
+        self.classes = classes_by_number(self.file, "labels", description.get("labels"), 0)
+        self.modality = names_by_number(self.file, "modalities", description.get("modalities"), 0)
+        organs = description.get("organs")
+        self.semantic_classes = [] if organs is None else classes_by_number(self.file, "organs", organs, 1)
+        self.mirror_classes = mirror_pairs(self.file, description.get("mirror_classes", {}), self.classes)
+        self.licence = text_of(self.file, description, ("licence", "license"), "")
+        self.groups = groups_of(self.file, description)
 
     def cases(self) -> list[RawCase]:
         """Training, test and unlabelled cases, by name."""
@@ -55,7 +64,7 @@ class NnDetection(Reader):
         for split, ending in FOLDERS.items():
             for first in nifti.files_in(self.root / f"images{ending}", "*_0000.nii*"):
                 case_id = nifti.stem(first).removesuffix("_0000")
-                cases.append(RawCase(case_id, split, str(self.groups.get(case_id, case_id)), self._files(first, split)))
+                cases.append(RawCase(case_id, split, self.groups.get(case_id, case_id), self._files(first, split)))
         folders = [self.root / f"{kind}{end}" for kind in ("images", "labels", "organs") for end in FOLDERS.values()]
         organs = ", organs with organs in dataset.json" if not self.semantic_classes else ""
         check_all_used(
@@ -64,6 +73,7 @@ class NnDetection(Reader):
         )  # fmt: skip
         if not cases:
             raise UserError(f"{self.root}: no image imagesTr/<case>_0000.nii.gz, imagesTs/... or imagesUn/...")
+        check_known(self.file, "groups", self.groups, (case.id for case in cases))
         return sorted(cases, key=lambda case: case.id)
 
     def _files(self, first: Path, split: str) -> tuple[Path, ...]:
@@ -102,10 +112,10 @@ class NnDetection(Reader):
 
     def _labels(self, path: Path, mask: np.ndarray, mask_path: Path) -> dict[int, int]:
         instances: Any = read_json(path).get("instances")
-        try:
-            labels = {int(key): int(value) for key, value in instances.items()}
-        except (AttributeError, TypeError, ValueError):
-            raise UserError(f'{path}: expected {{"instances": {{"1": 0, ...}}}}, got {instances!r}') from None
+        pairs = instances.items() if isinstance(instances, dict) else [("", instances)]
+        if not all(str(key).isdigit() and type(value) in (int, str) and str(value).isdigit() for key, value in pairs):
+            raise UserError(f'{path}: expected {{"instances": {{"1": 0, ...}}}}, got {instances!r}')
+        labels = {int(key): int(value) for key, value in pairs}
         found = set(boxes_of_instances(mask)[0].tolist())
         if found != labels.keys():
             only_mask, only_json = sorted(found - labels.keys()), sorted(labels.keys() - found)
@@ -124,35 +134,3 @@ def _description_file(folder: Path) -> Path:
         if path.is_file():
             return path
     raise UserError(f"{folder}: no dataset.json; reader=nndetection needs it (for plain images: reader=images)")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _names(description: dict[str, Any], key: str, first: int) -> list[str]:
-    """The names under consecutive keys from ``first``."""
-    names: Any = description.get(key)
-    expected = [str(first + index) for index in range(len(names))] if isinstance(names, dict) else None
-    if expected is None or sorted(names, key=str) != sorted(expected):
-        raise UserError(f'dataset.json: {key} must be {{"{first}": name, "{first + 1}": name, ...}}, got {names!r}')
-    return [str(names[index]) for index in expected]
-
-
-def mirror_pairs(pairs: Any, classes: list[str]) -> dict[str, str]:
-    """Symmetric, and only names of classes. Raises UserError otherwise."""
-    if not isinstance(pairs, dict) or not {*pairs, *pairs.values()} <= set(classes):
-        raise UserError(f"dataset.json: mirror_classes must map names among {classes}, got {pairs!r}")
-    both = {**pairs, **{b: a for a, b in pairs.items()}}
-    if any(both[both[name]] != name for name in both):
-        raise UserError(f"dataset.json: mirror_classes must be pairs, got {pairs!r}")
-    return both

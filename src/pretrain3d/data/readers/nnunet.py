@@ -20,7 +20,15 @@ import numpy as np
 from pretrain3d.config import UserError
 from pretrain3d.data.readers import nifti
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader, check_all_used
-from pretrain3d.data.readers.nndetection import mirror_pairs, read_json
+from pretrain3d.data.readers.description import (
+    check_known,
+    classes_by_number,
+    groups_of,
+    mirror_pairs,
+    names_by_number,
+    read_json,
+    text_of,
+)
 
 IGNORE = "ignore"  # nnU-Net's name of voxels that nobody looked at: a class that is annotated nowhere
 
@@ -39,15 +47,16 @@ class NnUNet(Reader):
         self.folder = Path(folder)
         self.file = self.folder / "dataset.json"
         description = read_json(self.file)
-        self.name = str(description.get("name") or self.folder.resolve().name)
+        self.name = text_of(self.file, description, ("name",), self.folder.resolve().name)
         self.classes: list[str] = []
         channels: Any = description.get("channel_names", description.get("modality"))
-        self.modality = _by_number(self.file, "channel_names", channels, 0)
-        self.semantic_classes = _by_number(self.file, "labels", _without_background(description.get("labels")), 1)
-        self.mirror_classes = mirror_pairs(description.get("mirror_classes", {}), self.semantic_classes)
-        self.licence = str(description.get("licence", description.get("license", "")))
-        self.groups: dict[str, str] = description.get("groups", {})
-        self.annotated: dict[str, list[str]] = description.get("annotated", {})
+        self.modality = names_by_number(self.file, "channel_names", channels, 0)
+        labels = _without_background(self.file, description.get("labels"))
+        self.semantic_classes = classes_by_number(self.file, "labels", labels, 1)
+        self.mirror_classes = mirror_pairs(self.file, description.get("mirror_classes", {}), self.semantic_classes)
+        self.licence = text_of(self.file, description, ("licence", "license"), "")
+        self.groups = groups_of(self.file, description)
+        self.annotated = self._annotations(description.get("annotated", {}))
 
     def cases(self) -> list[RawCase]:
         """Training and test cases, by name."""
@@ -60,7 +69,7 @@ class NnUNet(Reader):
                 labels = self.folder / f"labels{ending}" / f"{case_id}{suffix}"
                 if split == "train" or labels.is_file():
                     files.append(labels)
-                cases.append(RawCase(case_id, split, str(self.groups.get(case_id, case_id)), tuple(files)))
+                cases.append(RawCase(case_id, split, self.groups.get(case_id, case_id), tuple(files)))
         check_all_used(
             [self.folder / f"{kind}{ending}" for kind in ("images", "labels") for ending in ("Tr", "Ts")], cases,
             f"images <case>_0000 to _{len(self.modality) - 1:04d} (channel_names of dataset.json), and label maps "
@@ -68,6 +77,8 @@ class NnUNet(Reader):
         )  # fmt: skip
         if not cases:
             raise UserError(f"{self.folder}: no image imagesTr/<case>_0000.nii.gz or imagesTs/<case>_0000.nii.gz")
+        for key, named in (("groups", self.groups), ("annotated", self.annotated)):
+            check_known(self.file, key, named, (case.id for case in cases))
         return sorted(cases, key=lambda case: case.id)
 
     def read(self, case: RawCase) -> RawVolume:
@@ -85,33 +96,25 @@ class NnUNet(Reader):
         semantic = nifti.read_mask(rest[0], first)
         if semantic.max() > len(self.semantic_classes):
             raise UserError(f"{rest[0]}: label {semantic.max()} has no name in {self.file}")
-        annotated = self._annotated(case.id)
+        names = self.annotated.get(case.id, self.semantic_classes)
+        annotated = tuple(label for label, name in enumerate(self.semantic_classes) if name in names and name != IGNORE)
         return RawVolume(np.stack(channels), affine, semantic=semantic, semantic_annotated=annotated)
 
-    def _annotated(self, case_id: str) -> tuple[int, ...]:
-        names = self.annotated.get(case_id, self.semantic_classes)
-        unknown = [name for name in names if name not in self.semantic_classes]
-        if unknown:
-            raise UserError(f"{self.file}: annotated of {case_id} has {unknown[0]!r}, which is no label")
-        return tuple(label for label, name in enumerate(self.semantic_classes) if name in names and name != IGNORE)
+    def _annotations(self, annotated: Any) -> dict[str, list[str]]:
+        if not isinstance(annotated, dict) or not all(isinstance(names, list) for names in annotated.values()):
+            raise UserError(f"{self.file}: annotated must be {{case: [names of labels], ...}}, got {annotated!r}")
+        for case_id, names in annotated.items():
+            if unknown := [name for name in names if name not in self.semantic_classes]:
+                raise UserError(f"{self.file}: annotated of {case_id} has {unknown[0]!r}, which is no label")
+        return annotated
 
 
-def _without_background(labels: Any) -> Any:
-    """Labels of either version as {"1": name, ...}; what is neither stays as it is and is refused by `_by_number`."""
+def _without_background(file: Path, labels: Any) -> Any:
+    """Labels of either version as {"1": name, ...}; what is neither stays as it is, to be refused for what it is."""
     if not isinstance(labels, dict):
         return labels
     if "background" in labels:
         if any(isinstance(value, list) for value in labels.values()):
-            raise UserError(
-                f"dataset.json: labels has regions of several values ({labels}); one value per name is read"
-            )
+            raise UserError(f"{file}: labels has regions of several values ({labels}); one value per name is read")
         return {str(value): name for name, value in labels.items() if name != "background"}
     return {key: name for key, name in labels.items() if key != "0"}
-
-
-def _by_number(file: Path, key: str, names: Any, first: int) -> list[str]:
-    """The names under consecutive numbers from ``first``."""
-    expected = [str(first + index) for index in range(len(names))] if isinstance(names, dict) else []
-    if not expected or set(names) != set(expected):
-        raise UserError(f"{file}: {key} must name every number from {first} on, got {names!r}")
-    return [str(names[number]) for number in expected]
