@@ -68,6 +68,23 @@ def test_test_and_table(runs: Path, phantom_store: Path) -> None:
     assert json.loads(scores.read_text())["mAP"] == pytest.approx(result["metrics"]["mAP"]["value"], abs=1e-9)
 
 
+def test_what_predict_cannot_use_is_said_before_it_predicts(
+    runs: Path, phantom_raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = str(min((phantom_raw / "imagesTs").glob("*_0000.nii.gz")))
+    (tmp_path / "text.ckpt").write_text("text")
+    for weights, message in (
+        (runs / "mae.pt", "mae.pt is a file of `pretrain3d export`, a backbone alone; a checkpoint of `fit` is needed"),
+        (runs / "mae", "holds a reconstruction module; a detection module is needed; `fit` with transfer.path= trains"),
+        (tmp_path / "text.ckpt", "cannot be read as a file of torch.save: it is of another kind, or was cut short"),
+    ):
+        assert main(["predict", str(weights), image, f"out={tmp_path / 'out'}"]) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr("pretrain3d.api.Detector.predict", lambda *args, **kwargs: pytest.fail("it predicts"))
+    assert main(["predict", str(runs / "det"), image, "out=/proc/out"]) == 2  # where nobody can write
+    assert capsys.readouterr().err.startswith("pretrain3d: error: /proc/out: ")
+
+
 def test_predict_needs_one_file_and_a_nifti(runs: Path, phantom_raw: Path) -> None:
     image = sorted((phantom_raw / "imagesTs").glob("*_0000.nii.gz"))[0]
     out = runs / "predicted"

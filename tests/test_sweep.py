@@ -270,7 +270,7 @@ def test_a_run_is_swept_once(run: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_broken_files_of_a_run_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "checkpoints" / "last.ckpt").write_bytes(b"abc")
     assert main(["test", str(run), "pictures=0"]) == 2
-    assert "last.ckpt cannot be read as a checkpoint: " in capsys.readouterr().err
+    assert "last.ckpt cannot be read as a file of torch.save: " in capsys.readouterr().err
     (run / "state.json").write_text("{")
     assert main(["test", str(run), "pictures=0"]) == 2
     assert "state.json is not a JSON file" in capsys.readouterr().err

@@ -128,7 +128,7 @@ def test_damaged_and_foreign_files_are_named(backbone, file, tmp_path):
     whole = file.read_bytes()
     for broken in (b"", whole[: len(whole) // 2], b"no such thing"):
         (tmp_path / "broken.pt").write_bytes(broken)
-        with pytest.raises(UserError, match=r"broken\.pt cannot be read as a backbone file"):
+        with pytest.raises(UserError, match=r"broken\.pt cannot be read as a file of torch\.save"):
             load_export(tmp_path / "broken.pt")
     flipped = bytearray(whole)
     flipped[whole.index(load_export(file)["weights"]["stem.conv.weight"].numpy().tobytes())] ^= 1
@@ -136,7 +136,7 @@ def test_damaged_and_foreign_files_are_named(backbone, file, tmp_path):
     with pytest.raises(UserError, match=r"flipped\.pt is damaged: fingerprint \w+ instead of \w+"):
         load_export(tmp_path / "flipped.pt")
     torch.save({"when": datetime.date(2024, 1, 1)}, tmp_path / "code.pt")  # would have to import something
-    with pytest.raises(UserError, match=r"code\.pt cannot be read"):
+    with pytest.raises(UserError, match=r"code\.pt is refused: reading it would run code .*\(datetime\.date\)"):
         load_export(tmp_path / "code.pt")
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"other\.pt is not a file of `pretrain3d export` \(it holds state_dict\)"):
@@ -249,7 +249,10 @@ def test_export_names_the_mistake(run_folder, tmp_path, capsys):
         ([], "takes one run folder, got 0"),
         ([str(run_folder)], "missing out=VALUE"),
         ([str(run_folder), f"out={tmp_path}"], "is a folder"),
-        ([str(run_folder), f"out={tmp_path / 'notes.txt'}"], "notes.txt cannot be read as a backbone file"),
+        (
+            [str(run_folder), f"out={tmp_path / 'notes.txt'}"],
+            "notes.txt cannot be read as a file of torch.save: it is of another kind",
+        ),
         ([str(tmp_path / "none"), f"out={tmp_path / 'a.pt'}"], "holds no checkpoints/last.ckpt"),
         ([str(run_folder), f"out={tmp_path / 'a.pt'}", "checkpoint=first"], "last or best"),
         ([str(run_folder), f"out={tmp_path / 'a.pt'}", "chekpoint=best"], "did you mean 'checkpoint'"),

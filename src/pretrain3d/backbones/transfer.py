@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pretrain3d.backbones import BACKBONES
 from pretrain3d.backbones.checkpoints.hub import local
+from pretrain3d.backbones.torchfile import read_torch
 from pretrain3d.config import UserError, suggestion
 from pretrain3d.files import replacing
 from pretrain3d.registry import build
@@ -131,11 +132,7 @@ def load_export(path: str | PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path} is a folder; `pretrain3d export RUN out=FILE` writes the file of a run")
     if not file.is_file():
         raise UserError(f"{path}: no such file; `pretrain3d export RUN out={path}` writes one")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file makes the unpickler raise has no common class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be read as a backbone file: {reason}") from error
+    content = read_torch(file, str(path))
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         keys = f"it holds {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else "it is no table"
         hint = f"; `pretrain3d import {path} out=FILE` may read it" if isinstance(content, dict) else ""

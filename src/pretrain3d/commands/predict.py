@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain3d.config import UserError
+from pretrain3d.files import check_writable
 from pretrain3d.options import REQUIRED, output_folder, read_options
 from pretrain3d.registry import check_name, resolve
 
@@ -82,6 +83,7 @@ def predict(
         raise UserError(f"format=luna16 is for one class, this detector has {', '.join(detector.classes)}")
     cases = image_files(images, len(detector.modality), out)
     series = series_of(cases) if "luna16" in formats else {}
+    check_writable(out)
     found: dict[str, Found] = {}
     failed: list[str] = []
     for case, files in tqdm(cases.items(), desc="predict", unit="case"):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from pretrain3d.backbones import BACKBONES
+from pretrain3d.backbones.torchfile import read_torch
+from pretrain3d.backbones.transfer import FORMAT
 from pretrain3d.config import UserError
 from pretrain3d.files import replacing
 from pretrain3d.modules import MODULES
@@ -23,11 +25,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch says of a file that is none of its own has no common class
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    checkpoint = read_torch(Path(path))
+    if isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT:
+        raise UserError(f"{path} is a file of `pretrain3d export`, a backbone alone; a checkpoint of `fit` is needed")
     if not isinstance(checkpoint, dict) or NOTE not in checkpoint:
         raise UserError(f"{path} is not a checkpoint of pretrain3d: it has no {NOTE!r} entry")
     return checkpoint
@@ -59,7 +59,8 @@ def load_module(path: Path, kind: str, device: str | torch.device = "cpu") -> Ba
     checkpoint = read_checkpoint(path)
     note = checkpoint[NOTE]
     if note["kind"] != kind:
-        raise UserError(f"{path} holds a {note['kind']} module; a {kind} module is needed")
+        hint = "; `fit` with transfer.path= trains a detector from its export" if kind == "detection" else ""
+        raise UserError(f"{path} holds a {note['kind']} module; a {kind} module is needed{hint}")
     backbone = build(BACKBONES, note["backbone"], "backbone")
     given: dict[str, Any] = {
         "backbone": backbone,

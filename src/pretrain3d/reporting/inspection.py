@@ -189,13 +189,9 @@ def _last_metrics(path: Path) -> Rows:
 
 
 def _weights(path: Path) -> list[str]:
-    import torch
+    from pretrain3d.backbones.torchfile import read_torch
 
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever a foreign or damaged archive makes torch raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be read as a file of torch.save: {reason}") from error
+    content = read_torch(path, mmap=True)
     if isinstance(content, dict) and "weights" in content and "backbone" in content:
         return _export(path)
     if isinstance(content, dict) and "nnssl_adaptation_plan" in content:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from pretrain3d.backbones.checkpoints import FORMATS
 from pretrain3d.backbones.checkpoints.axes import permuted
 from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes, shown
 from pretrain3d.backbones.checkpoints.hub import local, name_of
+from pretrain3d.backbones.torchfile import read_torch
 from pretrain3d.backbones.transfer import FORMAT, check_names, meta_backbone
 from pretrain3d.config import UserError
 
@@ -33,18 +31,7 @@ def read_foreign(path: str | Path) -> dict[str, Any]:
     file = local(path)
     if not file.is_file():
         raise UserError(f"{path}: no such file")
-    try:
-        with torch.serialization.safe_globals(_numbers()):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged or foreign file makes the unpickler raise has no common class
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if code:
-            raise UserError(
-                f"{path} is refused: reading it would run code that it names ({code[1]}); save its tensors and plain "
-                "values alone, where you trust it"
-            ) from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be read as a file of torch.save: {reason}") from error
+    content = read_torch(file, str(path))
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a table of weights")
     return content
@@ -97,10 +84,3 @@ def _recognised(content: Mapping[str, Any], path: str) -> str:
             return name
     held = ", ".join(map(str, list(content)[:5]))
     raise UserError(f"{path} is of no known format ({', '.join(FORMATS)}); it holds {held}")
-
-
-def _numbers() -> list[Any]:
-    """What the unpickler needs for single numbers of numpy, under the names of numpy 1 and 2."""
-    scalar = np.float64(0).__reduce__()[0]
-    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
-    return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype, *kinds]
