@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,10 +67,13 @@ def test_a_file_and_an_array_give_the_same(folder: Path, image: np.ndarray) -> N
     assert picture is not None and picture.shape == (1, *found.frame.cached_shape)
 
 
-def test_neither_the_tile_batch_nor_the_number_of_equal_folds_changes_anything(folder: Path, image: np.ndarray) -> None:
+def test_neither_the_tile_batch_nor_the_number_of_equal_folds_changes_anything(
+    folder: Path, image: np.ndarray, tmp_path: Path
+) -> None:
     once = Detector(folder / "one.ckpt").predict(image, AFFINE, threshold=0.0)
     assert same(once, Detector(folder / "one.ckpt", tile_batch=1).predict(image, AFFINE, threshold=0.0))
-    thrice = Detector(*[folder / "one.ckpt"] * 3).predict(image, AFFINE, threshold=0.0)
+    equal = [shutil.copy(folder / "one.ckpt", tmp_path / f"fold{number}.ckpt") for number in range(3)]
+    thrice = Detector(*equal).predict(image, AFFINE, threshold=0.0)
     assert same(once, thrice, atol=1e-4)
     both = Detector(folder / "one.ckpt", folder / "other.ckpt").predict(image, AFFINE, threshold=0.0)
     assert len(both) and not same(once, both)
@@ -114,6 +119,66 @@ def test_what_a_sweep_stored_is_used(folder: Path, image: np.ndarray, tmp_path: 
     assert len(found) == (detector.predict(image, AFFINE, threshold=0.0).scores >= 0.4).sum()
     with pytest.raises(UserError, match=r"one\.ckpt merges with .*`pretrain3d sweep RUN RUN \.\.\.` makes them one"):
         Detector(checkpoint, folder / "one.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "gpu"}, "device is 'gpu'; expected cpu, cuda or cuda:0"),
+        ({"device": "mps"}, "device is 'mps'; expected cpu, cuda or cuda:0"),
+        ({"device": "cuda:99"}, "device is 'cuda:99', but there is (no|only [0-9]+) GPU here"),
+        ({"overlap": 1.0}, r"overlap is 1\.0; expected a number from 0"),
+        ({"overlap": "0.5"}, r"overlap is '0\.5'; expected a number from 0"),
+        ({"mirror_axes": [0, 0]}, r"mirror_axes is \[0, 0\]; expected a list of some of 0, 1, 2"),
+        ({"mirror_axes": [True]}, "mirror_axes is "),
+        ({"tile_batch": 0}, "tile_batch is 0; expected a whole number from 1 on"),
+    ],
+)
+def test_mistakes_of_a_detector(folder: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Detector(folder / "one.ckpt", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda image: (image[:0], AFFINE), r"an image is numbers \(X, Y, Z\) or \(C, X, Y, Z\), got int16 \(0, "),
+        (lambda image: (image.astype(complex), AFFINE), "an image is numbers"),
+        (lambda image: (image * 1e300, AFFINE), "image: values from .* which float32 does not hold"),
+        (lambda image: (np.where(image > 0, np.nan, image), AFFINE), "image: .* voxels are NaN or infinite"),
+        (lambda image: (image, "x"), "affine is 'x'; expected"),
+        (
+            lambda image: (image, AFFINE * 2),
+            "the affine is no invertible 4 x 4 matrix of finite numbers above 0, 0, 0, 1",
+        ),
+        (lambda image: (image, AFFINE[:3, :3]), "the affine is no invertible 4 x 4 matrix"),
+        (lambda image: (torch.from_numpy(image), AFFINE), "a file, a list of files .* or a numpy array, got a Tensor"),
+        (lambda image: (None, None), "a file, a list of files .* or a numpy array, got a NoneType"),
+        (lambda image: ([image], AFFINE), "a file, a list of files .* or a numpy array, got a ndarray"),
+        (lambda image: ("scan.nii.gz", AFFINE), "affine goes with an array; a file has its own"),
+    ],
+)
+def test_mistakes_of_an_image(folder: Path, image: np.ndarray, change: Any, message: str) -> None:
+    changed, affine = change(image)
+    with pytest.raises(UserError, match=message):
+        Detector(folder / "one.ckpt").predict(changed, affine)
+
+
+@pytest.mark.parametrize("threshold", [None, True, float("nan"), 2, "high", [0.5]])
+def test_a_threshold_that_is_no_score(folder: Path, image: np.ndarray, threshold: Any) -> None:
+    with pytest.raises(UserError, match=r"threshold is .*; expected a score from 0 to 1, or operating"):
+        Detector(folder / "one.ckpt").predict(image, AFFINE, threshold=threshold)
+
+
+def test_a_run_folder_stands_for_its_last_checkpoint(folder: Path, image: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"holds no checkpoints/last\.ckpt; is it the folder of a run\?"):
+        Detector(tmp_path)
+    shutil.copy(folder / "one.ckpt", tmp_path / "checkpoints" / "last.ckpt")
+    found, expected = (Detector(path).predict(image, AFFINE) for path in (tmp_path, folder / "one.ckpt"))
+    assert np.array_equal(found.boxes, expected.boxes) and np.array_equal(found.scores, expected.scores)
+    with pytest.raises(UserError, match="is given twice"):
+        Detector(tmp_path, tmp_path / "checkpoints" / "last.ckpt")
 
 
 def test_what_does_not_fit_is_named(folder: Path, image: np.ndarray, tmp_path: Path) -> None:

@@ -55,6 +55,13 @@ def test_pools_never_touch_test_or_validation_cases(path: str):
     assert sum(map(len, folds)) == len(set.union(*folds)) == 10
 
 
+def test_a_store_without_a_case_to_train_on_says_what_it_has(tmp_path: Path):
+    mask, image = np.zeros((16, 16, 16), np.uint8), np.zeros((1, 16, 16, 16), np.float32)
+    write_store(tmp_path, [(make_case(split, image, mask, [], split), image, mask) for split in ("val", "test")])
+    with pytest.raises(UserError, match=r"has no case left to train on; it has val and test cases only$"):
+        DataModule(str(tmp_path))
+
+
 @pytest.mark.parametrize(("pool", "there", "sizes"), [("pretrain", "train", (6, 0)), ("train", "pretrain", (0, 4))])
 def test_an_empty_pool_names_the_other_one(tmp_path: Path, pool: str, there: str, sizes: tuple[int, int]):
     tiny_store(tmp_path, *sizes)

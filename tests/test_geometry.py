@@ -130,8 +130,8 @@ def test_frame_survives_json():
         (np.eye(4), (4, 4), "expected a 3D volume, got shape (4, 4)"),
         (np.eye(4), (4, 4, 4, 2), "expected a 3D volume"),
         (np.eye(4), (4, 0, 4), "expected a 3D volume"),
-        (np.diag([1, 0, 1, 1]), (4, 4, 4), "not an invertible"),
-        (np.diag([1, np.nan, 1, 1]), (4, 4, 4), "not an invertible"),
+        (np.diag([1, 0, 1, 1]), (4, 4, 4), "no invertible"),
+        (np.diag([1, np.nan, 1, 1]), (4, 4, 4), "no invertible"),
     ],
 )
 def test_impossible_files_are_refused(affine, shape, text):

@@ -27,6 +27,7 @@ from pretrain3d.geometry import Frame
 from pretrain3d.modules.checkpoint import load_module
 from pretrain3d.modules.detection import PRECISIONS
 from pretrain3d.reporting.formats.found import Found
+from pretrain3d.reporting.run_folder import RunFolder
 
 MIN_SCORE = 0.05
 
@@ -35,8 +36,8 @@ class Detector:
     """One trained detector, or an ensemble (the folds of one configuration) whose boxes are merged once.
 
     Args:
-        checkpoints: `.ckpt` files of `fit`; each holds all that prediction needs: classes, spacing, normalisation,
-            tiles, and what `sweep` chose.
+        checkpoints: `.ckpt` files of `fit`, or run folders, of which the last checkpoint is taken; each holds all that
+            prediction needs: classes, spacing, normalisation, tiles, and what `sweep` chose.
         device: None: a GPU if there is one.
         precision: "32", "bf16" or "fp16" arithmetic; None: as each was trained.
         mirror_axes: axes of mirrored views; None: as configured.
@@ -64,15 +65,23 @@ class Detector:
         if precision not in (None, *PRECISIONS):
             raise UserError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
         if mirror_axes is not None and (
-            not isinstance(mirror_axes, list | tuple) or not all(axis in (0, 1, 2) for axis in mirror_axes)
+            not isinstance(mirror_axes, list | tuple)
+            or not all(type(axis) is int and axis in (0, 1, 2) for axis in mirror_axes)
+            or len(set(mirror_axes)) < len(mirror_axes)
         ):
             raise UserError(f"mirror_axes is {mirror_axes!r}; expected a list of some of 0, 1, 2")
+        if overlap is not None and (type(overlap) not in (int, float) or not 0 <= overlap < 1):
+            raise UserError(f"overlap is {overlap!r}; expected a number from 0 (tiles side by side) to below 1")
         if tile_batch is not None and (type(tile_batch) is not int or tile_batch < 1):
             raise UserError(f"tile_batch is {tile_batch!r}; expected a whole number from 1 on")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"device is {device!r}, but there is no GPU here")
-        self.members: list[Any] = [load_module(Path(path), "detection", device) for path in checkpoints]
+        where = _device(device)
+        files = [
+            RunFolder(Path(path)).checkpoint("last") if Path(path).is_dir() else Path(path) for path in checkpoints
+        ]
+        for index, file in enumerate(files):
+            if file.resolve() in [other.resolve() for other in files[:index]]:
+                raise UserError(f"{checkpoints[index]} is given twice")
+        self.members: list[Any] = [load_module(file, "detection", where) for file in files]
         given = {"precision": precision, "overlap": overlap, "tile_batch": tile_batch,
                  "mirror_axes": None if mirror_axes is None else tuple(mirror_axes)}  # fmt: skip
         for member in self.members:
@@ -115,7 +124,7 @@ class Detector:
         Raises:
             UserError: the image is unreadable or does not fit the detector; names it.
         """
-        if threshold != "operating" and (isinstance(threshold, str) or not 0 <= threshold <= 1):
+        if threshold != "operating" and (not _is_number(threshold) or not 0 <= float(threshold) <= 1):
             raise UserError(f"threshold is {threshold!r}; expected a score from 0 to 1, or operating")
         least = self.operating_threshold if threshold == "operating" else float(threshold)
         volume, where = self._read(image, affine)
@@ -146,12 +155,21 @@ class Detector:
             if affine is None:
                 raise UserError("an array needs its affine (4, 4): voxel centre -> RAS mm")
             voxels = image if image.ndim == 4 else image[None]
-            if voxels.ndim != 4 or voxels.dtype.kind not in "iuf":
+            if voxels.ndim != 4 or voxels.dtype.kind not in "iuf" or not voxels.size:
                 raise UserError(f"an image is numbers (X, Y, Z) or (C, X, Y, Z), got {image.dtype} {image.shape}")
-            return RawVolume(voxels, np.asarray(affine, np.float64)), Path("image")
+            try:
+                return RawVolume(voxels, np.asarray(affine, np.float64)), Path("image")
+            except (TypeError, ValueError):
+                raise UserError(f"affine is {affine!r}; expected (4, 4) numbers, voxel centre -> RAS mm") from None
+        files = list(image) if isinstance(image, list | tuple) else [image]
+        for file in files:
+            if not isinstance(file, str | Path):
+                raise UserError(
+                    f"an image is a file, a list of files (channels) or a numpy array, got a {type(file).__name__}"
+                )
         if affine is not None:
             raise UserError("affine goes with an array; a file has its own")
-        paths = [Path(image)] if isinstance(image, str | Path) else [Path(path) for path in image]
+        paths = [Path(file) for file in files]
         if len(paths) != len(self.modality):
             needed = ", ".join(self.modality)
             raise UserError(
@@ -164,6 +182,24 @@ class Detector:
             nifti.check_same_grid(path, channel_affine, channel.shape, paths[0])
             channels.append(channel)
         return RawVolume(np.stack(channels), file_affine), paths[0]
+
+
+def _device(name: str | None) -> torch.device:
+    """A CPU or a GPU that is there; None: a GPU if there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError):
+        raise UserError(f"device is {name!r}; expected cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device is {name!r}; expected cpu, cuda or cuda:0")
+    number = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= number:
+        raise UserError(f"device is {name!r}, but there is {f'only {number}' if number else 'no'} GPU here")
+    return device
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 def _normalised(cached: Cached, about: dict[str, Any]) -> tuple[torch.Tensor, tuple[float, ...]]:

@@ -45,13 +45,16 @@ class Frame:
         """Reorients to the closest RAS axes; no crop, no resampling.
 
         Raises:
-            UserError: the affine is not finite or singular, or the image is not 3D.
+            UserError: the affine is not finite, is singular or does not end in 0, 0, 0, 1, or the image is not 3D.
         """
         affine = np.asarray(affine, dtype=np.float64)
         if len(shape) != 3 or min(shape) < 1:
             raise UserError(f"expected a 3D volume, got shape {tuple(shape)}")
-        if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-            raise UserError(f"the affine is not an invertible 4 x 4 matrix of finite numbers: {affine.tolist()}")
+        fine = affine.shape == (4, 4) and np.isfinite(affine).all() and np.array_equal(affine[3], [0, 0, 0, 1])
+        if not fine or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+            raise UserError(
+                f"the affine is no invertible 4 x 4 matrix of finite numbers above 0, 0, 0, 1: {affine.tolist()}"
+            )
         permutation, flipped = _closest_ras_axes(affine)
         oriented = tuple(int(shape[axis]) for axis in permutation)
         size = (int(shape[0]), int(shape[1]), int(shape[2]))

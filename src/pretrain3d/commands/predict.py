@@ -48,19 +48,16 @@ def run(paths: list[str], options: dict[str, object]) -> int:
     if len(paths) < 2:
         raise UserError(f"predict takes checkpoints and then an image or folder, got {' '.join(paths) or 'no path'}")
     given = read_options(options, DEFAULTS)
-    checkpoints, images = [_checkpoint(Path(path)) for path in paths[:-1]], Path(paths[-1])
-    for index, path in enumerate(checkpoints):
-        if path.resolve() in [other.resolve() for other in checkpoints[:index]]:
-            raise UserError(f"{path} is given twice")
+    images = Path(paths[-1])
     if not images.exists():
         raise UserError(f"{images}: no such file or folder")
     formats, out = _formats(str(given.pop("format"))), output_folder("out", str(given.pop("out")))
     given["threshold"] = _threshold(str(given["threshold"]))
-    return predict(checkpoints, images, out, formats, **given)
+    return predict(paths[:-1], images, out, formats, **given)
 
 
 def predict(
-    checkpoints: list[Path],
+    checkpoints: list[str],
     images: Path,
     out: Path,
     formats: list[str],
@@ -168,14 +165,6 @@ def series_of(cases: dict[str, list[Path]]) -> dict[str, str]:
             first = cases[owners[name]][0]
             raise UserError(f"format=luna16: {first} and {cases[case][0]} would both be the series {name}")
     return series
-
-
-def _checkpoint(path: Path) -> Path:
-    """The file itself, or the last checkpoint of a run folder."""
-    path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; a run has checkpoints/last.ckpt and checkpoints/best.ckpt")
-    return path
 
 
 def _formats(text: str) -> list[str]:

@@ -86,6 +86,8 @@ def _usable(volume: RawVolume, where: Path, modality: list[str]) -> np.ndarray:
     for labels in (volume.instances, volume.semantic):
         assert labels is None or labels.shape == image.shape[1:], (labels.shape, image.shape)
     low, high = float(image.min()), float(image.max())
+    if max(-low, high) > float(np.finfo(np.float32).max):
+        raise UserError(f"{where}: values from {low:g} to {high:g}, which float32 does not hold")
     is_ct = set(modality) == {"CT"}
     whole = image.dtype.kind in "iu" or np.array_equal(np.rint(image), image)
     if is_ct and whole and np.iinfo(np.int16).min <= low and high <= np.iinfo(np.int16).max:

@@ -258,7 +258,8 @@ def cases_of_pool(
         val += [case_id for case_id in parts["pretrain"] if case_id in held_out]
     if not train:
         others = [name for name in ("train", "pretrain") if parts[name]]
-        hint = f"; its cases are {others[0]}: data.pool={others[0]}" if others else "; it has test cases only"
+        kinds = " and ".join(name for name in ("val", "test") if parts[name])
+        hint = f"; its cases are {others[0]}: data.pool={others[0]}" if others else f"; it has {kinds} cases only"
         raise UserError(f"data.pool={pool}: {store.path} has no case left to train on{hint}")
     return train, val, list(parts["test"])
 
