@@ -175,13 +175,7 @@ class Detector:
             raise UserError(
                 f"{paths[0] if paths else 'no file'}: {len(paths)} channels; {len(self.modality)} are needed: {needed}"
             )
-        first, file_affine = nifti.read_image(paths[0])
-        channels = [first]
-        for path in paths[1:]:
-            channel, channel_affine = nifti.read_image(path)
-            nifti.check_same_grid(path, channel_affine, channel.shape, paths[0])
-            channels.append(channel)
-        return RawVolume(np.stack(channels), file_affine), paths[0]
+        return RawVolume(*nifti.read_channels(paths)), paths[0]
 
 
 def _device(name: str | None) -> torch.device:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import numpy as np
-
 from pretrain3d.config import UserError
 from pretrain3d.data.readers import nifti
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
@@ -53,14 +51,7 @@ class Images(Reader):
 
     def read(self, case: RawCase) -> RawVolume:
         """The image alone."""
-        first, *others = case.files
-        image, affine = nifti.read_image(first)
-        channels = [image]
-        for path in others:
-            channel, channel_affine = nifti.read_image(path)
-            nifti.check_same_grid(path, channel_affine, channel.shape, first)
-            channels.append(channel)
-        return RawVolume(np.stack(channels), affine)
+        return RawVolume(*nifti.read_channels(case.files))
 
 
 def _grouped(cases: list[RawCase], channels: int) -> list[RawCase]:

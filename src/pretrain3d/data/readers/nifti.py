@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,21 @@ def read_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{path}: voxels of type {voxels.dtype} are not intensities; expected integers or floats")
     voxels = voxels.reshape(shape)
     return (voxels.astype(np.float32) if voxels.dtype.kind == "f" else voxels), image.affine
+
+
+def read_channels(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """(C, X, Y, Z) voxels of one file per channel, and their affine.
+
+    Raises:
+        UserError: as `read_image`, or a channel has another shape or lies elsewhere than the first.
+    """
+    first, affine = read_image(paths[0])
+    channels = [first]
+    for path in paths[1:]:
+        channel, channel_affine = read_image(path)
+        check_same_grid(path, channel_affine, channel.shape, paths[0])
+        channels.append(channel)
+    return np.stack(channels), affine
 
 
 def read_mask(path: Path, image_path: Path) -> np.ndarray:

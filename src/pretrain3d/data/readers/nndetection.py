@@ -90,14 +90,8 @@ class NnDetection(Reader):
 
     def read(self, case: RawCase) -> RawVolume:
         """Image, instances with their classes, and the organ map where there is one."""
-        first, *others = case.files[: len(self.modality)]
-        image, affine = nifti.read_image(first)
-        channels = [image]
-        for path in others:
-            channel, channel_affine = nifti.read_image(path)
-            nifti.check_same_grid(path, channel_affine, channel.shape, first)
-            channels.append(channel)
-        rest = list(case.files[len(self.modality) :])
+        first, rest = case.files[0], list(case.files[len(self.modality) :])
+        image, affine = nifti.read_channels(case.files[: len(self.modality)])
         semantic = None
         if rest and rest[-1].parent.name.startswith("organs"):
             path = rest.pop()
@@ -105,10 +99,10 @@ class NnDetection(Reader):
             if semantic.max() > len(self.semantic_classes):
                 raise UserError(f"{path}: label {semantic.max()} has no name under organs in {self.file}")
         if not rest:
-            return RawVolume(np.stack(channels), affine, semantic=semantic)
+            return RawVolume(image, affine, semantic=semantic)
         mask = nifti.read_mask(rest[0], first)
         labels = self._labels(rest[1], mask, rest[0])
-        return RawVolume(np.stack(channels), affine, mask, labels, tuple(range(len(self.classes))), semantic)
+        return RawVolume(image, affine, mask, labels, tuple(range(len(self.classes))), semantic)
 
     def _labels(self, path: Path, mask: np.ndarray, mask_path: Path) -> dict[int, int]:
         instances: Any = read_json(path).get("instances")

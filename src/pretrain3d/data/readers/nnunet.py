@@ -15,8 +15,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pretrain3d.config import UserError
 from pretrain3d.data.readers import nifti
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader, check_all_used
@@ -83,22 +81,16 @@ class NnUNet(Reader):
 
     def read(self, case: RawCase) -> RawVolume:
         """Image, and the label map where there is one."""
-        first, *others = case.files[: len(self.modality)]
-        image, affine = nifti.read_image(first)
-        channels = [image]
-        for path in others:
-            channel, channel_affine = nifti.read_image(path)
-            nifti.check_same_grid(path, channel_affine, channel.shape, first)
-            channels.append(channel)
-        rest = case.files[len(self.modality) :]
+        first, rest = case.files[0], case.files[len(self.modality) :]
+        image, affine = nifti.read_channels(case.files[: len(self.modality)])
         if not rest:
-            return RawVolume(np.stack(channels), affine)
+            return RawVolume(image, affine)
         semantic = nifti.read_mask(rest[0], first)
         if semantic.max() > len(self.semantic_classes):
             raise UserError(f"{rest[0]}: label {semantic.max()} has no name in {self.file}")
         names = self.annotated.get(case.id, self.semantic_classes)
         annotated = tuple(label for label, name in enumerate(self.semantic_classes) if name in names and name != IGNORE)
-        return RawVolume(np.stack(channels), affine, semantic=semantic, semantic_annotated=annotated)
+        return RawVolume(image, affine, semantic=semantic, semantic_annotated=annotated)
 
     def _annotations(self, annotated: Any) -> dict[str, list[str]]:
         if not isinstance(annotated, dict) or not all(isinstance(names, list) for names in annotated.values()):
