@@ -206,12 +206,16 @@ def test_mistakes_are_one_line(tmp_path: Path, cases: tuple[Cases, Cases], capsy
     seeds = [run_folder(tmp_path / f"s-s{seed}", predictions, targets, seed=seed) for seed in (0, 1)]
     untested = run_folder(tmp_path / "untested", predictions, targets)
     (untested / "predictions.json").unlink()
+    pretrained = run_folder(tmp_path / "mae", predictions, targets)
+    result = json.loads((pretrained / "result.json").read_text())
+    (pretrained / "result.json").write_text(json.dumps({**result, "metrics": {"network": {"value": 0.1}}}))
     for arguments, said in [
         ([a], "compare takes at least two run folders, got 1"),
         ([a, a], "is given twice"),
         ([a, part], "part was not tested on the cases of a: 'case4' is in one of them only"),
         ([a, other], "have other objects in case 'case2'"),
         ([a, untested], "holds no predictions.json; run `pretrain3d test"),
+        ([a, pretrained], "mae is a pretraining, tested on reconstruction; compare takes detectors"),
         ([a, tmp_path], "holds no result.json"),
         (seeds, "compare needs two rows, and the 2 given are one: s-s* (2 runs)"),
         ([a, b, "out=table.txt"], "out=table.txt: the name must end in .md, .csv, .json"),

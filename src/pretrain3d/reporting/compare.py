@@ -16,7 +16,7 @@ from pretrain3d.evaluation.matching import Matches, match
 from pretrain3d.evaluation.scorefile import groups_of, read_pair
 from pretrain3d.evaluation.statistics import SAMPLES, Groups, differences, holm, intervals, row_samples
 from pretrain3d.evaluation.strata import chosen_strata
-from pretrain3d.reporting.tables import Result, read_results
+from pretrain3d.reporting.tables import Result, kind_of, read_results
 
 FILES = ("predictions.json", "targets.json")
 TOLERANCE = 1e-3  # voxels between the same box of two stores
@@ -71,13 +71,15 @@ def compare(
             own cases as well.
 
     Raises:
-        UserError: fewer than two rows, a run that was not tested, runs tested on other cases or targets, or no such
-            column.
+        UserError: fewer than two rows, a run that is no detector or was not tested, runs tested on other cases or
+            targets, or no such column.
     """
     results = read_results(paths)
     targets: dict[Path, Any] = {}
     matches: dict[Path, Matches] = {}
-    for path in map(Path, paths):
+    for path, result in zip(map(Path, paths), results, strict=True):
+        if (kind := kind_of(result)) != "detection":
+            raise UserError(f"{path} is a pretraining, tested on {kind}; compare takes detectors, `table` shows it")
         folder = path if path.is_dir() else path.parent
         for name in FILES:
             if not (folder / name).is_file():
