@@ -422,6 +422,7 @@ def test_mistakes_on_the_command_line(tmp_path, capsys):
         (["import", "x.pth", out, "token_order=xyz"], "it is hwd or whd"),
         (["import", "x.pth", out, "spacing_mm=1"], "expected three sizes in mm"),
         (["import", "x.pth", out, "intensity=ct"], "expected {scheme:"),
+        (["import", "x.pth", out, "intensity={scheme: zscore, foreground: images}"], "takes body or image"),
         (["import", str(tmp_path / "a.pt"), out], "is a file of `pretrain3d export` already"),
         (["export", str(tmp_path / "a.pt"), out, "format=onnx"], "format=onnx: it is pretrain3d or nnssl"),
         (["export", str(tmp_path / "a.pt"), out, "axes=zyx"], "axes=zyx is for format=nnssl"),

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from pretrain3d.config import UserError
 from pretrain3d.data.batch import generator
 from pretrain3d.data.case import Case
-from pretrain3d.data.normalise import normalisation_for
+from pretrain3d.data.normalise import check_intensity, normalisation_for
 from pretrain3d.data.patches import PatchDataset
 from pretrain3d.data.semantic import annotated_organs
 from pretrain3d.data.splits import fold_cases
@@ -87,6 +87,7 @@ class DataSet:
             raise UserError(
                 f"data.intensity={scheme}: expected null (the plan's) or {{scheme: ct | zscore | window, ...}}"
             )
+        check_intensity(scheme, f"{store.path / 'plan.yaml'}: intensity" if intensity is None else "data.intensity")
         self.intensity = scheme
         self.normalisation = normalisation_for(store, scheme, fold, num_folds)
 
