@@ -151,7 +151,7 @@ def run(tmp_path: Path) -> Path:
     store = tiny_store(tmp_path / "store", num_train=3, num_pretrain=0)
     folder = tmp_path / "run"
     data = {"store": str(store.path), "fold": 1, "num_folds": 3, "batch_size": None}  # null: the plan's
-    sets = about_sets({"data": data}, DataModule(**{**data, "batch_size": 1}, intensity=INTENSITY))
+    sets = about_sets(DataModule(**{**data, "batch_size": 1}, intensity=INTENSITY))
     tiny_checkpoint(folder / "checkpoints" / "last.ckpt", transfer=None, processes=1, sets=sets)
     settings = {"name": "run", "seed": 0, "data": data, "backbone": {"name": "resenc"},
                 "trainer": {"accumulate_grad_batches": 1}}  # fmt: skip

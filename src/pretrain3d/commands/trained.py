@@ -48,7 +48,7 @@ def data_of(folder: RunFolder, note: dict[str, Any]) -> Any:
         data["intensity"] = known["intensity"]
     datamodule: Any = build(DATA, {"name": "data", **data}, "data", seed=settings["seed"])
     store = datamodule.store
-    now = {"sets": about_sets({**settings, "data": data}, datamodule), "classes": list(store.classes)}
+    now = {"sets": about_sets(datamodule), "classes": list(store.classes)}
     folder.check_same(note, {**now, "mirror_classes": dict(store.mirror_classes)})
     return datamodule
 

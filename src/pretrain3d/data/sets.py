@@ -53,6 +53,7 @@ class DataSet:
         fold, num_folds, pool, label_fraction, val_fraction, seed: see `data.module.DataModule`.
 
     Attributes:
+        fold, num_folds: as given.
         train_ids, val_ids, test_ids: ids of the store's cases.
         normalisation: case -> `Normalisation`.
         label_classes: names of what is learned voxel by voxel.
@@ -75,6 +76,7 @@ class DataSet:
         labels: Labels | None,
     ) -> None:
         self.name, self.store = name, store
+        self.fold, self.num_folds = fold, num_folds
         self.train_ids, self.val_ids, self.test_ids = cases_of_pool(
             store, fold, num_folds, pool, label_fraction, val_fraction, seed
         )
