@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_store import tiny_store
 
 from pretrain3d.__main__ import main
 from pretrain3d.config import to_yaml
+from pretrain3d.modules.reconstruction import ReconstructionModule
 from pretrain3d.reporting.cost import cost_of
 from pretrain3d.reporting.results import read_rows
 from pretrain3d.reporting.run_folder import RunFolder
@@ -109,3 +111,21 @@ def test_a_run_without_an_end_may_warm_up_and_is_ended_by_a_time_limit(tmp_path:
     assert main([*line, f"trainer.max_steps={steps + 9}", "+trainer.max_time=01:00:00:00"]) == 0
     assert [int(row["step"]) for row in read_rows(folder.path / "metrics.csv")] == list(range(1, steps + 10))
     assert cost_of(folder)["samples"] == 2 * (steps + 9) and folder.unfinished() == ""
+
+
+@pytest.mark.parametrize("step", ["training_step", "validation_step"])
+def test_out_of_memory_is_one_line_whatever_the_config_says(
+    step: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ReconstructionModule, step, fails)
+    tiny_store(tmp_path / "store")
+    path = tmp_path / "run.yaml"
+    settings = {**LEAST, "data": {**LEAST["data"], "store": str(tmp_path / "store")}}
+    path.write_text(to_yaml({"name": "run", "out": str(tmp_path), **settings}))
+    assert main(["fit", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "out of memory, with data.batch_size=2 and patches of 16 x 16 x 8: try +data.batch_size=1 " in error
+    assert "tile" not in error and error.count("\n") == 1

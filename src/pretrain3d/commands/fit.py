@@ -110,8 +110,9 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
         if not is_out_of_memory(error):
             raise
         functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-        training = "validation_step" not in functions
-        raise UserError(out_of_memory_advice(settings, datamodule.patch_size, training)) from error
+        tiles = getattr(module, "tile_batch", None) if "validation_step" in functions else None
+        sizes = datamodule.batch_size, datamodule.patch_size
+        raise UserError(out_of_memory_advice(settings, *sizes, tiles)) from error
     if trainer.is_global_zero:
         folder.drop_requeued()
         timed_out = settings["trainer"].get("max_time") is not None and folder.state()["status"] == "running"
