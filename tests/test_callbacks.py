@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from itertools import count
 from pathlib import Path
@@ -215,9 +216,9 @@ def test_pictures_share_the_window_of_the_first():
     assert isinstance(images["original"], Image.Image)
 
 
-def tick(monkeypatch):
-    """Every look of the callbacks at the clock is a second later."""
-    clock = count()
+def tick(monkeypatch, seconds=1):
+    """Every look of the callbacks at the clock is so many seconds later."""
+    clock = count(step=seconds)
     for watched in (callbacks, checkpoints, throughput):
         monkeypatch.setattr(watched, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
 
@@ -259,6 +260,18 @@ def test_progress_writes_lines_into_a_file(tmp_path, capsys):
     fit(tmp_path, Progress("demo", lines=3))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("demo:")]
     assert [line.split(" ")[1] for line in lines] == ["4/12", "8/12", "12/12"]
+
+
+def test_progress_of_a_run_without_an_end_is_a_line_a_minute(tmp_path, capsys, monkeypatch):
+    tick(monkeypatch, 10)
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 7
+
+    fit(tmp_path, Stop(), Progress("demo"), steps=-1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("demo:")]
+    assert 1 < len(lines) < 7 and all(re.match(r"demo: \d \[\d\d:\d\d\] ", line) for line in lines)
 
 
 def test_progress_bar_counts_steps_of_the_whole_run(tmp_path, monkeypatch):

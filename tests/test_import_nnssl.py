@@ -153,6 +153,41 @@ def test_turned_networks_see_turned_images(node, order):
             torch.testing.assert_close(a.permute(axes), b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("forward", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize("node", [RESENC, PRIMUS], ids=["resenc", "primus"])
+def test_axes_follow_the_transposition_of_the_plan(tmp_path, node, forward):
+    path = tmp_path / "released.pth"
+    content = released_file(node, path)
+    content["nnssl_adaptation_plan"]["pretrain_plan"]["transpose_forward"] = list(forward)
+    torch.save(content, path)
+    networks = []
+    for axes in ("xyz", "zyx"):
+        imported = convert(path, Wishes(token_order=None if node is RESENC else "whd"), axes=axes)
+        networks.append(build(BACKBONES, imported.backbone, "backbone").eval())
+        networks[-1].load_state_dict(imported.weights)
+    seen = torch.randn(1, 1, 8, 16, 24)  # as nnssl gives it: the file's z, y, x, then transposed by the plan
+
+    def to_ours(array: torch.Tensor) -> torch.Tensor:
+        z_y_x = array.permute(0, 1, *(2 + int(axis) for axis in np.argsort(forward)))
+        return z_y_x.permute(0, 1, 4, 3, 2).contiguous()
+
+    z_y_x_mm = [PREPROCESSING["spacing_mm"][axis] for axis in np.argsort(forward)]
+    assert imported.preprocessing["spacing_mm"] == z_y_x_mm[::-1]
+    with torch.no_grad():
+        for theirs, ours in zip(networks[0](seen), networks[1](to_ours(seen)), strict=True):
+            torch.testing.assert_close(to_ours(theirs), ours, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("forward", [[0, 1], [0, 1, 1], "zyx", [0, 1, "2"]])
+def test_a_transposition_that_is_none(tmp_path, forward):
+    path = tmp_path / "file.pth"
+    content = released_file(RESENC, path)
+    content["nnssl_adaptation_plan"]["pretrain_plan"]["transpose_forward"] = forward
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"its transpose_forward is .*; it must be an order of 0, 1, 2"):
+        convert(path, Wishes())
+
+
 def test_architectures_by_name():
     shape = ("channels", "blocks", "strides", "kernels")
     for name in released_resenc.SHAPES:
@@ -387,6 +422,7 @@ def test_mistakes_on_the_command_line(tmp_path, capsys):
         (["import", "x.pth", out, "token_order=xyz"], "it is hwd or whd"),
         (["import", "x.pth", out, "spacing_mm=1"], "expected three sizes in mm"),
         (["import", "x.pth", out, "intensity=ct"], "expected {scheme:"),
+        (["import", "x.pth", out, "intensity={scheme: zscore, foreground: images}"], "takes body or image"),
         (["import", str(tmp_path / "a.pt"), out], "is a file of `pretrain3d export` already"),
         (["export", str(tmp_path / "a.pt"), out, "format=onnx"], "format=onnx: it is pretrain3d or nnssl"),
         (["export", str(tmp_path / "a.pt"), out, "axes=zyx"], "axes=zyx is for format=nnssl"),

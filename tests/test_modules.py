@@ -44,7 +44,7 @@ def test_schedule_ramps_over_the_warm_up_and_ends_at_zero() -> None:
 
 @pytest.mark.parametrize(
     ("name", "warmup", "message"),
-    [("linear", 0, "module.schedule is 'linear'; it is one of cosine"), ("poly", 10, "must be shorter than")],
+    [("linear", 0, "module.schedule is 'linear'; it is one of cosine"), ("poly", 10, "must be 0 or more and below 10")],
 )
 def test_schedule_mistakes(name: str, warmup: int, message: str) -> None:
     with pytest.raises(UserError, match=message):

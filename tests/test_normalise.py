@@ -184,6 +184,11 @@ def test_zscore_of_the_whole_image(tmp_path):
     [
         ({"scheme": "cT"}, "scheme is 'cT'; use one of ct, zscore, window"),
         ({"scheme": "ct", "foreground": "lung"}, "foreground is 'lung'"),
+        ({**CT, "low": 0, "high": 1, "mean": 0, "std": 1, "foreground": "object"}, "takes objects or body"),
+        ({"scheme": "ct", "forground": "body"}, "has no 'forground', did you mean 'foreground'"),
+        ({"scheme": "zscore", "foreground": "images"}, "foreground is 'images'; scheme zscore takes body or image"),
+        ({"scheme": "zscore", "foreground": "objects"}, "scheme zscore takes body or image"),
+        ({"scheme": "window", "low": 0, "high": 1, "foreground": "boddy"}, "foreground is 'boddy'"),
         ({"scheme": "window", "low": 3}, "needs low and high"),
         ({"scheme": "window", "low": 3, "high": 3}, "low must be below high"),
         ({"scheme": "window", "low": 0, "high": 1, "std": 0}, "std above 0"),
@@ -196,6 +201,12 @@ def test_senseless_settings_are_refused(tmp_path, intensity, text):
     store, _ = store_of(tmp_path, [0] * 5)
     with pytest.raises(UserError, match=text):
         normalisation_for(store, intensity, 0)
+
+
+def test_a_plan_of_a_window_may_keep_its_foreground(tmp_path):
+    store, _ = store_of(tmp_path, [0] * 5)
+    edited = {"scheme": "window", "low": 0, "high": 2, "foreground": "objects"}
+    assert normalisation_for(store, edited, 0)(store.cases["c0"]).mean == (1.0,)
 
 
 def test_windows_become_channels(tmp_path):

@@ -187,7 +187,6 @@ SETTINGS = {
     "data": {"batch_size": 4, "store": "s"},
     "trainer": {"accumulate_grad_batches": 1},
     "backbone": {"name": "resenc_xs"},
-    "module": {"tile_batch": 3},
 }
 
 
@@ -195,13 +194,16 @@ def test_out_of_memory_says_what_to_lower() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
     assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("shapes differ"))
-    said = out_of_memory_advice(SETTINGS, (96, 96, 96), training=True)
+    said = out_of_memory_advice(SETTINGS, 4, (96, 96, 96))
     assert "data.batch_size=2 trainer.accumulate_grad_batches=2" in said and "\n" not in said
     assert "patches of 96 x 96 x 96" in said and "+backbone.checkpointing=true" in said
     single = SETTINGS | {"data": {"batch_size": 1}, "backbone": {"name": "resenc_xs", "checkpointing": True}}
-    said = out_of_memory_advice(single, (96, 96, 96), training=True)
+    said = out_of_memory_advice(single, 1, (96, 96, 96))
     assert "accumulate" not in said and "checkpointing" not in said and "a smaller data.patch_size" in said
-    assert "3 tiles" in out_of_memory_advice(SETTINGS, (96, 96, 96), training=False)
+    assert "3 tiles" in out_of_memory_advice(SETTINGS, 4, (96, 96, 96), tile_batch=3)
+    least = {"data": {}, "trainer": {}, "backbone": {"name": "resenc_xs"}}
+    said = out_of_memory_advice(least, 2, (96, 96, 96))
+    assert "data.batch_size=2" in said and "+data.batch_size=1 +trainer.accumulate_grad_batches=2 " in said
 
 
 @pytest.fixture(scope="module")

@@ -436,6 +436,22 @@ def test_the_command_prepares_plans_and_says_so(tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out and modified(out) == before
 
 
+def test_objects_thinner_than_a_voxel_are_counted(tmp_path, capsys):
+    image = ct_phantom(np.random.default_rng(0), (32, 32, 32))
+    mask = np.zeros(image.shape, np.uint8)
+    mask[10:12, 10:18, 10:18], mask[20:24, 20:24, 20:24] = 1, 2  # 2 x 8 x 8 and 4 x 4 x 4 mm
+    write_dataset(tmp_path / "raw")
+    write_case(tmp_path / "raw", "a", image, mask, {1: 0, 2: 1}, affine_of("RAS", (1.0, 1.0, 1.0)))
+    for spacing, said in (
+        (4, "note: 1 of 2 objects are thinner than a voxel along an axis, at worst 0.5 of one"),
+        (2, ""),
+    ):
+        line = [str(tmp_path / "raw"), f"out={tmp_path / str(spacing)}", "reader=nndetection", "workers=1"]
+        assert main(["prepare", *line, f"spacing_mm={spacing}"]) == 0
+        printed = capsys.readouterr().out
+        assert said in printed and ("note:" in printed) == bool(said)
+
+
 def test_the_command_names_bad_files_and_returns_1(tmp_path, capsys):
     raw, out = tmp_path / "raw", tmp_path / "out"
     write_cases(raw, 3)

@@ -11,6 +11,7 @@ import torch
 from tiny_store import tiny_store
 
 from pretrain3d.__main__ import main
+from pretrain3d.backbones.transfer import load_export
 from pretrain3d.commands import reconstruction
 from pretrain3d.config import read_yaml
 from pretrain3d.data.leakage import Corpus
@@ -185,3 +186,24 @@ def test_the_experiments_test_every_run_that_they_tabulate() -> None:
         tested = {word.removeprefix("out=") for words in stages if words[0] == "test" for word in words[1:]}
         tabulated = {word for words in stages if words[0] == "table" for word in words[1:] if "=" not in word}
         assert tabulated and tabulated <= tested
+
+
+def test_several_sets_normalised_as_the_weights_were(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`data.intensity=pretrained` is one normalisation for all sets, whatever their plans say, in `test` too."""
+    tiny_store(tmp_path / "other")
+    plan = tmp_path / "other" / "plan.yaml"
+    plan.write_text(plan.read_text().replace("low: -200", "low: -300"))
+    weights = tmp_path / "weights.pt"
+    assert main(["export", str(fit(out, "mae")), f"out={weights}"]) == 0
+    line = ["fit", "--config", "configs/pretrain/phantom_mae.yaml", "name=two", f"out={tmp_path}",
+            f"data.store=[{out / 'store'},{tmp_path / 'other'}]", *TINY, "data.intensity=pretrained"]  # fmt: skip
+    assert main(line) == 2
+    assert "takes the normalisation of transfer.path, which is not given" in capsys.readouterr().err
+    assert main([*line, f"transfer.path={weights}"]) == 0
+    note = torch.load(tmp_path / "two" / "checkpoints" / "last.ckpt", weights_only=True)["pretrain3d"]
+    expected = load_export(weights)["preprocessing"]["intensity"]
+    assert [part["preprocessing"]["intensity"] for part in note["sets"].values()] == [expected, expected]
+    assert main(["test", str(tmp_path / "two"), "split=val", "patches=1", "samples=0"]) == 0
+    assert {row["case"].split("/")[0] for row in read_result(tmp_path / "two")["cases"]} == {"tiny", "tiny_2"}

@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_store import tiny_store
 
 from pretrain3d.__main__ import main
+from pretrain3d.config import to_yaml
+from pretrain3d.modules.reconstruction import ReconstructionModule
+from pretrain3d.reporting.cost import cost_of
+from pretrain3d.reporting.results import read_rows
+from pretrain3d.reporting.run_folder import RunFolder
 
 TINY = [
     "data.pool=train", "data.patch_size=[16,16,8]", "data.batch_size=2", "data.num_workers=0", "data.intensity=null",
@@ -22,7 +28,10 @@ TINY = [
     ("config", "overrides", "message"),
     [
         ("mae", ["trainer.max_steps=-1"], "trainer.max_steps=-1: module.schedule=cosine needs the length of the run"),
-        ("mae", ["trainer.max_steps=0", "module.schedule=poly"], "trainer.max_steps=0: module.schedule=poly needs"),
+        ("mae", ["trainer.max_steps=0"], "trainer.max_steps is 0; it is a number of optimiser steps, or -1"),
+        ("mae", ["trainer.max_steps=null"], "trainer.max_steps is missing; it is a number of optimiser steps"),
+        ("mae", ["module.warmup_steps=2"], "module.warmup_steps is 2; it must be 0 or more and below 2, the steps"),
+        ("mae", ["module.warmup_steps=-1"], "module.warmup_steps is -1; it must be 0 or more and below 2, the steps"),
         *(
             ("mae", [f"trainer.precision={name}"], f"precision={name}; it is one of 32-true, bf16-mixed, 16-mixed")
             for name in ("bf16-true", "16-true", "64-true", "64")
@@ -43,3 +52,80 @@ def test_mistakes(config: str, overrides: list[str], message: str, tmp_path: Pat
     assert main(line) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+
+
+LEAST = {  # a config without a base that says no more than it must
+    "data": {"store": "?", "patch_size": [16, 16, 8]},
+    "backbone": {"name": "resenc", "channels": [4, 8], "blocks": [1, 1], "strides": [1, 2]},
+    "module": {"name": "reconstruction", "method": {"name": "mae"}, "optimizer": {"name": "adamw", "lr": 0.001}},
+    "trainer": {"max_steps": 1, "val_every_n_steps": 1, "checkpoint_every_n_steps": 1, "accelerator": "cpu"},
+}
+
+
+def test_a_config_without_a_base(tmp_path: Path, capsys: Any) -> None:
+    tiny_store(tmp_path / "store")
+    path = tmp_path / "run.yaml"
+
+    def fit(settings: dict[str, Any]) -> int:
+        path.write_text(to_yaml({"name": "run", "out": str(tmp_path), **settings}))
+        return main(["fit", "--config", str(path)])
+
+    least = {**LEAST, "data": {**LEAST["data"], "store": str(tmp_path / "store")}}
+    for section in least:
+        assert fit({key: value for key, value in least.items() if key != section}) == 2
+        error = capsys.readouterr().err
+        assert f"the configuration has no section '{section}'" in error and error.count("\n") == 1
+    assert fit(least) == 0 and (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_run_that_is_there_is_not_asked_for_without_its_length(tmp_path: Path, capsys: Any) -> None:
+    settings = {"name": "run", "out": str(tmp_path), **LEAST}
+    folder = RunFolder(tmp_path / "run")
+    folder.open(settings)
+    folder.last.parent.mkdir()
+    folder.last.write_bytes(b"")
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(settings))
+    for steps, said in (("null", "missing"), ("many", "'many'"), ("1.5", "1.5"), ("-2", "-2")):
+        assert main(["fit", "--config", str(path), f"trainer.max_steps={steps}"]) == 2
+        error = capsys.readouterr().err
+        assert f"trainer.max_steps is {said}; it is a number of optimiser steps" in error and error.count("\n") == 1
+
+
+def test_a_run_without_an_end_may_warm_up_and_is_ended_by_a_time_limit(tmp_path: Path, capsys: Any) -> None:
+    """It goes on with a longer one; its rows and its cost are of the steps that it did."""
+    tiny_store(tmp_path / "store")
+    line = ["fit", "--config", "configs/pretrain/mae.yaml", "name=run", f"out={tmp_path}",
+            f"data.store={tmp_path / 'store'}", *TINY, "trainer.log_every_n_steps=1", "trainer.val_every_n_steps=1000",
+            "module.schedule=constant", "module.warmup_steps=3"]  # fmt: skip
+    folder = RunFolder(tmp_path / "run")
+    costs = []
+    for _ in range(2):  # the second call finds its time used up
+        assert main([*line, "trainer.max_steps=-1", "+trainer.max_time=00:00:00:01"]) == 0
+        costs.append(cost_of(folder))
+        steps = costs[-1]["steps"]
+        said = capsys.readouterr().out
+        assert f"{folder.path}: {steps} steps, stopped by trainer.max_time; a longer one goes on\n" in said
+        assert folder.unfinished() == f"{folder.path} is at step {steps}, a run without an end"
+    assert costs[0] == costs[1] and costs[0]["device"] and costs[0]["seconds"] > 0
+    assert main([*line, f"trainer.max_steps={steps + 9}", "+trainer.max_time=01:00:00:00"]) == 0
+    assert [int(row["step"]) for row in read_rows(folder.path / "metrics.csv")] == list(range(1, steps + 10))
+    assert cost_of(folder)["samples"] == 2 * (steps + 9) and folder.unfinished() == ""
+
+
+@pytest.mark.parametrize("step", ["training_step", "validation_step"])
+def test_out_of_memory_is_one_line_whatever_the_config_says(
+    step: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ReconstructionModule, step, fails)
+    tiny_store(tmp_path / "store")
+    path = tmp_path / "run.yaml"
+    settings = {**LEAST, "data": {**LEAST["data"], "store": str(tmp_path / "store")}}
+    path.write_text(to_yaml({"name": "run", "out": str(tmp_path), **settings}))
+    assert main(["fit", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "out of memory, with data.batch_size=2 and patches of 16 x 16 x 8: try +data.batch_size=1 " in error
+    assert "tile" not in error and error.count("\n") == 1

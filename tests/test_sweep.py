@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -151,7 +152,7 @@ def run(tmp_path: Path) -> Path:
     store = tiny_store(tmp_path / "store", num_train=3, num_pretrain=0)
     folder = tmp_path / "run"
     data = {"store": str(store.path), "fold": 1, "num_folds": 3, "batch_size": None}  # null: the plan's
-    sets = about_sets({"data": data}, DataModule(**{**data, "batch_size": 1}, intensity=INTENSITY))
+    sets = about_sets(DataModule(**{**data, "batch_size": 1}, intensity=INTENSITY))
     tiny_checkpoint(folder / "checkpoints" / "last.ckpt", transfer=None, processes=1, sets=sets)
     settings = {"name": "run", "seed": 0, "data": data, "backbone": {"name": "resenc"},
                 "trainer": {"accumulate_grad_batches": 1}}  # fmt: skip
@@ -326,3 +327,40 @@ def test_a_disk_that_is_full_is_one_line(run: Path) -> None:
         assert done.stderr.splitlines()[-1] == f"pretrain3d: error: {path}: {reason}" and "Traceback" not in done.stderr
     assert not out.exists() and (run / "checkpoints" / "last.ckpt").read_bytes() == before
     assert not list(run.parent.rglob(".tmp-*"))
+
+
+def test_runs_that_start_from_other_settings_are_swept_apart(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(run, tmp_path / "other")
+    checkpoint = other / "checkpoints" / "last.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    content[NOTE]["module"] |= {"merging": {"method": "nms", "view_iou": 0.3}}
+    torch.save(content, checkpoint)
+    before = checkpoint.read_bytes()
+    assert main(["sweep", str(run), str(other)]) == 2
+    said = f"{other} is configured with another module.merging than {run} (method, view_iou): sweep them apart"
+    assert said in capsys.readouterr().err and checkpoint.read_bytes() == before
+    assert not (run / "sweep.json").exists()
+
+
+@pytest.mark.parametrize("top", [0.75, 1.0])
+def test_an_operating_point_that_finds_nothing_is_above_all_scores(top: float) -> None:
+    far = np.array([[40.0, 0, 0, 45, 5, 5], [0, 0, 0, 5, 5, 5]])
+    found = {"x": {"boxes": far, "scores": np.array([top, 0.5]), "labels": np.zeros(2, np.int64)}}
+    targets = {"x": {"boxes": far[1:], "labels": np.zeros(1, np.int64)}}
+    (row,) = operating_points(found, targets, ["a"], [0.5])
+    assert row["threshold"] > top and (row["sensitivity"], row["measured"]) == (0.0, 0.0)
+    measured = measure_at(row["threshold"], found, targets, ["a"])
+    assert (measured["sensitivity"], measured["false_positives_per_case"]) == (0.0, 0.0)
+
+
+def test_an_operating_point_that_finds_nothing_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", str(run), "false_positives=0.001"]) == 0
+    chosen = read_checkpoint(run / "checkpoints" / "last.ckpt")[NOTE]["inference"]["operating"]
+    said = capsys.readouterr()
+    assert chosen["sensitivity"] == 0 and "sensitivity 0.000" in said.out
+    assert "warning: no object is found there with 0.001 false positives per case" in said.err
+    assert main(["test", str(run), "samples=0", "pictures=0"]) == 0
+    assert main(["sweep", str(run), "false_positives=50"]) == 0
+    assert "warning: no object" not in capsys.readouterr().err

@@ -53,8 +53,8 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         "module": module_node,
         "classes": list(store.classes),
         "mirror_classes": dict(store.mirror_classes),
-        "preprocessing": preprocessing(settings, datamodule, shared),
-        "sets": about_sets(settings, datamodule),
+        "preprocessing": preprocessing(datamodule, shared),
+        "sets": about_sets(datamodule),
         "batch": {
             "batch_size": datamodule.batch_size,
             "accumulate_grad_batches": settings["trainer"].get("accumulate_grad_batches", 1),
@@ -102,14 +102,14 @@ def check_patch(datamodule: Any, backbone: Any, settings: dict[str, Any]) -> Non
     raise UserError(f"patches of {by_text(patch)} do not fit {name}, which needs multiples of {needed}: {advice}")
 
 
-def about_sets(settings: dict[str, Any], datamodule: Any) -> dict[str, dict[str, Any]]:
+def about_sets(datamodule: Any) -> dict[str, dict[str, Any]]:
     """What a run takes from each of its stores; see docs/design.md, "Checkpoints"."""
     return {
         part.name: {
             "data_hash": part.store.data_hash,
             "cases": _training_cases(part),
             "label_classes": list(part.label_classes),
-            "preprocessing": preprocessing(settings, datamodule, part),
+            "preprocessing": preprocessing(datamodule, part),
         }
         for part in datamodule.sets
     }
@@ -121,17 +121,17 @@ def _training_cases(part: Any) -> str:
     return f"{len(part.train_ids)} train, {len(part.val_ids)} val, {names[:8]}"
 
 
-def preprocessing(settings: dict[str, Any], datamodule: Any, part: Any) -> dict[str, Any]:
+def preprocessing(datamodule: Any, part: Any) -> dict[str, Any]:
     """What must be done to a file of one data set before the network sees it; travels in checkpoints and exports."""
     from pretrain3d.data.normalise import resolve_intensity
 
-    store, data = part.store, settings["data"]
+    store = part.store
     return {
         "axes": "RAS",
         "modality": list(store.modality),
         "spacing_mm": [float(value) for value in store.spacing_mm],
         "patch_size": list(datamodule.patch_size),
-        "intensity": resolve_intensity(store, part.intensity, data["fold"], data["num_folds"]),
+        "intensity": resolve_intensity(store, part.intensity, part.fold, part.num_folds),
     }
 
 

@@ -22,7 +22,7 @@ pretrain3d fit --config FILE [key=value ...] [+key=value ...]
 
 Trains one run and writes it to <out>/<name>: config.yaml, metrics.csv, checkpoints/ with last.ckpt and best.ckpt,
 pictures/. Calling it again with the same config resumes an unfinished run and leaves a finished one alone;
-trainer.max_steps may grow; workers, loggers and the intervals of logging and checkpoints may change.
+trainer.max_steps may grow; trainer.max_time, workers, loggers and the intervals of logging and checkpoints may change.
 
   pretrain3d fit --config configs/detect/phantom.yaml trainer.max_steps=100 backbone=resenc_s
   pretrain3d fit --config configs/detect/phantom.yaml trainer.devices=2 trainer.strategy=ddp
@@ -43,6 +43,7 @@ def run(config_path: str | None, paths: list[str], overrides: list[str]) -> int:
         raise UserError(f"fit takes --config FILE and key=value overrides{stray}; see `pretrain3d fit --help`")
     settings = load(config_path, overrides)
     check_names(settings)
+    trainer_keys(settings)
     folder = RunFolder(Path(settings["out"]) / settings["name"])
     start = folder.start_of(settings)
     if start == "finished":
@@ -74,7 +75,7 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
     torch.set_float32_matmul_precision("high")
     asked = settings
     settings = of_plan(settings)
-    if settings["data"]["intensity"] == "pretrained":
+    if settings["data"].get("intensity") == "pretrained":
         settings = intensity_of_transfer(settings)
     validation = resolve(MODULES, settings["module"]["name"], "module").validates_on
     node = {"name": "data", **settings["data"]}
@@ -99,7 +100,8 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
         if not terminated and not interrupted:
             raise
         if trainer.is_global_zero:
-            at = f"stopped at step {trainer.global_step} of {trainer.max_steps}"
+            end = f" of {trainer.max_steps}" if trainer.max_steps > 0 else ""
+            at = f"stopped at step {trainer.global_step}{end}"
             kept = f"continues from the checkpoint of step {folder.state()['step']}"
             begins = "begins again, there is no checkpoint yet"
             print(f"{folder.path}: {at}; the same call {kept if folder.last.is_file() else begins}", file=sys.stderr)
@@ -108,11 +110,14 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
         if not is_out_of_memory(error):
             raise
         functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-        training = "validation_step" not in functions
-        raise UserError(out_of_memory_advice(settings, datamodule.patch_size, training)) from error
+        tiles = getattr(module, "tile_batch", None) if "validation_step" in functions else None
+        sizes = datamodule.batch_size, datamodule.patch_size
+        raise UserError(out_of_memory_advice(settings, *sizes, tiles)) from error
     if trainer.is_global_zero:
         folder.drop_requeued()
-        print(f"{folder.path}: {trainer.global_step} steps")
+        timed_out = settings["trainer"].get("max_time") is not None and folder.state()["status"] == "running"
+        why = ", stopped by trainer.max_time; a longer one goes on" if timed_out else ""
+        print(f"{folder.path}: {trainer.global_step} steps{why}")
     return 0
 
 

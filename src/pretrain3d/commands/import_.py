@@ -83,6 +83,10 @@ def _check(given: dict[str, Any]) -> None:
     intensity, spacing = given["intensity"], given["spacing_mm"]
     if intensity is not None and (not isinstance(intensity, dict) or "scheme" not in intensity):
         raise UserError(f"intensity={intensity}: expected {{scheme: ct | zscore | window, ...}}, as in a plan")
+    if intensity is not None:
+        from pretrain3d.data.normalise import check_intensity
+
+        check_intensity(intensity)
     if spacing is not None:
         if not isinstance(spacing, list) or len(spacing) != 3 or not all(type(v) in (int, float) for v in spacing):
             raise UserError(f"spacing_mm={spacing}: expected three sizes in mm, such as spacing_mm=[1.5,1.5,2]")

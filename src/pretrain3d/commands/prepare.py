@@ -26,6 +26,7 @@ else `fit` deals the training cases to data.num_folds folds by patient.
   out=STORE            folder of the store, new or of an earlier call
   reader=NAME          format of RAW_FOLDER: nndetection, nnunet (label maps, nothing to detect), openkbp or images
   spacing_mm=null      voxel size: one number or [x,y,z]; null: the plan's, for a new store the median of the cases
+                       (of few thick slices: their 10th percentile)
   patch_size=null      largest patch to plan, a number or [x,y,z] in multiples of 16; null: 128
   modality=null        CT, MR, ... (a list for several channels), where the files do not say (reader=images)
   workers=2            processes
@@ -44,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "replan": False,
 }
 MAX_NAMED = 3
+THIN = 0.99  # voxels; one of the input file may be a little less after rounding
 
 
 def run(paths: list[str], options: dict[str, object]) -> int:
@@ -137,6 +139,10 @@ def _report(out: Path, summary: Any) -> None:
         print(f"  warning: the same image twice: {', '.join(named)}{more}", file=sys.stderr)
     print(f"  {len(cases)} cases, {sum(len(c.boxes) for c in cases)} objects, voxels of {_by(summary.spacing_mm)} mm"
           + (f", {summary.folds} folds of the splits file" if summary.folds else ""))  # fmt: skip
+    thinnest = [float((box[3:] - box[:3]).min()) for case in cases for box in case.boxes]
+    if thin := [size for size in thinnest if size < THIN]:
+        print(f"  note: {len(thin)} of {len(thinnest)} objects are thinner than a voxel along an axis, at worst "
+              f"{min(thin):.2g} of one; a smaller spacing_mm shows more of them")  # fmt: skip
     for case_id, problem in sorted(summary.failed.items()):
         print(f"  failed: {case_id}: {' '.join(problem.split())}", file=sys.stderr)
 

@@ -57,8 +57,17 @@ def trainer_keys(settings: dict[str, Any]) -> tuple[TrainerKeys, dict[str, Any]]
     """Our keys of `trainer`, and the rest.
 
     Raises:
-        UserError: one of ours is missing or of another type, one that `fit` sets itself, a number below what it may be.
+        UserError: no such section or no length of the run; one of ours is missing or of another type; one that `fit`
+            sets itself; a number below what it may be.
     """
+    if not isinstance(settings.get("trainer"), dict):
+        raise UserError("the configuration has no section 'trainer'")
+    steps = settings["trainer"].get("max_steps")
+    if type(steps) is not int or (steps < 1 and steps != -1):
+        said = "missing" if steps is None else repr(steps)
+        raise UserError(
+            f"trainer.max_steps is {said}; it is a number of optimiser steps, or -1 for a run without an end"
+        )
     names = {field.name for field in fields(TrainerKeys)}
     own = {key: value for key, value in settings["trainer"].items() if key in names}
     rest = {key: value for key, value in settings["trainer"].items() if key not in names}

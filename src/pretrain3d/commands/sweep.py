@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ pretrain3d sweep RUN ... [checkpoint=last] [metric=mAP] [false_positives=1] [til
 Predicts the validation cases once, tries out how the boxes of tiles and mirrored views are merged (IoU thresholds,
 clustering or NMS, least score, least size), and puts the best setting into the checkpoint, where `test` and `predict`
 find it. Also stored: the operating point, the score from which on a validation case has so many false positives. The
-cases that `test` reports take no part. Several runs (the folds of one configuration) are swept together and get the
-same setting.
+cases that `test` reports take no part. Several runs (the folds of one configuration, with one module.merging) are swept
+together and get the same setting.
 
   checkpoint=last|best   which weights of the runs
   metric=mAP             what is maximised: mAP, AP@0.10, FROC@0.10, ...
@@ -51,7 +52,7 @@ def sweep_runs(
     """Sweeps the pooled validation cases of runs; skips what their checkpoints hold already.
 
     Raises:
-        UserError: the runs have different classes, or there is no object to find.
+        UserError: the runs have different classes or settings to start from, or there is no object to find.
     """
     from pretrain3d.detection.sweep import SweepCase, check_metric, sweep
     from pretrain3d.modules.checkpoint import store_inference
@@ -59,10 +60,16 @@ def sweep_runs(
 
     check_metric(metric)
     runs = [load_run(folder, checkpoint, tile_batch) for folder in folders]
-    classes = runs[0][0].classes
+    classes, start = runs[0][0].classes, runs[0][0].unswept
     for folder, (module, _) in zip(folders, runs, strict=True):
         if module.classes != classes:
             raise UserError(f"{folder.path} finds {module.classes}, {folders[0].path} {classes}: sweep them apart")
+        if module.unswept != start:
+            differing = [key for key, value in start.to_dict().items() if module.unswept.to_dict()[key] != value]
+            raise UserError(
+                f"{folder.path} is configured with another module.merging than {folders[0].path} "
+                f"({', '.join(differing)}): sweep them apart"
+            )
     hashes = {
         str(folder.path): hash_of(data.store, data.val_ids) for folder, (_, data) in zip(folders, runs, strict=True)
     }
@@ -76,7 +83,7 @@ def sweep_runs(
     cases: dict[str, SweepCase] = {}
     for index, (module, datamodule) in enumerate(runs):  # a case may be validated by several runs, which differ in seed
         cases |= {f"{index}:{case_id}": case for case_id, case in _predicted(module, datamodule).items()}
-    found = sweep(cases, classes, metric, false_positives, runs[0][0].unswept)
+    found = sweep(cases, classes, metric, false_positives, start)
     inference = {
         **found.to_dict(),
         "cases": sorted({key.partition(":")[2] for key in cases}),
@@ -90,6 +97,9 @@ def sweep_runs(
           f"{found.value:.4f} with " + ", ".join(f"{key} {value}" for key, value in best.items()))  # fmt: skip
     print(f"from score {operating['threshold']:.3f} on: {operating['measured']:.2f} false positives per case, "
           f"sensitivity {operating['sensitivity']:.3f}")  # fmt: skip
+    if not operating["sensitivity"]:
+        print(f"warning: no object is found there with {false_positives:g} false positives per case: a greater "
+              "false_positives= allows more; threshold=operating would find nothing", file=sys.stderr)  # fmt: skip
     print(f"kept in the {checkpoint} checkpoint of {', '.join(str(folder.path) for folder in folders)}")
 
 

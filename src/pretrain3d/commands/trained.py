@@ -44,11 +44,11 @@ def data_of(folder: RunFolder, note: dict[str, Any]) -> Any:
 
     settings, known = folder.config(), note["preprocessing"]
     data = {**settings["data"], "batch_size": note["batch"]["batch_size"], "patch_size": known["patch_size"]}
-    if isinstance(data["store"], str):
+    if isinstance(data["store"], str) or data.get("intensity") == "pretrained":  # else each set has its plan's
         data["intensity"] = known["intensity"]
     datamodule: Any = build(DATA, {"name": "data", **data}, "data", seed=settings["seed"])
     store = datamodule.store
-    now = {"sets": about_sets({**settings, "data": data}, datamodule), "classes": list(store.classes)}
+    now = {"sets": about_sets(datamodule), "classes": list(store.classes)}
     folder.check_same(note, {**now, "mirror_classes": dict(store.mirror_classes)})
     return datamodule
 

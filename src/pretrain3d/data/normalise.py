@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain3d.config import UserError
+from pretrain3d.config import UserError, suggestion
 from pretrain3d.data.case import Case
 from pretrain3d.data.fingerprint import Histogram, Moments, merge
 from pretrain3d.data.splits import fold_cases
 from pretrain3d.data.store import Store
 
 SCHEMES = ("ct", "zscore", "window", "windows")
-FOREGROUNDS = ("objects", "body")
+KEYS = ("scheme", "foreground", "low", "high", "mean", "std")
+FOREGROUNDS = {"ct": ("objects", "body"), "zscore": ("body", "image")}  # of schemes that measure something
 PERCENTILES = (0.5, 99.5)
 MIN_STD = 1e-6
 
@@ -124,15 +125,14 @@ def resolve_intensity(
     Raises:
         UserError: unknown scheme or foreground, missing or senseless values.
     """
-    scheme = intensity.get("scheme")
-    if scheme not in SCHEMES:
-        raise UserError(f"intensity.scheme is {scheme!r}; use one of {', '.join(SCHEMES)}")
+    check_intensity(intensity)
+    scheme = intensity["scheme"]
     given = {key: intensity.get(key) for key in ("low", "high", "mean", "std")}
     channels = len(store.modality)
     if scheme == "zscore":
         if given["mean"] is not None or given["std"] is not None:
             raise UserError("intensity.scheme zscore takes mean and std from each case; leave them null or use window")
-        return {"scheme": scheme, "foreground": "image" if intensity.get("foreground") == "image" else "body", **given}
+        return {"scheme": scheme, "foreground": intensity.get("foreground") or "body", **given}
     if scheme == "windows":
         channels = _num_windows(given, channels)
     if scheme in ("window", "windows"):
@@ -147,6 +147,19 @@ def resolve_intensity(
         if any(value is None for value in given.values()):
             defaults = _foreground_statistics(store, intensity, fold, num_folds, seed)
     return {"scheme": scheme, **{k: defaults[k] if value is None else value for k, value in given.items()}}
+
+
+def check_intensity(intensity: dict[str, Any], where: str = "intensity") -> None:
+    """Raises UserError for an unknown scheme, key or foreground; a window may keep the foreground of another scheme."""
+    scheme, foreground = intensity.get("scheme"), intensity.get("foreground")
+    if scheme not in SCHEMES:
+        raise UserError(f"{where}.scheme is {scheme!r}; use one of {', '.join(SCHEMES)}")
+    for key in intensity:
+        if key not in KEYS:
+            raise UserError(f"{where} has no {key!r}{suggestion(str(key), KEYS) or ';'} it has {', '.join(KEYS)}")
+    known = FOREGROUNDS.get(scheme, ("objects", "body", "image"))
+    if foreground is not None and foreground not in known:
+        raise UserError(f"{where}.foreground is {foreground!r}; scheme {scheme} takes {' or '.join(known)}")
 
 
 def _num_windows(given: dict[str, Any], channels: int) -> int:
@@ -166,8 +179,6 @@ def _foreground_statistics(
     cases = [store.cases[case_id] for case_id in splits["train"] or splits["pretrain"]]
     has_objects = any(case.histograms["objects"][0].total for case in cases)
     foreground = intensity.get("foreground") or ("objects" if has_objects else "body")
-    if foreground not in FOREGROUNDS:
-        raise UserError(f"intensity.foreground is {foreground!r}; use one of {', '.join(FOREGROUNDS)}")
     statistics: dict[str, list[float]] = {"low": [], "high": [], "mean": [], "std": []}
     for channel in range(len(store.modality)):
         histogram = merge([case.histograms[foreground][channel] for case in cases])

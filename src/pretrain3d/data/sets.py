@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from pretrain3d.config import UserError
 from pretrain3d.data.batch import generator
 from pretrain3d.data.case import Case
-from pretrain3d.data.normalise import normalisation_for
+from pretrain3d.data.normalise import check_intensity, normalisation_for
 from pretrain3d.data.patches import PatchDataset
 from pretrain3d.data.semantic import annotated_organs
 from pretrain3d.data.splits import fold_cases
@@ -53,6 +53,7 @@ class DataSet:
         fold, num_folds, pool, label_fraction, val_fraction, seed: see `data.module.DataModule`.
 
     Attributes:
+        fold, num_folds: as given.
         train_ids, val_ids, test_ids: ids of the store's cases.
         normalisation: case -> `Normalisation`.
         label_classes: names of what is learned voxel by voxel.
@@ -75,6 +76,7 @@ class DataSet:
         labels: Labels | None,
     ) -> None:
         self.name, self.store = name, store
+        self.fold, self.num_folds = fold, num_folds
         self.train_ids, self.val_ids, self.test_ids = cases_of_pool(
             store, fold, num_folds, pool, label_fraction, val_fraction, seed
         )
@@ -87,6 +89,7 @@ class DataSet:
             raise UserError(
                 f"data.intensity={scheme}: expected null (the plan's) or {{scheme: ct | zscore | window, ...}}"
             )
+        check_intensity(scheme, f"{store.path / 'plan.yaml'}: intensity" if intensity is None else "data.intensity")
         self.intensity = scheme
         self.normalisation = normalisation_for(store, scheme, fold, num_folds)
 

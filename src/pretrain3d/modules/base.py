@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -129,6 +130,8 @@ class BaseModule(lightning.LightningModule):
                 f"trainer.max_steps={steps}: module.schedule={self.schedule_name} needs the length of the run, 1 or "
                 "more; only module.schedule=constant works without"
             )
+        if steps < 0:
+            steps = sys.maxsize
         cycle = None
         if self.swa is not None:
             self.swa.check_length(steps)

@@ -150,7 +150,7 @@ def _whole_net(name: str, head: dict[str, int], schedule: str, warmup_steps: int
         said = " + ".join(f"{key}={value}" for key, value in head.items())
         raise UserError(
             f"module.finetune {name}: {said} and module.warmup_steps={warmup_steps} leave nothing of {max_steps} "
-            "steps; make them shorter or trainer.max_steps longer"
+            "steps; make them shorter or trainer.max_steps (with module.swa.lr: module.swa.start_step) longer"
         )
     return Phase(steps, False, warmup_then(schedule, warmup_steps, max_steps - steps))
 

@@ -134,7 +134,10 @@ def warmup_then(name: str, warmup_steps: int, max_steps: int) -> Callable[[int],
     if name not in SCHEDULES:
         raise UserError(f"module.schedule is {name!r}; it is one of {', '.join(SCHEDULES)}")
     if not 0 <= warmup_steps < max(max_steps, 1):
-        raise UserError(f"module.warmup_steps is {warmup_steps}; it must be shorter than trainer.max_steps={max_steps}")
+        raise UserError(
+            f"module.warmup_steps is {warmup_steps}; it must be 0 or more and below {max_steps}, the steps that "
+            "trainer.max_steps (or module.swa.start_step) leaves to module.schedule"
+        )
     decay = SCHEDULES[name]
 
     def factor(step: int) -> float:

@@ -244,28 +244,32 @@ def usable_bytes(memory_gb: float) -> int:
     return usable
 
 
-def out_of_memory_advice(settings: Mapping[str, Any], patch_size: Sequence[int], training: bool) -> str:
+def out_of_memory_advice(
+    settings: Mapping[str, Any], batch_size: int, patch_size: Sequence[int], tile_batch: int | None = None
+) -> str:
     """One line: what ran out, and what to lower.
 
     Args:
-        settings: resolved configuration of the run.
+        settings: resolved configuration of the run; what it does not say is as by default.
+        batch_size: of a step and process.
         patch_size: voxels.
-        training: whether a training step failed, not the prediction of a validation case.
+        tile_batch: tiles predicted at once, where the prediction of a validation case failed.
     """
-    batch, patch = int(settings["data"]["batch_size"]), " x ".join(map(str, patch_size))
-    if not training:
-        tiles = settings["module"].get("tile_batch", 1)
+    patch = " x ".join(map(str, patch_size))
+    if tile_batch is not None:
         return (
-            f"out of memory in validation, with {tiles} tiles of {patch} at once: lower module.tile_batch, or have "
-            "smaller patches (data.patch_size)"
+            f"out of memory in validation, with {tile_batch} tiles of {patch} at once: lower module.tile_batch, or "
+            "have smaller patches (data.patch_size)"
         )
     accumulate = int(settings["trainer"].get("accumulate_grad_batches") or 1)
     ways = ["a smaller data.patch_size", "a smaller backbone"]
     backbone = settings["backbone"]
     if not backbone.get("checkpointing") and takes(BACKBONES, backbone, "backbone", "checkpointing"):
         ways.insert(0, "+backbone.checkpointing=true (about a third more time)")
-    if batch > 1:
-        less = max(n for n in range(1, batch) if batch % n == 0)
-        steps = accumulate * batch // less
-        ways.insert(0, f"data.batch_size={less} trainer.accumulate_grad_batches={steps} (the same effective batch)")
-    return f"out of memory in training, with data.batch_size={batch} and patches of {patch}: try {', or '.join(ways)}"
+    if batch_size > 1:
+        less = max(n for n in range(1, batch_size) if batch_size % n == 0)
+        steps = accumulate * batch_size // less
+        keys = (("data", "batch_size", less), ("trainer", "accumulate_grad_batches", steps))
+        said = " ".join(f"{'' if key in settings[part] else '+'}{part}.{key}={value}" for part, key, value in keys)
+        ways.insert(0, f"{said} (the same effective batch)")
+    return f"out of memory, with data.batch_size={batch_size} and patches of {patch}: try {', or '.join(ways)}"

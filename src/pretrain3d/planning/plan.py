@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pretrain3d.config import UserError
 from pretrain3d.data.case import Case
-from pretrain3d.data.normalise import SCHEMES, resolve_intensity
+from pretrain3d.data.normalise import check_intensity, resolve_intensity
 from pretrain3d.data.splits import fold_cases
 from pretrain3d.data.store import Store, check_plan
 from pretrain3d.detection import DETECTORS
@@ -196,8 +196,7 @@ def read_plan(path: Path) -> dict[str, Any]:
         found = sorted(map(str, plan)) if isinstance(plan, dict) else plan
         raise UserError(f"{path}: expected the keys {sorted(NEEDED)}, got {found}")
     check_plan(path, plan)
-    if plan["intensity"].get("scheme") not in SCHEMES:
-        raise UserError(f"{path}: intensity.scheme must be one of {', '.join(SCHEMES)}, got {plan['intensity']!r}")
+    check_intensity(plan["intensity"], f"{path}: intensity")
     if plan["anchors"] is not None:
         try:
             base_sizes(plan["anchors"])

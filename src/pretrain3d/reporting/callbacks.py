@@ -17,6 +17,8 @@ from PIL import Image
 Trainer = lightning.Trainer
 Module = lightning.LightningModule
 
+SECONDS_PER_LINE = 60  # of a run whose number of steps is not known
+
 
 class Pictures(Callback):
     """Writes the pictures of the first validation case to ``<run>/pictures/step<N>_<name>.png``: first and last step.
@@ -71,7 +73,7 @@ class Progress(TQDMProgressBar):
 
     Args:
         title: in front of the bar.
-        lines: how many lines a whole run writes into a file or pipe.
+        lines: how many lines a whole run writes into a file or pipe; one without an end writes one a minute.
     """
 
     def __init__(self, title: str = "fit", lines: int = 20) -> None:
@@ -118,13 +120,17 @@ class Progress(TQDMProgressBar):
         return items if loss is None else {"train/loss": float(loss), **items}
 
     def _line_of(self, trainer: Trainer) -> int:
+        if trainer.max_steps < 0:
+            return int(time.monotonic() - self._start[0]) // SECONDS_PER_LINE
         return trainer.global_step * self.lines // max(trainer.max_steps, 1)
 
     def _line(self, trainer: Trainer, module: Module) -> str:
         start, first = self._start
         step, seconds = trainer.global_step, time.monotonic() - start
-        left = (trainer.max_steps - step) * seconds / max(step - first, 1)
         shown = [f"{key} {value:.3f}" for key, value in self.get_metrics(trainer, module).items()
                  if isinstance(value, float)]  # fmt: skip
-        clock = f"{Tqdm.format_interval(seconds)}<{Tqdm.format_interval(left)}"
-        return f"{self.title}: {step}/{trainer.max_steps} [{clock}] " + " ".join(shown)
+        end, clock = "", Tqdm.format_interval(seconds)
+        if trainer.max_steps >= 0:
+            left = (trainer.max_steps - step) * seconds / max(step - first, 1)
+            end, clock = f"/{trainer.max_steps}", f"{clock}<{Tqdm.format_interval(left)}"
+        return f"{self.title}: {step}{end} [{clock}] " + " ".join(shown)

@@ -66,6 +66,9 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.seconds = state_dict["best"], state_dict["seconds"]
 
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
+        self._device = device_name(trainer.strategy.root_device)  # `on_train_start` is left out where nothing is to do
+
     def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         step = trainer.global_step
         self._saved_step = step
@@ -74,7 +77,6 @@ class Checkpoints(Checkpoint):
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in self.folder.glob("*.tmp"):
                 stale.unlink()
-            self._device = device_name(trainer.strategy.root_device)
             self._write_state("running", step)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
@@ -114,7 +116,10 @@ class Checkpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         if self._saving:
-            _end_of_step(checkpoint["loops"]["fit_loop"], trainer.global_step, self._validated_step)
+            step = trainer.global_step
+            every = trainer.val_check_batch or float("inf")  # batches
+            scheduled = step * trainer.accumulate_grad_batches % every == 0
+            _end_of_step(checkpoint["loops"]["fit_loop"], step, scheduled and self._validated_step == step)
 
     def _save(self, trainer: Trainer, module: Module) -> None:
         """Writes ``last.ckpt``, and before it ``best.ckpt``: killed in between, the same best is found again."""
@@ -148,19 +153,20 @@ class Checkpoints(Checkpoint):
         write_json(self.run_folder / "state.json", state)
 
 
-def _end_of_step(loops: dict[str, Any], step: int, validated_step: int) -> None:
+def _end_of_step(loops: dict[str, Any], step: int, validated: bool) -> None:
     """Rewrites Lightning's progress counters to "step over, nothing after it begun", inside an epoch without end.
 
     At the hook where a checkpoint is written the next batch is already counted as fetched; at the end of training the
     epoch is counted as over. Lightning would go on from such counters one batch late or in a new epoch. It also counts
-    a step for the loggers once more when it skips a validation that was already done, so that count is one lower then.
+    a step for the loggers once more when it skips a validation that was due and done, so that count is one lower then;
+    a time limit also validates where none was due, which is not skipped.
     """
     for count in ("total", "current"):
         batches = loops["epoch_loop.batch_progress"][count]
         batches.update(dict.fromkeys(batches, batches["completed"]))
         epochs = loops["epoch_progress"][count]
         epochs.update(processed=epochs["started"] - 1, completed=epochs["started"] - 1, ready=epochs["started"])
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1 if validated_step == step else step
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1 if validated else step
 
 
 def _sync(path: Path) -> None:

@@ -154,7 +154,7 @@ def _run(path: Path) -> list[str]:
     checkpoints = sorted((path / "checkpoints").glob("*.ckpt"))
     rows: Rows = [
         ("name", config.get("name", path.name)),
-        ("state", f"{state['status']} at step {state['step']}" + (f" of {steps}" if steps else "")),
+        ("state", f"{state['status']} at step {state['step']}" + (f" of {steps}" if steps and steps > 0 else "")),
         ("store", (config.get("data") or {}).get("store", "")),
         ("backbone", (config.get("backbone") or {}).get("name", "")),
         ("transfer", (config.get("transfer") or {}).get("path") or "none, from scratch"),

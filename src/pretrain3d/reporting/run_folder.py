@@ -9,12 +9,13 @@ from pretrain3d.config import UserError, read_yaml, to_yaml
 from pretrain3d.files import write_text
 from pretrain3d.reporting.results import read_json, write_json
 
-FREE = (  # of a config: how a run is read, written and logged; `out` may be the same folder by another path
+FREE = (  # of a config: how a run is read, written, logged and limited; `out` may be the same folder by another path
     "out",
     "data.num_workers",
     "logger",
     "trainer.log_every_n_steps",
     "trainer.checkpoint_every_n_steps",
+    "trainer.max_time",
 )
 
 
@@ -57,7 +58,8 @@ class RunFolder:
         state = self.state()
         if state["status"] != "running":
             return ""
-        return f"{self.path} is at step {state['step']} of {self.config()['trainer']['max_steps']}"
+        steps = (self.config().get("trainer") or {}).get("max_steps") or -1
+        return f"{self.path} is at step {state['step']}{f' of {steps}' if steps > 0 else ', a run without an end'}"
 
     def config(self) -> dict[str, Any]:
         """The resolved config of the run.

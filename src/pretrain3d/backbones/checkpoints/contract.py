@@ -149,6 +149,19 @@ def three(value: Any, what: str, path: str) -> list[float] | None:
     return [float(number) for number in value]
 
 
+def permutation_of(plan: Mapping[str, Any], path: str) -> tuple[int, int, int]:
+    """`Imported.permutation` by a plan's ``transpose_forward``, of arrays that were read as z, y, x.
+
+    Raises:
+        UserError: it is no order of three axes.
+    """
+    forward = listed(plan.get("transpose_forward")) or [0, 1, 2]
+    if sorted(forward, key=str) != [0, 1, 2]:
+        raise UserError(f"{path}: its transpose_forward is {shown(forward)}; it must be an order of 0, 1, 2")
+    seen = ["zyx"[int(axis)] for axis in forward]
+    return seen.index("x"), seen.index("y"), seen.index("z")
+
+
 def shown(value: Any) -> str:
     """A value of a file for an error: whole where it is short."""
     if value is None:

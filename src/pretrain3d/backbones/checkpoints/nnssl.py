@@ -11,7 +11,16 @@ import torch
 from pretrain3d.backbones import BACKBONES
 from pretrain3d.backbones.checkpoints import released_primus, released_resenc
 from pretrain3d.backbones.checkpoints.axes import REVERSED, permuted
-from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes, listed, method_of, table, three
+from pretrain3d.backbones.checkpoints.contract import (
+    Imported,
+    Ledger,
+    Wishes,
+    listed,
+    method_of,
+    permutation_of,
+    table,
+    three,
+)
 from pretrain3d.backbones.primus import Primus
 from pretrain3d.backbones.resenc import ResEnc
 from pretrain3d.config import UserError, suggestion
@@ -51,11 +60,11 @@ def convert(content: Mapping[str, Any], ledger_of: Any, wishes: Wishes, path: st
     name, kwargs = str(about.get("arch_class_name")), table(about.get("arch_kwargs") or {}, "arch_kwargs", path)
     mark = content.get(OURS) or {}
     if "Primus" in name:
-        order = wishes.token_order or mark.get("token_order") or "hwd"
+        tokens = wishes.token_order or mark.get("token_order") or "hwd"
         sizes = [plan.get("pretrain_patch_size"), _configuration(plan, path).get("patch_size"),
                  plan.get("recommended_downstream_patchsize")]  # fmt: skip
-        node, weights, notes = released_primus.take(ledger, encoder, stem, kwargs, sizes, order, path)
-        notes.append(f"order of the tokens: {order}")
+        node, weights, notes = released_primus.take(ledger, encoder, stem, kwargs, sizes, tokens, path)
+        notes.append(f"order of the tokens: {tokens}")
     else:
         weights, notes = released_resenc.take_weights(ledger, encoder, stem)
         first = weights.get("stem.conv.weight")
@@ -64,7 +73,9 @@ def convert(content: Mapping[str, Any], ledger_of: Any, wishes: Wishes, path: st
     others = [f for f in ledger.under(stem.rpartition(".")[0]) if _is_other_stem(f, stem, plan)]
     ledger.drop(others, "other stems")
     ledger.drop(list(ledger.left))  # by contract all that lies outside the two subtrees: decoders, heads, tokens
-    result = Imported(node, weights, _preprocessing(plan, notes, path), _source(content, plan), notes=notes)
+    preprocessing = _preprocessing(plan, notes, path)
+    order = permutation_of(_pretrain_plan(plan, path), path)
+    result = Imported(node, weights, preprocessing, _source(content, plan), permutation=order, notes=notes)
     if mark:  # a file of ours
         if mark["axes"] == "zyx":
             result = permuted(result, REVERSED)
@@ -179,9 +190,12 @@ def _is_other_stem(name: str, stem: str, plan: Mapping[str, Any]) -> bool:
 
 
 def _configuration(plan: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    pretrain_plan = table(plan.get("pretrain_plan") or {}, "pretrain_plan", path)
-    configurations = table(pretrain_plan.get("configurations") or {}, "configurations", path)
+    configurations = table(_pretrain_plan(plan, path).get("configurations") or {}, "configurations", path)
     return table(next(iter(configurations.values()), {}), "configuration", path)
+
+
+def _pretrain_plan(plan: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    return table(plan.get("pretrain_plan") or {}, "pretrain_plan", path)
 
 
 def _preprocessing(plan: Mapping[str, Any], notes: list[str], path: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pretrain3d.backbones.checkpoints import released_resenc
-from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes, listed, table, three
+from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes, listed, permutation_of, table, three
 from pretrain3d.backbones.checkpoints.nnssl import zscore
 from pretrain3d.config import UserError
 
@@ -44,11 +44,8 @@ def convert(content: Mapping[str, Any], ledger_of: Any, wishes: Wishes, path: st
     }
     trainer = str(content.get("trainer_name") or "nnUNetTrainer")
     source = {"method": trainer, "data": str(plans.get("dataset_name", "")), "citations": []}
-    forward = [int(axis) for axis in plans.get("transpose_forward", (0, 1, 2))]
-    seen = ["zyx"[axis] for axis in forward]
-    order = (seen.index("x"), seen.index("y"), seen.index("z"))
     node = released_resenc.node_of(arguments)
-    return Imported(node, weights, preprocessing, source, permutation=order, notes=notes)
+    return Imported(node, weights, preprocessing, source, permutation=permutation_of(plans, path), notes=notes)
 
 
 def _configuration(plans: Mapping[str, Any], name: str, path: str) -> dict[str, Any]:
