@@ -16,6 +16,7 @@ from pretrain3d.__main__ import main
 from pretrain3d.backbones import BACKBONES
 from pretrain3d.commands.settings import of_plan, with_levels
 from pretrain3d.config import UserError
+from pretrain3d.data.store import Store
 from pretrain3d.detection.retina import RetinaUNet
 from pretrain3d.devices import GIB, is_out_of_memory
 from pretrain3d.planning import memory
@@ -260,3 +261,15 @@ def test_the_command_plans_again_and_fit_takes_it(store: Path, capsys: pytest.Ca
 def test_mistakes(arguments: list[str], message: str, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *(argument.format(store=store) for argument in arguments)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["patch_size: [16, 16, 16]\n", "a: [", "words\n"])
+def test_what_is_said_of_a_bad_plan_repairs_it(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = tiny_store(tmp_path / "store").path
+    (store / "plan.yaml").write_text(text)
+    line = ["plan", str(store), "memory_gb=0.9", "patch_size=32"]
+    assert main(line) == 2
+    error = capsys.readouterr().err
+    assert f"delete the file and call `pretrain3d plan {store}`" in error and error.count("\n") == 1
+    (store / "plan.yaml").unlink()
+    assert main(line) == 0 and Store(store).plan["patch_size"]

@@ -60,3 +60,12 @@ def test_what_the_weights_do_not_depend_on_may_change(folder: RunFolder) -> None
     for key, value in {"data.store": "t", "trainer.precision": "16", "seed": 1}.items():
         with pytest.raises(UserError, match=f"another config .{key} '?.*there, {value!r} asked"):
             folder.start_of(with_value(key, value))
+
+
+def test_what_an_earlier_version_did_not_note_is_named(folder: RunFolder) -> None:
+    note = {"classes": ["a"], "sets": {}}
+    folder.check_same(note, note)
+    with pytest.raises(UserError, match=r"the store of .* is not what it was trained on .*classes"):
+        folder.check_same(note, {**note, "classes": ["b"]})
+    with pytest.raises(UserError, match="by an earlier version, whose checkpoints lack batch: it cannot be resumed"):
+        folder.check_same(note, {**note, "batch": {"batch_size": 1}})

@@ -167,7 +167,10 @@ def test_a_missing_or_cut_array_is_named(written):
         (None, "plan.yaml is missing"),
         ("a: [", "not valid YAML"),
         ("", "holds no settings"),
-        ("intensity: {scheme: ct}", r"plan.yaml: patch_size is missing; `pretrain3d plan .*` plans it"),
+        (
+            "intensity: {scheme: ct}",
+            r"plan.yaml: patch_size is missing; correct it there, or delete the file and call `pret",
+        ),
         ("{intensity: {}, patch_size: [16, 16]}", "plan.yaml: patch_size must be three numbers of voxels"),
         ("{intensity: ct, patch_size: [16, 16, 16]}", "plan.yaml: intensity must be keys and values"),
         ("{intensity: {}, patch_size: [16, 16, 16], detection_levels: all}", "detection_levels must be null or a list"),

@@ -364,3 +364,14 @@ def test_an_operating_point_that_finds_nothing_is_said(run: Path, capsys: pytest
     assert main(["test", str(run), "samples=0", "pictures=0"]) == 0
     assert main(["sweep", str(run), "false_positives=50"]) == 0
     assert "warning: no object" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["test", "sweep"])
+def test_a_run_of_an_earlier_version(run: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    del content[NOTE]["batch"]
+    torch.save(content, checkpoint)
+    assert main([command, str(run)]) == 2
+    error = capsys.readouterr().err
+    assert f"{run} was trained by an earlier version, whose checkpoints lack batch" in error and error.count("\n") == 1

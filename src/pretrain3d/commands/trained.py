@@ -37,11 +37,12 @@ def data_of(folder: RunFolder, note: dict[str, Any]) -> Any:
     """The data of a run as it was trained on them, whatever the plan of its store says by now.
 
     Raises:
-        UserError: a store is gone, or its cases, classes or spacing have changed.
+        UserError: a store is gone, or its cases, classes or spacing have changed; a run of an earlier version.
     """
     from pretrain3d.commands.assemble import about_sets
     from pretrain3d.commands.settings import DATA
 
+    folder.check_known(note, ("batch", "processes", "sets"))
     settings, known = folder.config(), note["preprocessing"]
     data = {**settings["data"], "batch_size": note["batch"]["batch_size"], "patch_size": known["patch_size"]}
     if isinstance(data["store"], str) or data.get("intensity") == "pretrained":  # else each set has its plan's

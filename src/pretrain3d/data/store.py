@@ -74,7 +74,7 @@ class Store:
         except FileNotFoundError:
             raise UserError(f"{path} is missing; `pretrain3d plan {self.path}` makes it") from None
         except yaml.YAMLError as error:
-            raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+            raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}; {repair(path)}") from error
         if not isinstance(plan, dict):
             raise UserError(f"{path} holds no settings; delete it and run `pretrain3d prepare` again")
         check_plan(path, plan)
@@ -195,9 +195,9 @@ def check_plan(path: Path, plan: dict[str, Any]) -> None:
         UserError: a missing or unknown key, or a value that makes no sense; names ``path``.
     """
     if missing := [key for key in PLAN_NEEDED if key not in plan]:
-        raise UserError(f"{path}: {missing[0]} is missing; `pretrain3d plan {path.parent}` plans it")
+        raise UserError(f"{path}: {missing[0]} is missing; {repair(path)}")
     if unknown := [key for key in plan if key not in PLAN_KEYS]:
-        raise UserError(f"{path}: unknown key {unknown[0]!r}; a plan has {', '.join(PLAN_KEYS)}")
+        raise UserError(f"{path}: unknown key {unknown[0]!r}; a plan has {', '.join(PLAN_KEYS)}; {repair(path)}")
     checks = {
         "spacing_mm": (lambda v: _three(v, (int, float)) and min(v) > 0, "three sizes in mm"),
         "patch_size": (lambda v: _three(v, (int,)) and min(v) >= 1, "three numbers of voxels"),
@@ -213,7 +213,12 @@ def check_plan(path: Path, plan: dict[str, Any]) -> None:
     }
     for key, (fine, expected) in checks.items():
         if key in plan and not fine(plan[key]):
-            raise UserError(f"{path}: {key} must be {expected}, got {plan[key]!r}")
+            raise UserError(f"{path}: {key} must be {expected}, got {plan[key]!r}; {repair(path)}")
+
+
+def repair(path: Path) -> str:
+    """What to do about a plan with a mistake: `plan` reads the file that is there."""
+    return f"correct it there, or delete the file and call `pretrain3d plan {path.parent}`"
 
 
 def _three(value: Any, kinds: tuple[type, ...]) -> bool:

@@ -15,7 +15,7 @@ from pretrain3d.config import UserError
 from pretrain3d.data.case import Case
 from pretrain3d.data.normalise import check_intensity, resolve_intensity
 from pretrain3d.data.splits import fold_cases
-from pretrain3d.data.store import Store, check_plan
+from pretrain3d.data.store import Store, check_plan, repair
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.anchors import base_sizes, best_iou
 from pretrain3d.devices import GIB, device_memory_gb
@@ -191,10 +191,10 @@ def read_plan(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}; {repair(path)}") from error
     if not isinstance(plan, dict) or not plan.keys() >= NEEDED:
         found = sorted(map(str, plan)) if isinstance(plan, dict) else plan
-        raise UserError(f"{path}: expected the keys {sorted(NEEDED)}, got {found}")
+        raise UserError(f"{path}: expected the keys {sorted(NEEDED)}, got {found}; {repair(path)}")
     check_plan(path, plan)
     check_intensity(plan["intensity"], f"{path}: intensity")
     if plan["anchors"] is not None:

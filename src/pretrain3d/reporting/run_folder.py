@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,14 @@ class RunFolder:
             raise UserError(f"{self.path} already ran {state['step']} steps; trainer.max_steps={steps} is less")
         return "finished" if state["status"] == "finished" and steps == state["step"] else "resume"
 
+    def check_known(self, trained: dict[str, Any], keys: Iterable[str]) -> None:
+        """Raises UserError where the note of a checkpoint lacks one of ``keys``, as those of version 0.1.0 do."""
+        if missing := [key for key in keys if key not in trained]:
+            raise UserError(
+                f"{self.path} was trained by an earlier version, whose checkpoints lack {', '.join(missing)}: it "
+                "cannot be resumed, swept or tested, train it again; predict, export, table and compare take it"
+            )
+
     def check_same(self, trained: dict[str, Any], now: dict[str, Any]) -> None:
         """Compares what the run was trained with, a checkpoint's note, with what its store and plan give now.
 
@@ -114,9 +123,10 @@ class RunFolder:
             now: the parts of a note that are compared.
 
         Raises:
-            UserError: they differ.
+            UserError: they differ, or the note does not say.
         """
-        differing = _differences({key: trained.get(key) for key in now}, now, "now")
+        self.check_known(trained, now)
+        differing = _differences({key: trained[key] for key in now}, now, "now")
         if differing:
             raise UserError(
                 f"the store of {self.path} is not what it was trained on ({differing}): bring back its cases, "
