@@ -106,15 +106,16 @@ def test_written_names_are_those_of_the_official_file(testdata):
         assert all(released[key].shape == content["network_weights"][key].shape for key in wanted)
 
 
+@pytest.mark.parametrize("asked", [[], ["axes=zyx"]])
 @pytest.mark.parametrize("axes", ["xyz", "zyx"])
 @pytest.mark.parametrize("node", [RESENC, PRIMUS], ids=["resenc", "primus"])
-def test_round_trip_is_exact(tmp_path, node, axes):
+def test_round_trip_is_exact(tmp_path, node, axes, asked):
     before = exported(node, tmp_path / "a.pt")
     before["corpus"] = {"version": 1, "cases": 0, "hashes": "", "groups": "", "signatures": ""}
     torch.save(before, tmp_path / "a.pt")
     out, back = tmp_path / "nnssl.pth", tmp_path / "back.pt"
     assert main(["export", str(tmp_path / "a.pt"), f"out={out}", "format=nnssl", f"axes={axes}"]) == 0
-    assert main(["import", str(out), f"out={back}"]) == 0
+    assert main(["import", str(out), f"out={back}", *asked]) == 0
     after = load_export(back)
     assert after["fingerprint"] == before["fingerprint"] == fingerprint(after["weights"])
     assert all(after[key] == before[key] for key in ("backbone", "preprocessing", "corpus"))

@@ -81,6 +81,7 @@ def convert(content: Mapping[str, Any], ledger_of: Any, wishes: Wishes, path: st
             result = permuted(result, REVERSED)
         result.backbone, result.preprocessing, result.source = mark["backbone"], mark["preprocessing"], mark["source"]
         result.corpus = mark["corpus"]
+        result.permutation = (0, 1, 2)  # its axes are known, whatever is asked for
     return result
 
 
