@@ -103,7 +103,7 @@ def check_patch(datamodule: Any, backbone: Any, settings: dict[str, Any]) -> Non
 
 
 def about_sets(datamodule: Any) -> dict[str, dict[str, Any]]:
-    """What a run takes from each of its stores; see docs/design.md, "Checkpoints"."""
+    """What a run takes from each of its stores, by the name of the set: ``sets`` of a checkpoint's note."""
     return {
         part.name: {
             "data_hash": part.store.data_hash,
