@@ -13,7 +13,7 @@ from tiny_store import blocks, image_of, make_case, tiny_store, write_store
 
 from pretrain3d.config import UserError
 from pretrain3d.data import intensity, spatial
-from pretrain3d.data.augment import Augmentation, _boxes
+from pretrain3d.data.augment import Augmentation, _boxes, _fill
 from pretrain3d.data.batch import collate, is_raw
 from pretrain3d.data.normalise import Normalisation
 from pretrain3d.data.patches import PatchDataset
@@ -274,3 +274,14 @@ def test_intensity_settings_are_checked():
     ]:
         with pytest.raises(UserError, match=message):
             intensity.settings_from_config(config)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.9])
+def test_the_mask_of_classes_by_voxel(share):
+    torch.manual_seed(0)
+    slots = (torch.randint(1, 5, (9, 8, 7)) * (torch.rand(9, 8, 7) < share)).to(torch.int16)
+    lookup = torch.tensor([0, 2, 1, 2, 7], dtype=torch.int16)
+    mask = torch.zeros(2, 9, 8, 7, dtype=torch.int16)
+    _fill(mask[1], slots, lookup)
+    assert mask[0].sum() == 0
+    assert all(mask[1][place] == lookup[int(slots[place])] for place in np.ndindex(9, 8, 7))

@@ -12,6 +12,7 @@ from pretrain3d.geometry import (
     boxes_of_instances,
     boxes_of_slots,
     flip_boxes,
+    occupied_planes,
     transform_boxes,
 )
 
@@ -143,6 +144,21 @@ def test_impossible_files_are_refused(affine, shape, text):
 def slow_box(mask: np.ndarray, label: int) -> list[int]:
     where = [p for p in itertools.product(*map(range, mask.shape)) if mask[p] == label]
     return [min(p[a] for p in where) for a in range(3)] + [max(p[a] for p in where) + 1 for a in range(3)]
+
+
+@pytest.mark.parametrize("filled", [0, 1, 3, 200])
+def test_planes_that_hold_something(filled):
+    rng = np.random.default_rng(filled)
+    mask = np.zeros((5, 6, 7), dtype=np.uint8)
+    for place in zip(*(rng.integers(0, size, filled) for size in mask.shape), strict=True):
+        mask[place] = rng.integers(1, 4)
+    for axis, found in enumerate(occupied_planes(mask)):
+        assert found.tolist() == [i for i in range(mask.shape[axis]) if mask.take(i, axis).any()]
+    ids, boxes = boxes_of_instances(mask)
+    assert ids.tolist() == sorted(set(mask[mask > 0].tolist()))
+    for instance, box in zip(ids, boxes, strict=True):
+        voxels = np.argwhere(mask == instance)
+        assert box.tolist() == [*voxels.min(axis=0), *voxels.max(axis=0) + 1]
 
 
 def test_boxes_of_instances_by_looking_at_every_voxel():

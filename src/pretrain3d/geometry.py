@@ -175,6 +175,12 @@ def _closest_ras_axes(affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[b
     return (permutation[0], permutation[1], permutation[2]), (flipped[0], flipped[1], flipped[2])
 
 
+def occupied_planes(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per axis, the places along it where an (X, Y, Z) mask of integers from 0 is not all 0, ascending."""
+    side = mask.max(axis=0)
+    return np.flatnonzero(mask.max(axis=(1, 2))), np.flatnonzero(side.max(axis=1)), np.flatnonzero(side.max(axis=0))
+
+
 def boxes_of_instances(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The exact box of every instance of a mask.
 
@@ -184,11 +190,15 @@ def boxes_of_instances(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         ``ids`` (N,) int64 ascending and ``boxes`` (N, 6) float64, half-open.
     """
+    planes = occupied_planes(mask)
     ids, boxes = [], []
-    for index, slices in enumerate(ndimage.find_objects(mask)):
+    if not len(planes[0]):
+        return np.zeros(0, dtype=np.int64), np.zeros((0, 6))
+    for index, slices in enumerate(ndimage.find_objects(mask[np.ix_(*planes)])):
         if slices is not None:
             ids.append(index + 1)
-            boxes.append([s.start for s in slices] + [s.stop for s in slices])
+            sides = list(zip(planes, slices, strict=True))
+            boxes.append([plane[s.start] for plane, s in sides] + [plane[s.stop - 1] + 1 for plane, s in sides])
     return np.asarray(ids, dtype=np.int64), np.asarray(boxes, dtype=np.float64).reshape(-1, 6)
 
 

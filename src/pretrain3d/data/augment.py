@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain3d.data import intensity, spatial
-from pretrain3d.geometry import boxes_of_instances, boxes_of_slots
+from pretrain3d.geometry import boxes_of_instances, boxes_of_slots, occupied_planes
 
 
 class Augmentation:
@@ -111,11 +111,20 @@ def _objects(raw: dict[str, Any], slots: list[Tensor | None], device: torch.devi
         given = raw["boxes"][row]
         if slot is not None:  # samples without an object cost nothing
             boxes[row], valid[row] = _boxes(slot, num_objects)
-            mask[row] = lookup[row].index_select(0, slot.flatten().int()).view(slot.shape)
+            _fill(mask[row], slot, lookup[row])
         elif given is not None:
             boxes[row, : len(given)] = _to_device(given, device)
             valid[row, : len(given)] = True
     return {"boxes": boxes, "labels": labels, "valid": valid} | ({"mask": mask} if raw["with_mask"] else {})
+
+
+def _fill(mask: Tensor, slots: Tensor, lookup: Tensor) -> None:
+    """Writes ``lookup`` (N + 1) of the (X, Y, Z) slots into ``mask``, which is 0 as ``lookup[0]`` is."""
+    if slots.device.type != "cpu":
+        mask.copy_(lookup.index_select(0, slots.flatten().int()).view(slots.shape))
+        return
+    part = np.ix_(*occupied_planes(slots.numpy()))  # most planes of a patch hold no object
+    mask.numpy()[part] = lookup.numpy()[slots.numpy()[part]]
 
 
 def _boxes(slots: Tensor, num_objects: int) -> tuple[Tensor, Tensor]:
