@@ -12,6 +12,7 @@ from pretrain3d.backbones import BACKBONES
 from pretrain3d.registry import build
 
 STAGES = {"channels": [4, 6, 8], "blocks": [1, 2, 1], "strides": [1, [1, 2, 2], 2], "kernels": [[1, 3, 3], 3, 3]}
+PLAIN = {"channels": [4, 6, 8], "convs": [2, 1, 3], "strides": [1, [1, 2, 2], 2], "kernels": [[1, 3, 3], 3, 3]}
 RESNET = {"layers": [1, 1, 1, 1], "widths": [4, 4, 6, 8]}
 
 
@@ -36,6 +37,8 @@ VARIANTS = {
     "resenc-sparse": Variant("resenc", (8, 24, 16), {**STAGES, "masking": "sparse"}),
     "resenc_xxs": Variant("resenc_xxs", (24, 24, 32)),
     "resenc_xs": Variant("resenc_xs", (32, 32, 48)),
+    "plainconv": Variant("plainconv", (8, 24, 16), PLAIN),
+    "plainconv-sparse": Variant("plainconv", (8, 24, 16), {**PLAIN, "masking": "sparse"}),
     "primus": Variant("primus", (8, 24, 16), PRIMUS),
     "primus-deep": Variant("primus", (8, 24, 16), {**PRIMUS, "drop_path": 0.2, "checkpointing": True}),
     "vit": Variant("vit", (16, 24, 8), VIT),

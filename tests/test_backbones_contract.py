@@ -12,7 +12,7 @@ from pretrain3d.config import UserError
 from pretrain3d.registry import build
 
 EMBEDDING = [name for name in VARIANTS if name.split("-")[0] in ("primus", "vit", "swin")]
-CHECKPOINTING = ("resenc", "resenc-sparse", "primus", "vit", "swin")
+CHECKPOINTING = ("resenc", "resenc-sparse", "plainconv", "primus", "vit", "swin")
 
 
 def node(name: str) -> dict[str, object]:
@@ -68,7 +68,13 @@ def test_a_wrong_size_names_the_multiple(name):
         backbone(torch.zeros(1, 1, 2 * x, 2 * y + 1, 2 * z))
     with pytest.raises(UserError, match=r"2 channel\(s\); this backbone takes 1"):
         backbone(torch.zeros(1, 2, 2 * x, 2 * y, 2 * z))
-    if name.split("-")[0] in ("resenc", "resenc_xxs", "resenc_xs", "resnet"):  # their norms need two voxels
+    if name.split("-")[0] in (
+        "resenc",
+        "resenc_xxs",
+        "resenc_xs",
+        "plainconv",
+        "resnet",
+    ):  # their norms need two voxels
         with pytest.raises(UserError, match="one voxel on the coarsest level"):
             backbone(torch.zeros(1, 1, x, y, z))
     else:

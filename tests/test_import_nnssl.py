@@ -267,7 +267,7 @@ def test_stems_of_multitalent(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["network_weights"].clear(), "no tensor of the file lies there"),
+        (lambda c: c["network_weights"].clear(), "no tensor lies under the stem"),
         (lambda c: c["nnssl_adaptation_plan"].update(key_to_encoder=None), "lacks key_to_encoder"),
         (
             lambda c: c["network_weights"].update({"encoder.stages.9.x.conv.weight": torch.zeros(1)}),

@@ -95,8 +95,8 @@ def test_nnunet_axes_follow_the_transposition_of_the_plans(tmp_path):
 
 
 def test_other_networks_of_nnunet_are_named(tmp_path):
-    nnunet_file(tmp_path / "a.pth", {"architecture": {**NEW["architecture"], "network_class_name": "a.PlainConvUNet"}})
-    with pytest.raises(UserError, match=r"the network is a a\.PlainConvUNet; these can be imported"):
+    nnunet_file(tmp_path / "a.pth", {"architecture": {**NEW["architecture"], "network_class_name": "a.ResidualUNet"}})
+    with pytest.raises(UserError, match=r"the network is a a\.ResidualUNet; these can be imported"):
         convert(tmp_path / "a.pth", Wishes())
     nnunet_file(tmp_path / "b.pth", {})
     with pytest.raises(UserError, match="plans do not describe the network, 'conv_kernel_sizes' is missing"):
@@ -145,7 +145,7 @@ def test_self_supervised_files_of_monai_and_voco(tmp_path):
         imported = convert(tmp_path / f"{name}.pt", Wishes())
         assert all(torch.equal(imported.weights[f"swinViT.{key}"], value) for key, value in state.items()), name
         assert imported.source["method"] == name
-    with pytest.raises(UserError, match="axes=zyx is for ResEnc and Primus; a swin saw x, y, z"):
+    with pytest.raises(UserError, match="axes=zyx is for ResEnc, PlainConv and Primus; a swin saw x, y, z"):
         convert(tmp_path / "voco.pt", Wishes(), axes="zyx")
     torch.save({f"{who}.{name}": v for who in ("a", "b") for name, v in state.items()}, tmp_path / "two.pt")
     with pytest.raises(UserError, match="holds 2 Swin Transformers"):

@@ -44,9 +44,10 @@ def test_whole_patch_methods_run_on_every_backbone(name: str, method_name: str) 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_a_method_needs_of_a_backbone_is_said_at_once(name: str) -> None:
-    """Slices and sparse masking are ResEnc's; anything else is refused when the module is put together."""
+    """Slices and sparse masking are for CNNs of stages; anything else is refused when the module is put together."""
     backbone = VARIANTS[name].build()
-    runs = {"s3d": name.startswith("resenc") and name.endswith("sparse"), "slice_mae": name.startswith("resenc")}
+    stages = name.startswith(("resenc", "plainconv"))
+    runs = {"s3d": stages and name.endswith("sparse"), "slice_mae": stages}
     for method, possible in runs.items():
         given = {"patch_size": (32, 64, 32), "note": {"source": {}, "seed": 0}, "optimizer": {"name": "adamw"}}
         if possible:

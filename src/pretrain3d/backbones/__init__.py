@@ -11,6 +11,7 @@ BACKBONES = {
     "resenc_xs": "pretrain3d.backbones.resenc:resenc_xs",
     "resenc_s": "pretrain3d.backbones.resenc:resenc_s",
     "resenc_l": "pretrain3d.backbones.resenc:resenc_l",
+    "plainconv": "pretrain3d.backbones.plainconv:PlainConv",
     "primus": "pretrain3d.backbones.primus:Primus",
     "primus_s": "pretrain3d.backbones.primus:primus_s",
     "primus_b": "pretrain3d.backbones.primus:primus_b",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pretrain3d.backbones.contract import Level
 from pretrain3d.backbones.convolution import Conv3d, slice_axis
-from pretrain3d.backbones.resenc import ConvBlock, triple
+from pretrain3d.backbones.stages import ConvBlock, triple
 from pretrain3d.backbones.tokens import TokenBackbone, TokenStack
 
 NORM_EPS = 1e-6

@@ -5,71 +5,13 @@ Weights are named as in released files, each tensor once: ``stem.conv``, ``stage
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from pretrain3d.backbones.contract import Level, by_text, check_image, check_sizes
-from pretrain3d.backbones.convolution import Conv3d, slice_axis, without
-from pretrain3d.config import UserError
-from pretrain3d.sparse import active_voxels, masked_instance_norm
-
-NORM_EPS = 1e-5
-SLOPE = 0.01  # of LeakyReLU
-MASKING = ("zero", "sparse")
-Triple = tuple[int, int, int]
-
-
-def triple(value: int | Sequence[int]) -> Triple:
-    """One number for all axes, or one per axis."""
-    x, y, z = (value,) * 3 if isinstance(value, int) else value
-    return int(x), int(y), int(z)
-
-
-class ConvBlock(nn.Module):
-    """Convolution and instance norm, then LeakyReLU unless ``activate`` is False.
-
-    Args:
-        in_channels, out_channels: of the convolution.
-        kernel: (3,) odd; padded to "same".
-        stride: (3,).
-        bias: of the convolution.
-        activate: whether LeakyReLU follows.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: Triple,
-        stride: Triple,
-        bias: bool = True,
-        activate: bool = True,
-    ) -> None:
-        super().__init__()
-        padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
-        self.conv = Conv3d(in_channels, out_channels, kernel, stride, padding, bias=bias)
-        self.norm = nn.InstanceNorm3d(out_channels, eps=NORM_EPS, affine=True)
-        self.activate = activate
-
-    def forward(self, x: Tensor, active: Tensor | None = None, flat: int | None = None) -> Tensor:
-        """From (B, C, X, Y, Z) to (B, out_channels, X', Y', Z').
-
-        Args:
-            x: the image.
-            active: (B, 1, X', Y', Z') bool at the resolution of the output, ``None`` = all.
-            flat: see `convolution.slice_axis`.
-        """
-        x = self.conv(x, flat)
-        if active is None:
-            x = self.norm(x)
-        else:
-            x = masked_instance_norm(x * active, active, self.norm.weight, self.norm.bias, NORM_EPS)
-        return F.leaky_relu(x, SLOPE, inplace=True) if self.activate else x
+from pretrain3d.backbones.convolution import without
+from pretrain3d.backbones.stages import SLOPE, ConvBlock, StageBackbone, Triple
 
 
 class ResidualBlock(nn.Module):
@@ -99,25 +41,7 @@ class ResidualBlock(nn.Module):
         return F.leaky_relu(x + skip, SLOPE, inplace=True)
 
 
-class Stage(nn.Module):
-    """The residual blocks of one level; the first one is strided."""
-
-    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, kernel: Triple, stride: Triple) -> None:
-        super().__init__()
-        first = ResidualBlock(in_channels, out_channels, kernel, stride)
-        rest = [ResidualBlock(out_channels, out_channels, kernel, (1, 1, 1)) for _ in range(num_blocks - 1)]
-        self.blocks = nn.ModuleList([first, *rest])
-
-    def forward(
-        self, x: Tensor, active: Tensor | None = None, flat: int | None = None, checkpointing: bool = False
-    ) -> Tensor:
-        """Args: see `ConvBlock.forward`; ``checkpointing`` recomputes each block in the backward pass."""
-        for block in self.blocks:
-            x = checkpoint(block, x, active, flat, use_reentrant=False) if checkpointing else block(x, active, flat)
-        return x
-
-
-class ResEnc(nn.Module):
+class ResEnc(StageBackbone):
     """The encoder; fulfils `contract.Backbone`.
 
     Args:
@@ -134,11 +58,6 @@ class ResEnc(nn.Module):
         UserError: lists of different lengths, a size below 1, an unknown masking, an even kernel.
     """
 
-    runtime_arguments = frozenset({"masking", "checkpointing"})
-    input_weights = ("stem.conv.weight",)
-    takes_slices = True
-    takes_stem = True
-
     def __init__(
         self,
         channels: Sequence[int],
@@ -149,87 +68,14 @@ class ResEnc(nn.Module):
         masking: str = "zero",
         checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        kernels = [kernels] * len(channels) if isinstance(kernels, int) else kernels
-        _check_stages(channels, blocks, strides, kernels, masking)
-        stage_strides = [triple(s) for s in strides]
-        stage_kernels = [triple(k) for k in kernels]
-        self.arguments = {
-            "channels": [int(c) for c in channels],
-            "blocks": [int(b) for b in blocks],
-            "strides": [list(s) for s in stage_strides],
-            "kernels": [list(k) for k in stage_kernels],
-            "in_channels": int(in_channels),
-            "masking": masking,
-            "checkpointing": bool(checkpointing),
-        }
-        self.in_channels = in_channels
-        self.masking = masking
-        self.checkpointing = checkpointing
-        total = accumulate(stage_strides, lambda a, b: (a[0] * b[0], a[1] * b[1], a[2] * b[2]))
-        self.levels = tuple(Level(int(c), s) for c, s in zip(channels, total, strict=True))
-        self.size_multiple: Triple = self.levels[-1].stride
+        super().__init__("blocks", blocks, channels, strides, kernels, in_channels, masking, checkpointing)
 
-        self.stem = ConvBlock(in_channels, channels[0], stage_kernels[0], (1, 1, 1))
-        inputs = [channels[0], *channels[:-1]]
-        self.stages = nn.ModuleList(
-            Stage(*stage) for stage in zip(inputs, channels, blocks, stage_kernels, stage_strides, strict=True)
-        )
-
-    def forward(
-        self, image: Tensor, keep: Tensor | None = None, stem: Callable[..., Tensor] | None = None
-    ) -> list[Tensor]:
-        """See `contract.Backbone`.
-
-        Args:
-            stem: takes the place of the network's own, for data sets that have one of their own.
-
-        Raises:
-            UserError: channels or size do not fit.
-        """
-        flat = slice_axis(image)
-        multiple = without(self.size_multiple, flat)
-        check_image(image, self.in_channels, multiple)
-        if tuple(image.shape[2:]) == multiple:
-            size = by_text(multiple)
-            raise UserError(f"an image or patch of {size} is one voxel on the coarsest level; double at least one axis")
-        masks: list[Tensor | None] = [None] * len(self.levels)
-        active = None
-        if keep is not None:
-            image = image.masked_fill(~keep, 0.0)  # not a product: a hidden NaN stays hidden
-            if self.masking == "sparse":
-                active = keep
-                masks = [active_voxels(keep, without(level.stride, flat)) for level in self.levels]
-        recompute = self.checkpointing and self.training and torch.is_grad_enabled()
-        x = (stem or self.stem)(image, active, flat)  # (B, c0, X, Y, Z)
-        features = []
-        for stage, mask in zip(self.stages, masks, strict=True):
-            x = stage(x, mask, flat, recompute)
-            features.append(x)
-        return features
-
-    def layers(self) -> list[tuple[nn.Module, ...]]:
-        """See `contract.Backbone`: the stages."""
-        return [(stage,) for stage in self.stages]
-
-
-def _check_stages(
-    channels: Sequence[int],
-    blocks: Sequence[int],
-    strides: Sequence[int | Sequence[int]],
-    kernels: Sequence[int | Sequence[int]],
-    masking: str,
-) -> None:
-    counts = {"channels": len(channels), "blocks": len(blocks), "strides": len(strides), "kernels": len(kernels)}
-    if len(set(counts.values())) != 1 or not channels:
-        stated = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise UserError(f"resenc: one entry per stage is needed in channels, blocks, strides and kernels; got {stated}")
-    check_sizes("resenc", channels=channels, blocks=blocks, strides=strides, kernels=kernels)
-    if masking not in MASKING:
-        raise UserError(f"resenc: masking is {masking!r}; it is one of {', '.join(MASKING)}")
-    for kernel in kernels:
-        if any(k % 2 == 0 for k in triple(kernel)):
-            raise UserError(f"resenc: a kernel is {kernel}; kernels are odd")
+    def blocks_of(
+        self, index: int, count: int, in_channels: int, out_channels: int, kernel: Triple, stride: Triple
+    ) -> list[nn.Module]:
+        """See `StageBackbone.blocks_of`."""
+        first = ResidualBlock(in_channels, out_channels, kernel, stride)
+        return [first, *(ResidualBlock(out_channels, out_channels, kernel, (1, 1, 1)) for _ in range(count - 1))]
 
 
 def resenc_xxs(in_channels: int = 1, masking: str = "zero", checkpointing: bool = False) -> ResEnc:

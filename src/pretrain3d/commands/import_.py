@@ -12,14 +12,15 @@ from pretrain3d.options import REQUIRED, read_options
 USAGE = """\
 pretrain3d import CHECKPOINT out=FILE [axes=xyz stem=null token_order=null intensity=null spacing_mm=null ...]
 
-Reads a checkpoint of nnssl (OpenMind, the Missing Piece, nnFoundation, MultiTalent), nnU-Net v2 (ResEnc), MONAI's
-SwinUNETR or VoCo, and writes its encoder as `pretrain3d export` does. Every tensor is loaded, left out by name, or an
-error. CHECKPOINT is a file, or hf://owner/name[/file][@revision] on the Hugging Face hub. No code in a file is run.
+Reads a checkpoint of nnssl (OpenMind, the Missing Piece, nnFoundation, MultiTalent), nnU-Net v2 (ResEnc and plain
+U-Nets), MONAI's SwinUNETR or VoCo, and writes its encoder as `pretrain3d export` does. Every tensor is loaded, left out
+by name, or an error. CHECKPOINT is a file, or hf://owner/name[/file][@revision] on the Hugging Face hub. No code in a
+file is run.
 
   out=FILE                 the file to write
   format=null              nnssl, nnunet or monai_swin; null: recognised
-  axes=xyz                 zyx turns ResEnc and Primus, which saw arrays in the order z, y, x, to our x, y, z; xyz takes
-                           them as they are, as other loaders do
+  axes=xyz                 zyx turns ResEnc, PlainConv and Primus, which saw arrays in the order z, y, x, to our
+                           x, y, z; xyz takes them as they are, as other loaders do
   stem=null                the input layers to take of a file with several (MultiTalent), e.g. encoder.stem.004
   token_order=null         hwd or whd, of a Primus; null: what the file says, else hwd, that of the OpenMind files
   intensity=null           {scheme: window, low: -175, high: 250, ...} where the file does not say it

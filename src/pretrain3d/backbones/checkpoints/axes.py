@@ -12,7 +12,7 @@ from pretrain3d.backbones import BACKBONES
 from pretrain3d.backbones.checkpoints.contract import Imported
 from pretrain3d.backbones.checkpoints.released_primus import exchanged, turned
 from pretrain3d.backbones.primus import Primus
-from pretrain3d.backbones.resenc import ResEnc
+from pretrain3d.backbones.stages import StageBackbone
 from pretrain3d.config import UserError
 from pretrain3d.registry import build
 
@@ -23,7 +23,7 @@ def permuted(imported: Imported, order: Sequence[int]) -> Imported:
     """The network that gives for ``image.permute(axes by order)`` the features of the old one, permuted alike.
 
     Args:
-        imported: a ResEnc or a Primus.
+        imported: a ResEnc, a PlainConv or a Primus.
         order: the new network's axis a is the old one's axis ``order[a]``.
 
     Raises:
@@ -31,8 +31,8 @@ def permuted(imported: Imported, order: Sequence[int]) -> Imported:
     """
     with torch.device("meta"):
         backbone: Any = build(BACKBONES, imported.backbone, "backbone")
-    if not isinstance(backbone, (ResEnc, Primus)):
-        raise UserError(f"axes=zyx is for ResEnc and Primus; a {imported.backbone['name']} saw x, y, z")
+    if not isinstance(backbone, (StageBackbone, Primus)):
+        raise UserError(f"axes=zyx is for ResEnc, PlainConv and Primus; a {imported.backbone['name']} saw x, y, z")
     spatial = [2 + axis for axis in order]
     weights = {}
     for name, tensor in imported.weights.items():

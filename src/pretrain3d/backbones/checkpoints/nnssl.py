@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pretrain3d.backbones import BACKBONES
-from pretrain3d.backbones.checkpoints import released_primus, released_resenc
+from pretrain3d.backbones.checkpoints import released_plainconv, released_primus, released_resenc
 from pretrain3d.backbones.checkpoints.axes import REVERSED, permuted
 from pretrain3d.backbones.checkpoints.contract import (
     Imported,
@@ -55,18 +55,21 @@ def convert(content: Mapping[str, Any], ledger_of: Any, wishes: Wishes, path: st
     """
     plan = table(content[PLAN], PLAN, path)
     ledger: Ledger = ledger_of(content["network_weights"])
-    encoder, stem = _prefixes(plan, ledger, wishes, path)
+    stem = _stem(plan, ledger, wishes, path)
     about = table(plan.get("architecture_plans") or {}, "architecture_plans", path)
     name, kwargs = str(about.get("arch_class_name")), table(about.get("arch_kwargs") or {}, "arch_kwargs", path)
     mark = content.get(OURS) or {}
-    if "Primus" in name:
+    if released_plainconv.is_nndetection(ledger):
+        node, weights, notes = released_plainconv.take_nndetection(ledger, stem, kwargs, path)
+    elif "Primus" in name:
         tokens = wishes.token_order or mark.get("token_order") or "hwd"
         sizes = [plan.get("pretrain_patch_size"), _configuration(plan, path).get("patch_size"),
                  plan.get("recommended_downstream_patchsize")]  # fmt: skip
+        encoder = _encoder(plan, ledger, path)
         node, weights, notes = released_primus.take(ledger, encoder, stem, kwargs, sizes, tokens, path)
         notes.append(f"order of the tokens: {tokens}")
     else:
-        weights, notes = released_resenc.take_weights(ledger, encoder, stem)
+        weights, notes = released_resenc.take_weights(ledger, _encoder(plan, ledger, path), stem)
         first = weights.get("stem.conv.weight")
         channels = plan.get("pretrain_num_input_channels", 1) if first is None else first.shape[1]
         node = released_resenc.node_of(released_resenc.arguments_of(name, kwargs, int(channels), path))
@@ -166,20 +169,26 @@ def _plan(
     }  # fmt: skip
 
 
-def _prefixes(plan: Mapping[str, Any], ledger: Ledger, wishes: Wishes, path: str) -> tuple[str, str]:
-    encoder, stem = plan.get("key_to_encoder"), wishes.stem or plan.get("key_to_stem")
-    if not encoder or not stem:
-        raise UserError(f"{path}: its plan lacks key_to_encoder or key_to_stem, so nothing says where the encoder is")
-    encoder, stem = str(encoder), str(stem)
-    if not ledger.under(encoder):
-        raise UserError(f"{path}: key_to_encoder is {encoder!r}, but no tensor of the file lies there")
+def _encoder(plan: Mapping[str, Any], ledger: Ledger, path: str) -> str:
+    encoder = plan.get("key_to_encoder")
+    if not encoder:
+        raise UserError(f"{path}: its plan lacks key_to_encoder, so nothing says where the encoder is")
+    if not ledger.under(str(encoder)):
+        raise UserError(f"{path}: key_to_encoder is {str(encoder)!r}, but no tensor of the file lies there")
+    return str(encoder)
+
+
+def _stem(plan: Mapping[str, Any], ledger: Ledger, wishes: Wishes, path: str) -> str:
+    stem = str(wishes.stem or plan.get("key_to_stem") or "")
+    if not stem:
+        raise UserError(f"{path}: its plan lacks key_to_stem, so nothing says where the input layers are")
     if not ledger.under(stem):
         parent = stem.rpartition(".")[0]
         depth = len(parent.split("."))
         known = sorted({".".join(n.split(".")[: depth + 1]) for n in ledger.under(parent)}) if parent else []
         hint, there = suggestion(stem, known) or ";", ", ".join(known[:8]) or "none"
         raise UserError(f"{path}: no tensor lies under the stem {stem!r}{hint} there are {there}")
-    return encoder, stem
+    return stem
 
 
 def _is_other_stem(name: str, stem: str, plan: Mapping[str, Any]) -> bool:

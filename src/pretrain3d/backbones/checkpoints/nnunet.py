@@ -1,11 +1,11 @@
-"""Checkpoints of nnU-Net v2: the encoder of a ResEnc U-Net, its size from the plans that the file carries."""
+"""Checkpoints of nnU-Net v2: the encoder of a ResEnc or a plain U-Net, its size from the plans in the file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from pretrain3d.backbones.checkpoints import released_resenc
+from pretrain3d.backbones.checkpoints import released_plainconv, released_resenc
 from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes, listed, permutation_of, table, three
 from pretrain3d.backbones.checkpoints.nnssl import zscore
 from pretrain3d.config import UserError
@@ -21,21 +21,24 @@ def convert(content: Mapping[str, Any], ledger_of: Any, wishes: Wishes, path: st
     """Node, weights and preprocessing of a file; arguments as in `nnssl.convert`.
 
     Raises:
-        UserError: another network than a 3D ResEnc U-Net, or plans without its architecture.
+        UserError: another network than a 3D ResEnc or plain U-Net, or plans without its architecture.
     """
     init = content["init_args"]
     plans = table(init["plans"], "plans", path)
     configuration = _configuration(plans, str(init.get("configuration")), path)
     class_name, kwargs = _architecture(configuration, path)
     ledger: Ledger = ledger_of(content["network_weights"])
-    weights, notes = released_resenc.take_weights(ledger, released_resenc.ENCODER, released_resenc.STEM)
+    if class_name.rpartition(".")[2] == released_plainconv.NNUNET_CLASS:
+        node, weights, notes = released_plainconv.take_nnunet(ledger, kwargs, path)
+    else:
+        weights, notes = released_resenc.take_weights(ledger, released_resenc.ENCODER, released_resenc.STEM)
+        first = weights.get("stem.conv.weight")
+        channels = 1 if first is None else int(first.shape[1])
+        node = released_resenc.node_of(released_resenc.arguments_of(class_name, kwargs, channels, path))
     ledger.drop(list(ledger.left))
-    first = weights.get("stem.conv.weight")
-    channels = 1 if first is None else int(first.shape[1])
-    arguments = released_resenc.arguments_of(class_name, kwargs, channels, path)
     patch = three(configuration.get("patch_size"), "patch_size", path)
     intensity = _intensity(configuration, plans, notes)
-    if any(len(set(values)) > 1 for values in [*arguments["kernels"], *arguments["strides"]]):
+    if any(len(set(values)) > 1 for values in [*node.get("kernels", []), *node.get("strides", [])]):
         notes.append("its kernels or strides differ between axes, which nnU-Net orders z, y, x: axes=zyx turns them")
     preprocessing = {
         "spacing_mm": three(configuration.get("spacing"), "spacing", path),
@@ -44,7 +47,6 @@ def convert(content: Mapping[str, Any], ledger_of: Any, wishes: Wishes, path: st
     }
     trainer = str(content.get("trainer_name") or "nnUNetTrainer")
     source = {"method": trainer, "data": str(plans.get("dataset_name", "")), "citations": []}
-    node = released_resenc.node_of(arguments)
     return Imported(node, weights, preprocessing, source, permutation=permutation_of(plans, path), notes=notes)
 
 
@@ -70,11 +72,13 @@ def _architecture(configuration: Mapping[str, Any], path: str) -> tuple[str, Map
             return str(node["network_class_name"]), table(node["arch_kwargs"] or {}, "arch_kwargs", path)
         kernels = configuration["conv_kernel_sizes"]
         base, top = configuration["UNet_base_num_features"], configuration["unet_max_num_features"]
-        return str(configuration["UNet_class_name"]), {
+        name = str(configuration["UNet_class_name"])
+        count = "n_conv_per_stage" if name == released_plainconv.NNUNET_CLASS else "n_blocks_per_stage"
+        return name, {
             "features_per_stage": [min(base * 2**stage, top) for stage in range(len(kernels))],
             "kernel_sizes": kernels,
             "strides": configuration["pool_op_kernel_sizes"],
-            "n_blocks_per_stage": configuration["n_conv_per_stage_encoder"],
+            count: configuration["n_conv_per_stage_encoder"],
         }
     except KeyError as error:
         raise UserError(f"{path}: its plans do not describe the network, {error} is missing") from error

@@ -7,7 +7,7 @@ of one tensor, except in files of sparse pretraining, where only the latter was 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain3d.backbones.checkpoints.contract import Ledger, reported, shown, table
-from pretrain3d.backbones.resenc import NORM_EPS, SLOPE, triple
+from pretrain3d.backbones.stages import NORM_EPS, SLOPE, triple
 from pretrain3d.config import UserError
 
 ENCODER, STEM = "encoder.stages", "encoder.stem"
@@ -35,7 +35,8 @@ _FREE = {  # arguments of the reference that change no feature of the encoder at
 _FIXED: dict[str, tuple[Any, ...]] = {  # what ours computes, by the end of a dotted name
     "conv_bias": (True,), "norm_op": (None, "InstanceNorm3d"), "nonlin": (None, "LeakyReLU"), "dropout_op": (None,),
     "block": (None, "BasicBlockD"), "bottleneck_channels": (None,), "disable_default_stem": (False,),
-    "pool_type": (None, "conv"), "squeeze_excitation": (False,), "stem_channels": (None,),
+    "pool_type": (None, "conv"), "squeeze_excitation": (False,), "stem_channels": (None,), "pool": ("conv",),
+    "nonlin_first": (False,),
 }  # fmt: skip
 
 
@@ -52,36 +53,47 @@ def arguments_of(class_name: str, kwargs: Mapping[str, Any] | None, in_channels:
         if kind == "ResidualEncoderUNet":
             raise UserError(f"{where}: arch_kwargs is null and {class_name} has no standard size; fill it in")
         return {**_shape("resenc_l"), "in_channels": in_channels}
-    for key in ("features_per_stage", "n_blocks_per_stage", "kernel_sizes", "strides"):
+    channels, blocks, strides, kernels = stages_of(kwargs, "n_blocks_per_stage", where)
+    return {"channels": channels, "blocks": blocks, "strides": strides, "kernels": kernels, "in_channels": in_channels}
+
+
+def stages_of(kwargs: Mapping[str, Any], count: str, where: str, free: Sequence[str] = ()) -> tuple[list[Any], ...]:
+    """Channels, blocks or convolutions, strides and kernels per stage, of ``arch_kwargs`` that ours can follow.
+
+    Args:
+        kwargs: of the reference.
+        count: its key of the number of blocks or convolutions per stage.
+        where: for errors.
+        free: further keys that may hold anything.
+
+    Raises:
+        UserError: an entry that is not one number per stage, or a setting whose features ours would not reproduce.
+    """
+    for key in ("features_per_stage", count, "kernel_sizes", "strides"):
         value = kwargs.get(key)
         if not _whole(value) or (key == "features_per_stage" and isinstance(value, Integral)):
             raise UserError(f"{where}: arch_kwargs.{key} is {shown(value)}; it must be a list, one number per stage")
     for key, value in kwargs.items():
-        if key in _FREE:
+        if key in _FREE or key == count or key in free:
             continue
         wanted = _FIXED.get(key)
         plain = value.rpartition(".")[2] if isinstance(value, str) else value
         first = kwargs["features_per_stage"][0]
         if wanted is None or not (plain in wanted or (key == "stem_channels" and plain == first)):
-            raise UserError(f"{where}: arch_kwargs.{key} is {value}; pretrain3d's ResEnc has no such variant")
+            raise UserError(f"{where}: arch_kwargs.{key} is {value}; pretrain3d has no such variant of the network")
     eps = table(kwargs.get("norm_op_kwargs") or {}, "norm_op_kwargs", where).get("eps", NORM_EPS)
     slope = table(kwargs.get("nonlin_kwargs") or {}, "nonlin_kwargs", where).get("negative_slope", SLOPE)
     if eps != NORM_EPS or slope != SLOPE:
-        raise UserError(f"{where}: norm eps {eps} and slope {slope}; pretrain3d's ResEnc has {NORM_EPS} and {SLOPE}")
+        raise UserError(f"{where}: norm eps {eps} and slope {slope}; pretrain3d's are {NORM_EPS} and {SLOPE}")
     stages = len(kwargs["features_per_stage"])
-    blocks, kernels, strides = (
+    counts, kernels, strides = (
         value if isinstance(value, (list, tuple)) else [value] * stages
-        for value in (kwargs["n_blocks_per_stage"], kwargs["kernel_sizes"], kwargs["strides"])
+        for value in (kwargs[count], kwargs["kernel_sizes"], kwargs["strides"])
     )
     if any(isinstance(value, (list, tuple)) and len(value) != 3 for value in [*kernels, *strides]):
         raise UserError(f"{where}: kernels {list(kernels)} are not those of a 3D network")
-    return {
-        "channels": [int(c) for c in kwargs["features_per_stage"]],
-        "blocks": [int(b) for b in blocks],
-        "strides": [list(triple(s)) for s in strides],
-        "kernels": [list(triple(k)) for k in kernels],
-        "in_channels": in_channels,
-    }
+    channels = [int(number) for number in kwargs["features_per_stage"]]
+    return channels, [int(number) for number in counts], _triples(strides), _triples(kernels)
 
 
 def node_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,19 +112,32 @@ def take_weights(ledger: Ledger, encoder: str, stem: str) -> tuple[dict[str, Ten
         ledger: the file's tensors.
         encoder, stem: prefixes of the stages and of the stem.
     """
-    state: dict[str, Tensor] = {}
-    differing: list[str] = []
     inside = stem.startswith(f"{encoder}.")
     names = [*ledger.under(stem), *(n for n in ledger.under(encoder) if not (inside and n.startswith(f"{stem}.")))]
+
+    def ours(name: str) -> str:
+        if name.startswith(f"{stem}."):
+            return "stem." + name.removeprefix(f"{stem}.").removeprefix("convs.0.")
+        return "stages." + re.sub(r"\.skip\.\d+\.", ".skip.", name.removeprefix(f"{encoder}."))
+
+    return take_once(ledger, names, ours)
+
+
+def take_once(ledger: Ledger, names: Sequence[str], ours: Callable[[str], str]) -> tuple[dict[str, Tensor], list[str]]:
+    """A state dict out of tensors that a file may hold twice, and what there is to say about it.
+
+    Args:
+        ledger: the file's tensors.
+        names: those that are taken.
+        ours: our name for a tensor named with ``.conv.`` and ``.norm.``.
+    """
+    state: dict[str, Tensor] = {}
+    differing: list[str] = []
     for name in sorted(names, key=lambda name: ".all_modules." not in name):  # those first: they are the trained ones
-        plain = re.sub(r"\.all_modules\.([01])\.", lambda m: (".conv.", ".norm.")[int(m[1])], name)
-        if plain.startswith(f"{stem}."):
-            ours = "stem." + plain.removeprefix(f"{stem}.").removeprefix("convs.0.")
-        else:
-            ours = "stages." + re.sub(r"\.skip\.\d+\.", ".skip.", plain.removeprefix(f"{encoder}."))
-        if ours not in state:
-            state[ours] = ledger.take(name)
-        elif not torch.equal(ledger.duplicate(name), state[ours]):
+        wanted = ours(re.sub(r"\.all_modules\.([01])\.", lambda m: (".conv.", ".norm.")[int(m[1])], name))
+        if wanted not in state:
+            state[wanted] = ledger.take(name)
+        elif not torch.equal(ledger.duplicate(name), state[wanted]):
             differing.append(name)
     notes = []
     if differing:
@@ -158,6 +183,10 @@ def kwargs_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "nonlin": "torch.nn.LeakyReLU",
         "nonlin_kwargs": {"inplace": True},
     }
+
+
+def _triples(values: Sequence[Any]) -> list[list[int]]:
+    return [list(triple(value)) for value in values]
 
 
 def _whole(value: Any) -> bool:
