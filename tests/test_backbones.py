@@ -12,14 +12,9 @@ from torch import nn
 from pretrain3d.backbones.contract import Level
 from pretrain3d.backbones.convolution import Conv3d
 from pretrain3d.backbones.decoders import UNetDecoder
-from pretrain3d.backbones.resenc import (
-    ConvBlock,
-    ResEnc,
-    resenc_l,
-    resenc_s,
-    resenc_xs,
-    resenc_xxs,
-)
+from pretrain3d.backbones.plainconv import PlainConv
+from pretrain3d.backbones.resenc import ResEnc, resenc_l, resenc_s, resenc_xs, resenc_xxs
+from pretrain3d.backbones.stages import ConvBlock
 from pretrain3d.config import UserError
 from pretrain3d.sparse import active_voxels, masked_instance_norm
 
@@ -102,6 +97,8 @@ def test_parameter_counts():
     with torch.device("meta"):
         large, others = resenc_l(), (resenc_s(), resenc_xs(), resenc_xxs())
         decoder = UNetDecoder(large.levels, 1, deep_supervision=True)
+        plain = PlainConv()
+    assert parameters(plain) == 14_022_880
     assert parameters(large) == 90_296_576
     assert parameters(large.stem) == 960
     assert parameters(large.stages) == 90_295_616
