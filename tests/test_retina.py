@@ -10,6 +10,7 @@ from torch import nn
 
 from pretrain3d import boxes as box_ops
 from pretrain3d.backbones.contract import Level
+from pretrain3d.backbones.plainconv import PlainConv
 from pretrain3d.config import UserError
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.assign import atss
@@ -378,3 +379,15 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
     assert (parts[0]["loss"] + parts[1]["loss"]).item() / 2 == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in detector.named_parameters():
         torch.testing.assert_close(parts[0][name], parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_it_is_nndetections_network_parameter_for_parameter():
+    """v0.1 has 18.97 M (encoder 14.02, decoder 2.52, heads 0.98 and 1.45): ours, and an output convolution unused."""
+    with torch.device("meta"):
+        backbone = PlainConv()
+        detector = RetinaUNet(backbone.levels, 1, {"sizes": [[4, 8, 16]] * 3}, recipe="nndetection")
+    parts = [backbone, detector.fpn, detector.classifier, detector.regressor]
+    counts = [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
+    unused = 64 * 64 * 27 + 64  # of its level 1, between the segmentation's and the detection's
+    assert [round(count / 1e6, 2) for count in counts] == [14.02, 2.41, 0.98, 1.45]
+    assert round((sum(counts) + unused) / 1e6, 2) == 18.97
