@@ -33,6 +33,10 @@ def module_of(path: Path, **settings: Any) -> DetectionModule:
             {"tile_size": [20, 17, 32]},
             r"module.tile_size is \[20, 17, 32\]; the backbone needs a multiple of 2 x 2 x 2",
         ),
+        (
+            {"tile_size": [32, 16, 16], "detector": {"name": "deformable_detr", "hidden": 16, "heads": 2}},
+            r"module.tile_size is \[32, 16, 16\]; deformable_detr .* training patch, 16 x 16 x 16: set .*=null",
+        ),
         ({"overlap": 1.0}, r"overlap is 1.0"),
         ({"tile_batch": 0}, "tile_batch is 0"),
         ({"mirror_axes": [3]}, r"mirror_axes is \[3\]"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import pytest
@@ -13,7 +14,9 @@ import yaml
 
 from pretrain3d.__main__ import main
 from pretrain3d.backbones.transfer import load_export
+from pretrain3d.commands.assemble import warn_of_anchors
 from pretrain3d.config import UserError
+from pretrain3d.data.splits import fold_cases
 from pretrain3d.data.store import Store
 
 TINY = [
@@ -118,7 +121,17 @@ def test_a_plan_is_for_its_backbone_and_its_runs(
             "module.overlap=0"]  # fmt: skip
     small = ["backbone=resenc", "+backbone.channels=[8,8]", "+backbone.strides=[1,2]", "+backbone.blocks=[1,1]"]
     assert main([*line, "name=small", *small]) == 0  # one level, the plan's anchors are for four
-    assert "on the levels of resenc the plan's anchors have a mean best IoU of" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "on the levels of resenc the plan's anchors have a mean best IoU of" in said
+    assert "give module.detector.anchors" in said and "pretrain3d plan" not in said  # which takes no arguments of it
+    store = Store(phantom_store)
+    data = SimpleNamespace(store=store, train_ids=fold_cases(store, 0)["train"])
+    for own, advice in (
+        (True, "give module.detector.anchors, sizes in voxels"),
+        (False, "plan .* backbone=resenc_xs` finds"),
+    ):
+        warn_of_anchors(torch.full((1, 1, 3), 40.0), data, "resenc_xs", own)
+        assert re.search(advice, capsys.readouterr().err)
     assert main([*line, "name=det"]) == 0
     assert "mean best IoU" not in capsys.readouterr().err
 
@@ -176,7 +189,8 @@ def test_mistakes_cost_one_line(runs: Path, capsys: pytest.CaptureFixture[str]) 
             "backbone=resenc_s",
             "patches of 48 x 48 x 48 do not fit resenc_s, which needs multiples of 32 x 32 x 32",
         ),
-        ("data.patch_size=null", "backbone=resenc` makes one for this"),
+        ("data.patch_size=null backbone=resenc_s", "backbone=resenc_s` makes one for this"),
+        ("data.patch_size=null", "needs multiples of 7 x 7 x 7: set data.patch_size"),  # `plan` takes no arguments
         ("stray", "not 'stray' (a value with spaces stands in quotes)"),
     ],
 )
@@ -187,7 +201,7 @@ def test_mistakes_in_a_config(
             "data.patch_size=[48,48,48]", f"out={tmp_path}"]  # fmt: skip
     if override == "data.patch_size=null":  # planned for steps of 16 voxels
         line += ["backbone=resenc", "+backbone.channels=[4,4]", "+backbone.strides=[1,7]", "+backbone.blocks=[1,1]"]
-    assert main([*line, override]) == 2
+    assert main([*line, *override.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())  # nothing was begun

@@ -198,9 +198,18 @@ def test_out_of_memory_says_what_to_lower() -> None:
     said = out_of_memory_advice(SETTINGS, 4, (96, 96, 96))
     assert "data.batch_size=2 trainer.accumulate_grad_batches=2" in said and "\n" not in said
     assert "patches of 96 x 96 x 96" in said and "+backbone.checkpointing=true" in said
+    assert "+trainer.precision=bf16-mixed" in said and "module.detector" not in said
     single = SETTINGS | {"data": {"batch_size": 1}, "backbone": {"name": "resenc_xs", "checkpointing": True}}
+    single["trainer"] = {"precision": "bf16-mixed"}
     said = out_of_memory_advice(single, 1, (96, 96, 96))
     assert "accumulate" not in said and "checkpointing" not in said and "a smaller data.patch_size" in said
+    assert "precision" not in said
+    single["module"] = {"detector": {"name": "deformable_detr"}}
+    assert "+module.detector.checkpointing=true" in out_of_memory_advice(single, 1, (96, 96, 96))
+    single["module"] = {"detector": {"name": "deformable_detr", "checkpointing": True}}
+    assert "checkpointing" not in out_of_memory_advice(single, 1, (96, 96, 96))
+    single["module"] = {"detector": {"name": "retina_unet"}}
+    assert "checkpointing" not in out_of_memory_advice(single, 1, (96, 96, 96))
     assert "3 tiles" in out_of_memory_advice(SETTINGS, 4, (96, 96, 96), tile_batch=3)
     least = {"data": {}, "trainer": {}, "backbone": {"name": "resenc_xs"}}
     said = out_of_memory_advice(least, 2, (96, 96, 96))

@@ -10,7 +10,7 @@ from typing import Any
 
 from pretrain3d.commands.settings import with_anchors, with_levels
 from pretrain3d.config import UserError
-from pretrain3d.registry import build
+from pretrain3d.registry import build, check
 from pretrain3d.reporting.run_folder import RunFolder
 
 WORSE_IOU = 0.03  # of the training boxes with their best anchors, against the plan, from which it is said
@@ -82,8 +82,10 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
     if note["leakage"]:
         print(warning(note["leakage"], str(transfer["path"])), file=sys.stderr)
     module = build(MODULES, module_node, "module", note=note, **given)
-    if "anchors" in module_node.get("detector", {}) and settings["module"]["detector"].get("anchors") is None:
-        warn_of_anchors(module.detector.anchors.level_sizes(), datamodule, settings["backbone"]["name"])
+    asked = settings["module"].get("detector", {})
+    if "anchors" in module_node.get("detector", {}) and asked.get("anchors") is None:
+        name, own = settings["backbone"]["name"], asked.get("detection_levels") is not None
+        warn_of_anchors(module.detector.anchors.level_sizes(), datamodule, name, own)
     return module
 
 
@@ -96,7 +98,7 @@ def check_patch(datamodule: Any, backbone: Any, settings: dict[str, Any]) -> Non
         return
     name, store = settings["backbone"]["name"], datamodule.store.path
     advice = "set data.patch_size"
-    if settings["data"].get("patch_size") is None:
+    if settings["data"].get("patch_size") is None and plannable(name):
         advice = f"the plan's are for another backbone, `pretrain3d plan {store} backbone={name}` makes one for this"
     needed = by_text(multiple)
     raise UserError(f"patches of {by_text(patch)} do not fit {name}, which needs multiples of {needed}: {advice}")
@@ -143,7 +145,7 @@ def warn_of_spacing(pretrained_mm: Sequence[float] | None, store_mm: Sequence[fl
     print(f"note: the weights were pretrained at {texts[0]} mm, the store has voxels of {texts[1]} mm", file=sys.stderr)
 
 
-def warn_of_anchors(sizes: Any, datamodule: Any, backbone: str) -> None:
+def warn_of_anchors(sizes: Any, datamodule: Any, backbone: str, own_levels: bool) -> None:
     """Says so when the plan's anchors, (L, A, 3) voxels on the levels of this detector, fit worse than planned."""
     import numpy as np
     import torch
@@ -157,8 +159,22 @@ def warn_of_anchors(sizes: Any, datamodule: Any, backbone: str) -> None:
         return
     fit = float(mean_best_iou(sizes.flatten(0, 1), boxes[:, 3:] - boxes[:, :3]))
     if fit < planned - WORSE_IOU:
+        advice = f"`pretrain3d plan {store.path} backbone={backbone}` finds better ones"
+        if own_levels or not plannable(backbone):
+            advice = "give module.detector.anchors, sizes in voxels on the finest of them"
         print(
             f"note: on the levels of {backbone} the plan's anchors have a mean best IoU of {fit:.2f}, planned were "
-            f"{planned:.2f}; `pretrain3d plan {store.path} backbone={backbone}` finds better ones",
+            f"{planned:.2f}; {advice}",
             file=sys.stderr,
         )
+
+
+def plannable(backbone: str) -> bool:
+    """Whether `plan`, which takes a name alone, can make a plan for a backbone."""
+    from pretrain3d.backbones import BACKBONES
+
+    try:
+        check(BACKBONES, {"name": backbone}, "backbone", given=("in_channels",))
+    except UserError:
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 Source: Zhu et al. 2021, "Deformable DETR"; numbers as in the pretraining study (2025). Here the content of a query is
 the encoder's token that proposed it plus an embedding of the proposed box, where the original takes the latter alone.
+The focal loss is summed over classes as in the original; the study's code takes their mean.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class DeformableDETR(nn.Module):
         UserError: sizes that do not fit each other, a level index the backbone does not have, or levels that leave the
             backbone's last stage without a use.
     """
+
+    one_size = True  # places and sizes are parts of the image
 
     def __init__(
         self,

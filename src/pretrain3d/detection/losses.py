@@ -65,8 +65,8 @@ def dice_and_cross_entropy(
         synchronise: sum the Dice terms over processes.
 
     Returns:
-        Dice loss in [0, 1] and cross entropy; both 0 when no image is used. A class that neither the target nor, beyond
-        rounding, the prediction contains counts as found.
+        Dice loss in [0, 1] and cross entropy; both 0 when no image is used. With ``smooth`` a class that neither the
+        target nor, beyond rounding, the prediction contains counts as found; without, as missed, with no gradient.
     """
     num_classes = logits.shape[1]
     weight = use.float()

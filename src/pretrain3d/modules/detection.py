@@ -77,6 +77,11 @@ class DetectionModule(BaseModule):
                 f"module.tile_size is {list(tile_size)}; the backbone needs a multiple of {by_text(multiple)}"
             )
         head = build(DETECTORS, detector, "module.detector", levels=backbone.levels, num_classes=len(classes))
+        if getattr(head, "one_size", False) and tuple(tile_size or patch_size) != tuple(patch_size):
+            raise UserError(
+                f"module.tile_size is {list(tile_size or ())}; {detector['name']} predicts boxes as parts of its image "
+                f"and needs tiles of the training patch, {by_text(patch_size)}: set module.tile_size=null"
+            )
         super().__init__(backbone, head, "detector", note, optimizer, schedule, warmup_steps, ema, finetune, swa)
         self.classes = list(classes)
         self.mirror_classes = dict(mirror_classes)

@@ -128,6 +128,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "poly": poly
 def warmup_then(name: str, warmup_steps: int, max_steps: int) -> Callable[[int], float]:
     """The factor of the learning rate at each optimiser step: a linear ramp, then `SCHEDULES[name]` down to 0.
 
+    The ramp begins at 0, before the first step; nnDetection's at a rate of 1e-6.
+
     Raises:
         UserError: an unknown schedule, or a warm-up that is not shorter than the run.
     """

@@ -263,9 +263,14 @@ def out_of_memory_advice(
         )
     accumulate = int(settings["trainer"].get("accumulate_grad_batches") or 1)
     ways = ["a smaller data.patch_size", "a smaller backbone"]
+    detector = settings.get("module", {}).get("detector")
+    if detector and not detector.get("checkpointing") and takes(DETECTORS, detector, "detector", "checkpointing"):
+        ways.insert(0, "+module.detector.checkpointing=true (of its encoder)")
     backbone = settings["backbone"]
     if not backbone.get("checkpointing") and takes(BACKBONES, backbone, "backbone", "checkpointing"):
         ways.insert(0, "+backbone.checkpointing=true (about a third more time)")
+    if "32" in str(settings["trainer"].get("precision", "32-true")):
+        ways.insert(0, "+trainer.precision=bf16-mixed (about a quarter less)")
     if batch_size > 1:
         less = max(n for n in range(1, batch_size) if batch_size % n == 0)
         steps = accumulate * batch_size // less
