@@ -8,8 +8,8 @@ from tiny_store import make_case
 
 from pretrain3d.config import UserError
 from pretrain3d.data.store import Store, StoreWriter
-from pretrain3d.detection.anchors import base_sizes
-from pretrain3d.planning.anchors import search_anchors
+from pretrain3d.detection.anchors import base_sizes, mean_best_iou
+from pretrain3d.planning.anchors import all_anchors, search_anchors
 from pretrain3d.planning.plan import make_plan, read_plan, write_plan
 
 LEVEL_SCALES = (1, 2, 4, 8)
@@ -53,6 +53,16 @@ def test_anchors_are_a_maximum_and_the_same_in_any_order():
     assert search_anchors(torch.from_numpy(boxes[::-1].copy())) == found
     plain = [np.quantile(boxes[:, axis], [1 / 6, 1 / 2, 5 / 6]).tolist() for axis in range(3)]
     assert score > slow_mean_best_iou(plain, boxes)
+
+
+def test_anchors_serve_two_kinds_of_objects():
+    """Many small ones and some large: quantiles of all boxes together are a bad place to search from (0.69)."""
+    rng = np.random.default_rng(1)
+    small, large = rng.normal([1.5, 1.5, 0.7], 0.3, (60, 3)), rng.normal([4, 4, 2.5], 0.3, (30, 3))
+    boxes = torch.from_numpy(np.exp(np.concatenate([small, large]))).float()
+    scales = [(1, 1, 1), (2, 2, 1), (4, 4, 2), (8, 8, 4)]
+    found = torch.tensor(search_anchors(boxes, scales))
+    assert float(mean_best_iou(all_anchors(found[None], scales)[0], boxes)) > 0.74
 
 
 def test_one_box_is_enough():

@@ -18,9 +18,11 @@ DOUBLING: tuple[Triple, ...] = ((1, 1, 1), (2, 2, 2), (4, 4, 4), (8, 8, 8))  # f
 MAX_BOXES = 1500  # more are thinned out, evenly along their volume
 WIDTHS = (0.7, 0.25, 0.08, 0.02)  # of the line searches, in logarithms of a size; each begins where the last one ended
 POINTS = 7  # tried per line search
+STARTS = 12  # random ones: three of the boxes, each on a random level
 KICKS = 12  # random restarts from the best sizes so far
 KICK = 0.4  # their standard deviation, in logarithms of a size
 ENOUGH = 1e-5  # an improvement of the mean IoU that is worth another round
+LEAST = 0.5  # voxels of a size that a search starts from
 
 
 def search_anchors(sizes: Tensor, scales: Sequence[Triple] = DOUBLING) -> list[list[float]]:
@@ -28,8 +30,8 @@ def search_anchors(sizes: Tensor, scales: Sequence[Triple] = DOUBLING) -> list[l
 
     Maximises the mean over boxes of the best IoU with any anchor of any level at the same centre, as nnDetection does
     by random evolution. Here one size after the other is moved to the best place along its line, over ever shorter
-    lines, until none moves; that is done from quantiles of the boxes and from disturbed copies of the best result. The
-    same boxes give the same anchors.
+    lines, until none moves; that is done from quantiles of the boxes, from some of the boxes themselves and from
+    disturbed copies of the best result. The same boxes give the same anchors.
 
     Args:
         sizes: (N, 3) voxels, N >= 1.
@@ -41,17 +43,20 @@ def search_anchors(sizes: Tensor, scales: Sequence[Triple] = DOUBLING) -> list[l
     sizes = sizes[torch.argsort(sizes.prod(dim=1), stable=True)]
     search = _Search(sizes[:: math.ceil(len(sizes) / MAX_BOXES)].float(), scales)
     quantiles = torch.quantile(search.boxes, torch.tensor([1 / 6, 1 / 2, 5 / 6]), dim=0).T  # (3 axes, 3)
-    divisors = torch.tensor(scales[: min(3, len(scales))], dtype=torch.float32)
-    found = [search.climb((quantiles / divisor[:, None]).clamp(min=1.0), WIDTHS) for divisor in divisors]
-    best, score = max(found, key=lambda result: result[1])
+    starts = [quantiles / scale[:, None] for scale in search.scales[:3]]
     generator = torch.Generator().manual_seed(0)
+    for _ in range(STARTS):
+        which = torch.randint(len(search.boxes), (PER_AXIS,), generator=generator)
+        level = torch.randint(len(scales), (PER_AXIS,), generator=generator)
+        starts.append((search.boxes[which] / search.scales[level]).T)
+    found = [search.climb(start.clamp(min=LEAST), WIDTHS) for start in starts]
+    best, score = max(found, key=lambda result: result[1])
     for _ in range(KICKS):
         kicked = best * torch.exp(KICK * torch.randn(best.shape, generator=generator))
-        moved, reached = search.climb(kicked.clamp(min=1.0), WIDTHS[1:])
+        moved, reached = search.climb(kicked.clamp(min=LEAST), WIDTHS[1:])
         if reached > score:
             best, score = moved, reached
-    rounded = [[round(value, 1) for value in sorted(axis)] for axis in best.tolist()]
-    return [[max(value, 0.1) for value in axis] for axis in rounded]
+    return [[float(f"{value:.3g}") for value in sorted(axis)] for axis in best.tolist()]
 
 
 def plan_levels(strides: Sequence[Triple], sizes: Tensor) -> tuple[int, ...]:
