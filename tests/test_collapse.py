@@ -15,9 +15,10 @@ from tiny_store import blocks, image_of, make_case, write_store
 
 from pretrain3d.__main__ import main
 from pretrain3d.data.normalise import Normalisation
-from pretrain3d.data.probe import MIN_SHARE, ProbePatches
+from pretrain3d.data.probe import VOXELS, ProbePatches
 from pretrain3d.data.store import Store
 from pretrain3d.evaluation.probe import auroc, neighbour_votes, probe
+from pretrain3d.modules.monitors import asked, features_at
 from pretrain3d.objectives import PRETRAINING
 from pretrain3d.objectives.collapse import MIN_STD, effective_rank, spread, warning
 from pretrain3d.objectives.projection import pooled_views
@@ -61,15 +62,19 @@ def test_warning_names_what_collapsed_and_keeps_quiet_otherwise():
 def test_votes_by_loops():
     rng = np.random.default_rng(0)
     features, present = rng.normal(size=(20, 5)) * [1, 10, 0.1, 1, 0] + 3, rng.random((20, 2)) < 0.5
-    groups = np.repeat(np.arange(5), 4)
-    votes = neighbour_votes(features, present, groups, neighbours=3)
+    groups, known = np.repeat(np.arange(5), 4), rng.random((20, 2)) < 0.7
+    known[:, 1] &= groups < 2  # of the second class fewer than three may be there to ask
+    known[4:7, 1] = False
+    votes = neighbour_votes(features, present, known, groups, neighbours=3)
     scaled = features - features.mean(0)
     scaled[:, :4] /= features.std(0)[:4]
     for i in range(20):
         others = [j for j in range(20) if groups[j] != groups[i]]
         cosine = {j: scaled[i] @ scaled[j] / np.linalg.norm(scaled[i]) / np.linalg.norm(scaled[j]) for j in others}
-        nearest = sorted(others, key=lambda j: -cosine[j])[:3]
-        assert votes[i] == pytest.approx(present[nearest].mean(0))
+        for label in range(2):
+            asked = [j for j in others if known[j, label]]
+            nearest = sorted(asked, key=lambda j: -cosine[j])[:3]
+            assert votes[i, label] == pytest.approx(present[nearest, label].mean())
 
 
 def test_auroc_by_pairs():
@@ -82,11 +87,15 @@ def test_auroc_by_pairs():
 def test_probe_tells_features_that_know_from_features_that_do_not():
     rng = np.random.default_rng(0)
     present, groups = rng.random((120, 3)) < 0.5, np.arange(120) % 12
+    known = np.ones((120, 3), dtype=bool)
     knowing = present @ rng.normal(size=(3, 16)) + 0.3 * rng.normal(size=(120, 16))
-    assert probe(knowing, present, groups) > 0.95
-    assert probe(rng.normal(size=(120, 16)), present, groups) == pytest.approx(0.5, abs=0.1)
-    assert probe(knowing, present, np.zeros(120, dtype=int)) is None  # one patient: nobody to ask
-    assert probe(knowing, np.ones((120, 3), dtype=bool), groups) is None  # in every patch: nothing to tell
+    assert probe(knowing, present, known, groups) > 0.95
+    assert probe(rng.normal(size=(120, 16)), present, known, groups) == pytest.approx(0.5, abs=0.1)
+    assert probe(knowing, present, known, np.zeros(120, dtype=int)) is None  # one patient: nobody to ask
+    assert probe(knowing, known, known, groups) is None  # each voxel is of it: nothing to tell
+    unsaid = rng.random((120, 3)) < 0.5  # organs that were there and not annotated are neither votes nor errors
+    assert probe(knowing, present & ~unsaid, ~unsaid, groups) > 0.95 > probe(knowing, present & ~unsaid, known, groups)
+    assert probe(knowing, present, np.zeros_like(known), groups) is None
 
 
 def organ_store(path: Path) -> Store:
@@ -109,14 +118,20 @@ def wavy_store(path: Path) -> Store:
 
 
 class Organs:
-    """The same with a map of organs: left half, right half; not in `case_0`, and `case_1` is a test case."""
+    """The same with a map of organs: left half, right half; not in `case_0`, and `case_1` is a test case; of `case_2`
+    only the right one was annotated."""
 
     semantic_classes = ("left", "right")
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.cases = {
-            name: replace(case, has_semantic=name != "case_0", split="test" if name == "case_1" else "train")
+            name: replace(
+                case,
+                has_semantic=name != "case_0",
+                split="test" if name == "case_1" else "train",
+                semantic_annotated=(1,) if name == "case_2" else None,
+            )
             for name, case in store.cases.items()
         }
 
@@ -136,9 +151,10 @@ def test_probe_patches_come_with_their_organs(tmp_path):
     patches = ProbePatches(store, raw, (8, 16, 24), otherwise=["case_0"], number=12)  # longer than the volume in z
     assert patches.has_organs and len(patches) == 12 and len(set(patches.groups)) == 6
     assert {case.id for case in patches.cases} == {f"case_{number}" for number in range(2, 8)}  # no test case
-    sides = set()
+    assert patches.known.tolist() == [[case.id != "case_2", True] for case in patches.cases]
+    sides: set[int] = set()
     for index in range(12):
-        image, organs = patches[index]
+        image, places, organs = patches[index]
         assert image.shape == (1, 8, 16, 24) and image[..., 20:].eq(image[..., -1:]).all()  # padded behind the volume
         case = store.read(patches.cases[index].id, "image", (0, 0, 0), (40, 20, 20))[0]
         found = [
@@ -146,11 +162,21 @@ def test_probe_patches_come_with_their_organs(tmp_path):
             if np.array_equal(case[x : x + 8, y : y + 16], image[0, :, :, :20].numpy())
         ]  # fmt: skip
         assert len(found) == 1
-        counts = [min(max(20 - found[0], 0), 8), min(max(found[0] - 12, 0), 8)]
-        assert organs.tolist() == [count * 16 * 20 >= MIN_SHARE * 8 * 16 * 24 for count in counts]
-        sides.add(tuple(organs))
-        torch.testing.assert_close(patches[index][0], image)  # the same every time
-    assert len(sides) > 1
+        assert places.shape == (VOXELS, 3) and (places >= 0).all() and (places < (8, 16, 20)).all()
+        assert organs.tolist() == [1 if found[0] + x < 20 else 2 for x in places[:, 0]]
+        if 12 < found[0] < 20:  # both organs are there, and each is asked about
+            assert sorted(organs[: VOXELS // 2]) == [1] * (VOXELS // 4) + [2] * (VOXELS // 4)
+        sides |= set(organs)
+        for again, once in zip(patches[index], (image, places, organs), strict=True):  # the same every time
+            np.testing.assert_array_equal(np.asarray(again), np.asarray(once))
+    assert sides == {1, 2}
+
+
+def test_what_was_learned_is_not_asked_about(tmp_path):
+    store = Organs(organ_store(tmp_path))
+    learned = ["case_3", "case_4", "case_5"]
+    patches = ProbePatches(store, raw, (8, 8, 8), otherwise=["case_0"], number=12, learned=learned)
+    assert {case.id for case in patches.cases} == {"case_2", "case_6", "case_7"}
 
 
 def test_without_organs_the_patches_are_those_of_the_validation_cases(tmp_path):
@@ -160,7 +186,30 @@ def test_without_organs_the_patches_are_those_of_the_validation_cases(tmp_path):
     assert sorted(case.id for case in patches.cases) in (
         ["case_3"] * 3 + ["case_5"] * 2, ["case_3"] * 2 + ["case_5"] * 3,
     )  # fmt: skip
-    assert patches[0][1].tolist() == []
+    assert not patches[0][2].any()
+
+
+def test_features_are_those_of_the_cells_that_hold_the_voxels():
+    strides = [(1, 1, 1), (2, 4, 2)]
+    levels = [torch.randn(2, 3, 8, 8, 4), torch.randn(2, 5, 4, 2, 2)]
+    places = torch.stack([torch.randint(size, (2, 6)) for size in (8, 8, 4)], dim=2)
+    features = features_at(levels, strides, places)
+    for b, v in np.ndindex(2, 6):
+        x, y, z = places[b, v].tolist()
+        expected = torch.cat([levels[0][b, :, x, y, z], levels[1][b, :, x // 2, y // 4, z // 2]])
+        assert torch.equal(features[b, v], expected)
+
+
+def test_voxels_are_asked_about_what_was_annotated(tmp_path):
+    patches = ProbePatches(Organs(organ_store(tmp_path)), raw, (8, 8, 8), otherwise=[], number=6)
+    organs = torch.tensor([[0, 1, 2]]).repeat(6, 1)
+    features, present, known, groups = asked(torch.randn(6, 3, 4), organs, patches)
+    assert features.shape == (18, 4) and groups.tolist() == [group for group in patches.groups for _ in range(3)]
+    assert present.tolist() == [[False, False], [True, False], [False, True]] * 6
+    of_all, right_only = [[True, True]] * 3, [[False, True], [False, False], [False, True]]
+    assert known.tolist() == [
+        row for case in patches.cases for row in (right_only if case.id == "case_2" else of_all)
+    ]  # fmt: skip
 
 
 TINY = [

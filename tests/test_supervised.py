@@ -23,6 +23,7 @@ from pretrain3d.backbones.transfer import load_backbone, load_export
 from pretrain3d.config import UserError
 from pretrain3d.data.module import DataModule
 from pretrain3d.data.probe import ProbePatches
+from pretrain3d.data.splits import fold_cases
 from pretrain3d.evaluation.segmentation import SegmentationScores, summarise
 from pretrain3d.modules.checkpoint import load_module
 from pretrain3d.modules.volumes import predict_volume, tile_weight
@@ -551,18 +552,21 @@ def test_summary_of_cases_by_loops() -> None:
 def test_the_shared_stem_travels_and_is_watched_with_what_it_was_trained_on(
     stores: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watched = []
+    watched: list[ProbePatches] = []
 
-    def choose(store: Any, *arguments: Any) -> ProbePatches:
-        watched.append(store.name)
-        return ProbePatches(store, *arguments)
+    def choose(*arguments: Any) -> ProbePatches:
+        watched.append(ProbePatches(*arguments))
+        return watched[-1]
 
     monkeypatch.setattr("pretrain3d.modules.monitors.ProbePatches", choose)
     line = ["fit", "--config", "configs/pretrain/multitalent.yaml", "name=run", f"out={tmp_path}",
             f"data.store=[{stores[0]},{stores[1]}]", "module.method.stems=[alpha]", *TINY]  # fmt: skip
     assert main([*line, "data.intensity={scheme: ct}"]) == 0
     note = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["pretrain3d"]
-    assert watched == ["beta"]
+    (patches,) = watched
+    assert patches.store.name == "beta" and patches.has_organs
+    learned = fold_cases(patches.store, 0)["train"]
+    assert learned and not {case.id for case in patches.cases} & set(learned)
     assert note["preprocessing"] == note["sets"]["beta"]["preprocessing"] != note["sets"]["alpha"]["preprocessing"]
 
 

@@ -32,8 +32,9 @@ class FeatureMonitor(Callback):
 
     ``val/feature_std``: see `collapse.spread`; ``val/effective_rank``: see `collapse.effective_rank`; with a warning in
     plain words when they, or those of a method's projected embeddings, say that the network has collapsed. Every few
-    validations, where the store has maps of organs, ``val/probe_auroc``: how well the nearest patches of other patients
-    tell which organs a patch holds, 0.5 is chance.
+    validations, where the store has maps of organs, ``val/probe_auroc``: how well the features at the nearest voxels of
+    other patients tell which organ a voxel is of, 0.5 is chance. An organ counts where it was annotated, and supervised
+    pretraining is asked about cases that it does not learn.
 
     The weights are those that would be exported, and each patch is as large as what the network sees in training.
 
@@ -63,7 +64,7 @@ class FeatureMonitor(Callback):
         module: Any = pl_module
         if self.patches is None:
             self.patches = self._choose(trainer, module)
-        features, present, groups = self._look(trainer, module, self.patches)
+        features, at_voxels, organs = self._look(trainer, module, self.patches)
         values = {"feature_std": float(spread(features)), "effective_rank": float(effective_rank(features))}
         self._warn(trainer, "features", features, *values.values())
         projector = getattr(module.best_networks()[1], "projector", None)
@@ -71,7 +72,7 @@ class FeatureMonitor(Callback):
             embeddings = projector(features)
             self._warn(trainer, "embeddings", embeddings, float(spread(embeddings)), float(effective_rank(embeddings)))
         if self.probe_every and self.validations % self.probe_every == 0 and self.patches.has_organs:
-            area = probe(features.cpu().numpy(), present, groups)
+            area = probe(*asked(at_voxels, organs, self.patches))
             if area is not None:
                 values["probe_auroc"] = area
         for name, value in values.items():
@@ -89,19 +90,59 @@ class FeatureMonitor(Callback):
         number = -(-self.num_patches // world_size()) * world_size()
         sets = through_shared_stem(data.sets, module.note["module"]["method"])
         part = max(sets, key=lambda part: any(case.has_semantic for case in part.store.cases.values()))
-        return ProbePatches(part.store, part.normalisation, size, part.val_ids, number)
+        learned = part.train_ids if module.note["kind"] == "segmentation" else ()
+        return ProbePatches(part.store, part.normalisation, size, part.val_ids, number, learned)
 
     @torch.no_grad()
-    def _look(self, trainer: Any, module: Any, patches: ProbePatches) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        """Features (N, C), organs (N, K) bool and patients (N,) of all processes' patches."""
+    def _look(self, trainer: Any, module: Any, patches: ProbePatches) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all processes' patches: features (N, C), those at their voxels (N, V, C), and the organs there (N, V)."""
         backbone, _ = module.best_networks()
         mine = range(rank(), len(patches), world_size())
-        features, present = [], []
+        whole, at_voxels, labels = [], [], []
         for start in range(0, len(mine), trainer.datamodule.batch_size):
             samples = [patches[index] for index in mine[start : start + trainer.datamodule.batch_size]]
-            image = torch.stack([image for image, _ in samples]).to(module.device)
+            image = torch.stack([image for image, _, _ in samples]).to(module.device)
+            places = torch.from_numpy(np.stack([places for _, places, _ in samples])).to(module.device)
+            labels += [torch.from_numpy(organs) for _, _, organs in samples]
             with trainer.strategy.precision_plugin.val_step_context():
-                features.append(pooled(backbone(image, None)))
-            present += [organs for _, organs in samples]
-        organs = torch.from_numpy(np.stack(present)).to(module.device, torch.uint8)
-        return all_gather(torch.cat(features)), all_gather(organs).cpu().numpy().astype(bool), patches.groups
+                levels = backbone(image, None)
+            whole.append(pooled(levels))
+            at_voxels.append(features_at(levels, [level.stride for level in backbone.levels], places))
+        organs = torch.stack(labels).to(module.device)
+        return all_gather(torch.cat(whole)), all_gather(torch.cat(at_voxels)), all_gather(organs)
+
+
+def features_at(levels: Sequence[Tensor], strides: Sequence[Sequence[int]], places: Tensor) -> Tensor:
+    """The features of the cells that hold some voxels, of all levels one behind the other.
+
+    Args:
+        levels: of the backbone, (B, C, X / stride x, Y / stride y, Z / stride z) each.
+        strides: (3,) of each level.
+        places: (B, V, 3) int64 voxels of the images.
+
+    Returns:
+        (B, V, sum of C) float32.
+    """
+    rows = torch.arange(len(places), device=places.device)[:, None]
+    parts = []
+    for level, stride in zip(levels, strides, strict=True):
+        x, y, z = (places[..., axis] // step for axis, step in enumerate(stride))  # (B, V) each
+        parts.append(level[rows, :, x, y, z].float())  # (B, V, C)
+    return torch.cat(parts, dim=2)
+
+
+def asked(at_voxels: Tensor, organs: Tensor, patches: ProbePatches) -> tuple[np.ndarray, ...]:
+    """What `evaluation.probe.probe` takes, voxel by voxel.
+
+    A voxel of an organ that was not annotated in its case says nothing about the others either.
+
+    Args:
+        at_voxels: (N, V, C) features of all patches.
+        organs: (N, V) labels there, 0 = none.
+        patches: which they are.
+    """
+    number, labels = organs.shape[1], organs.flatten().cpu().numpy()
+    present = labels[:, None] == np.arange(1, patches.known.shape[1] + 1)
+    known = patches.known.repeat(number, axis=0)
+    known &= (labels == 0)[:, None] | (present & known).any(axis=1, keepdims=True)
+    return at_voxels.flatten(0, 1).cpu().numpy(), present, known, patches.groups.repeat(number)
