@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -284,6 +285,24 @@ def test_every_shipped_configuration_binds(file: Path) -> None:
     values = load(file, ["data.store=somewhere"])  # a base leaves it open
     check_names(values)
     check_arguments(values)
+
+
+@pytest.mark.parametrize("file", ["mae", "s3d", "models_genesis", "volume_fusion", "swin_mix"])
+def test_the_published_recipe_that_base_names_fits_every_cnn_method(file: str) -> None:
+    from pretrain3d.commands.settings import check_arguments
+
+    lines = (CONFIGS / "pretrain/base.yaml").read_text().splitlines()
+    recipe = shlex.split(" ".join(line[1:] for line in lines if line.startswith("#   ")))
+    recipe += ["+backbone.masking=sparse"] if file == "s3d" else []
+    values = load(f"configs/pretrain/{file}.yaml", ["data.store=x", *recipe])
+    check_names(values)
+    check_arguments(values)
+    optimizer = {"name": "sgd", "lr": 1e-2, "momentum": 0.99, "weight_decay": 3e-5}
+    assert values["module"]["optimizer"] == optimizer and values["trainer"]["gradient_clip_val"] == 12.0
+    # Models Genesis flips by itself; Volume Fusion and the Swin mix turn nothing but what they are made of
+    spatial = values["data"]["augment"]["spatial"], values["data"]["flip_axes"]
+    flips = {"models_genesis": [], "swin_mix": [0, 2]}.get(file, [0, 1, 2])
+    assert spatial == (file in ("mae", "s3d"), flips)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ class VolumeFusion(nn.Module):
 
     Source: Wang et al., "MIS-FM" (2023), as in the OpenMind study: five classes, 10 to 39 boxes, sides of 8 to 100
     voxels in patches of 160. The study loads two patches for each one that is fused; here each loaded patch is used
-    twice, so ``batch_size`` is what the network sees. Voxels outside either volume do not count.
+    twice, so ``batch_size`` is what the network sees. The authors' own code now lays blocks of one size per patch on a
+    grid, none of class 0. Voxels outside either volume do not count.
     """
 
     def __init__(
