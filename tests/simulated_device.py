@@ -201,18 +201,24 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _on_host(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The CPU lacks some operations in bf16 that GPUs have: they are done in float32 and rounded."""
+    """The CPU lacks some operations in bf16 that GPUs have: they are done in float32 and rounded.
+
+    The backward pass of a convolution, too: where an axis is shorter than the kernel, parts of the kernel's gradient
+    are whatever the memory held (`backbones.convolution`, which leaves other devices than the CPU alone).
+    """
 
     def change(found: torch.dtype, wanted: torch.dtype, values: Any) -> Any:
         return tree_map(lambda v: v.to(wanted) if isinstance(v, Tensor) and v.dtype == found else v, values)
 
-    try:
-        return func(*args, **kwargs)
-    except NotImplementedError as error:
-        if "not implemented for 'BFloat16'" not in str(error):
-            raise
-        args, kwargs = change(torch.bfloat16, torch.float32, (args, kwargs))
-        return change(torch.float32, torch.bfloat16, func(*args, **kwargs))
+    rounded = any(isinstance(leaf, Tensor) and leaf.dtype == torch.bfloat16 for leaf in tree_leaves(args))
+    if not (rounded and func is aten.convolution_backward.default):
+        try:
+            return func(*args, **kwargs)
+        except NotImplementedError as error:
+            if "not implemented for 'BFloat16'" not in str(error):
+                raise
+    args, kwargs = change(torch.bfloat16, torch.float32, (args, kwargs))
+    return change(torch.float32, torch.bfloat16, func(*args, **kwargs))
 
 
 def _note_copy(func: Any, args: Any, kwargs: dict[str, Any], asked: str | None) -> None:
