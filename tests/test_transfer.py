@@ -124,6 +124,51 @@ def test_learned_positions_are_adapted_by_name_and_reported(tmp_path, kind):
     assert transfer_into(source, tmp_path / "a.pt", adapt=["positions"]).adaptations == []
 
 
+DEEP = {"name": "resenc", "channels": [4, 6, 8], "blocks": [1, 2, 1], "strides": [1, 2, 2], "kernels": 3}
+FLAT = {"name": "resenc", "channels": [4, 6], "blocks": [1, 2], "strides": [1, [2, 2, 1]], "kernels": [[3, 3, 1], 3]}
+
+
+def test_stages_kernels_and_strides_are_adapted_by_name_and_reported(tmp_path):
+    source = build(BACKBONES, DEEP, "backbone")
+    export_weights(tmp_path / "deep.pt", DEEP, source.state_dict(), {}, {})
+    target = build(BACKBONES, FLAT, "backbone")
+    before = fingerprint(target.state_dict())
+    names = ["stages", "kernels", "strides"]
+    for missing in names:
+        with pytest.raises(UserError, match=r"in the file and .* in the model.*transfer\.adapt may change stages"):
+            transfer_into(target, tmp_path / "deep.pt", adapt=[name for name in names if name != missing])
+        assert fingerprint(target.state_dict()) == before, "all or none"
+    report = transfer_into(target, tmp_path / "deep.pt", adapt=names)
+    third = [name for name in source.state_dict() if name.startswith("stages.2.")]
+    assert report.adaptations == [
+        f"stages: the first 2 of 3, {len(third)} tensors left out",
+        "kernels: averaged along z in stage 0",
+        "strides: [[1, 1, 1], [2, 2, 1]] instead of [[1, 1, 1], [2, 2, 2]]",
+    ]
+    old, got = source.state_dict(), target.state_dict()
+    assert set(got) == set(old) - set(third)
+    for name, tensor in got.items():
+        if tensor.ndim == 5 and not name.startswith("stages.1."):  # the stem and stage 0: 3 x 3 x 1
+            for place in torch.cartesian_prod(*(torch.arange(n) for n in tensor.shape)).tolist():
+                o, i, x, y, _ = place
+                mean = sum(old[name][o, i, x, y, z] for z in range(3)) / 3
+                torch.testing.assert_close(tensor[tuple(place)], mean)
+        else:
+            assert torch.equal(tensor, old[name]), name
+    assert [level.stride for level in target.levels] == [(1, 1, 1), (2, 2, 1)]
+    assert transfer_into(source, tmp_path / "deep.pt", adapt=names).adaptations == []
+
+
+def test_nothing_is_made_up_for_a_deeper_network_or_a_larger_kernel(tmp_path):
+    source = build(BACKBONES, FLAT, "backbone")
+    export_weights(tmp_path / "flat.pt", FLAT, source.state_dict(), {}, {})
+    for change in ({"channels": [4, 6, 8], "blocks": [1, 2, 1], "strides": [1, [2, 2, 1], 2], "kernels": 3},
+                   {"kernels": 3}, {"kernels": [[3, 3, 1], 5]}):  # fmt: skip
+        target = build(BACKBONES, {**FLAT, **change}, "backbone")
+        with pytest.raises(UserError, match=r"(kernels|strides) is .* in the file and .* in the model"):
+            transfer_into(target, tmp_path / "flat.pt", adapt=["stages", "kernels", "strides"])
+
+
 def test_damaged_and_foreign_files_are_named(backbone, file, tmp_path):
     whole = file.read_bytes()
     for broken in (b"", whole[: len(whole) // 2], b"no such thing"):

@@ -27,7 +27,7 @@ from pretrain3d.registry import build
 
 FORMAT = "pretrain3d-backbone"
 VERSION = 1
-ADAPTATIONS = ("channels", "positions")
+ADAPTATIONS = ("channels", "positions", "stages", "kernels", "strides")
 SHOWN = 3  # names in an error
 
 
@@ -171,7 +171,11 @@ def transfer_into(backbone: nn.Module, path: str | PathLike[str], adapt: Sequenc
         path: a file of `export_weights`.
         adapt: what may be changed to fit. ``"channels"``: a file of one input channel for an image of C channels;
             the first kernels are repeated over the channels and divided by C. ``"positions"``: learned positions of
-            another ``image_size`` are interpolated, trilinearly.
+            another ``image_size`` are interpolated, trilinearly. For networks of stages: ``"stages"``: the first ones
+            of a deeper file are taken. ``"kernels"``: kernels are averaged along axes on which the model's have size 1.
+            ``"strides"``: weights are taken as they are where the model's stages have other strides.
+
+    Source: what nnDetection's and nnU-Net's dynamic loaders do (nnDetection, branch finetuning, docs/finetuning.md).
 
     Raises:
         UserError: the file and the backbone differ; names the first differences with both values.
@@ -184,8 +188,9 @@ def transfer_into(backbone: nn.Module, path: str | PathLike[str], adapt: Sequenc
     stored = meta_backbone(content["backbone"])
     weights = dict(content["weights"])
     check_names(stored.state_dict(), weights, str(path), "the file")
-    _check_arguments(stored, backbone, path)
-    adaptations = _adapt_channels(stored, backbone, weights, path, adapt)
+    arguments, adaptations = _adapt_stages(stored, backbone, weights, adapt)
+    _check_arguments(stored, arguments, backbone, path)
+    adaptations += _adapt_channels(stored, backbone, weights, path, adapt)
     adaptations += _adapt_positions(stored, backbone, weights, path, adapt)
     check_names(backbone.state_dict(), weights, f"{path} does not fit", "the file")
     backbone.load_state_dict(weights)
@@ -206,18 +211,72 @@ def meta_backbone(node: Mapping[str, Any]) -> Any:
         return build(BACKBONES, node, "backbone")
 
 
-def _check_arguments(stored: Any, backbone: Any, path: object) -> None:
-    """Weights of equal shape can still mean another network (strides, say): the arguments must agree too."""
+def _check_arguments(stored: Any, arguments: Mapping[str, Any], backbone: Any, path: object) -> None:
+    """Weights of equal shape can still mean another network (strides, say): the arguments must agree too.
+
+    Args:
+        stored: the network of the file.
+        arguments: its arguments, adapted.
+        backbone: the network of the model.
+        path: for errors.
+    """
     if type(stored) is not type(backbone):
         raise UserError(f"{path} holds a {type(stored).__name__}, the model's backbone is a {type(backbone).__name__}")
     free = stored.runtime_arguments | {"in_channels", "image_size"}  # the last two can be adapted
     differing = [
         f"{key} is {value} in the file and {backbone.arguments[key]} in the model"
-        for key, value in stored.arguments.items()
+        for key, value in arguments.items()
         if key not in free and value != backbone.arguments[key]
     ]
     if differing:
-        raise UserError(f"{path} does not fit: {'; '.join(differing[:SHOWN])}; set `backbone` as in the file")
+        or_else = " (transfer.adapt may change stages, kernels and strides)" if "strides" in arguments else ""
+        raise UserError(f"{path} does not fit: {'; '.join(differing[:SHOWN])}; set `backbone` as in the file{or_else}")
+
+
+def _adapt_stages(
+    stored: Any, backbone: Any, weights: dict[str, Tensor], adapt: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Changes ``weights`` of a network of stages in place as far as that is allowed.
+
+    Returns:
+        The arguments of the network that the weights now belong to, and what was done.
+    """
+    arguments, done = dict(stored.arguments), []
+    if type(stored) is not type(backbone) or "strides" not in arguments:
+        return arguments, done
+    model = backbone.arguments
+    old, new = len(arguments["strides"]), len(model["strides"])
+    if "stages" in adapt and new < old:
+        arguments |= {key: value[:new] for key, value in arguments.items() if isinstance(value, list)}
+        dropped = [name for name in weights if name.startswith("stages.") and int(name.split(".")[1]) >= new]
+        for name in dropped:
+            del weights[name]
+        done.append(f"stages: the first {new} of {old}, {len(dropped)} tensors left out")
+    if "kernels" in adapt:
+        arguments["kernels"], averaged = _averaged_kernels(arguments["kernels"], model["kernels"], weights)
+        done += [f"kernels: averaged along {', '.join(averaged)}"] if averaged else []
+    if "strides" in adapt and arguments["strides"] != model["strides"] and len(arguments["strides"]) == new:
+        done.append(f"strides: {model['strides']} instead of {arguments['strides']}")
+        arguments["strides"] = model["strides"]
+    return arguments, done
+
+
+def _averaged_kernels(
+    kernels: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], weights: dict[str, Tensor]
+) -> tuple[list[list[int]], list[str]]:
+    """Averages kernels of ``weights`` in place along the axes on which they are wanted to be 1: kernels, what was done."""
+    result, done = [list(kernel) for kernel in kernels], []
+    for stage, (kernel, other) in enumerate(zip(kernels, wanted, strict=False)):
+        axes = [axis for axis in range(3) if other[axis] == 1 < kernel[axis]]
+        if not axes:
+            continue
+        prefixes = (f"stages.{stage}.", "stem.") if stage == 0 else (f"stages.{stage}.",)
+        for name, weight in list(weights.items()):
+            if name.startswith(prefixes) and list(weight.shape[2:]) == list(kernel):  # not the 1 x 1 x 1 of a skip
+                weights[name] = weight.mean([2 + axis for axis in axes], keepdim=True)
+        result[stage] = [1 if axis in axes else size for axis, size in enumerate(kernel)]
+        done.append(f"{' and '.join('xyz'[axis] for axis in axes)} in stage {stage}")
+    return result, done
 
 
 def _adapt_channels(
