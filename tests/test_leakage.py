@@ -81,11 +81,13 @@ def copy_of(path: Path, target: Path, kind: str) -> None:
         affine[:3, 0] *= -1
     if kind == "float":
         voxels = voxels.astype(np.float32)
+    if kind == "shifted":  # as DICOM files store a CT, the intercept lost
+        voxels = (voxels + 1024).clip(0).astype(np.uint16)
     target.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(voxels, affine), target)
 
 
-KINDS = ("renamed", "header", "resampled", "both", "float")
+KINDS = ("renamed", "header", "resampled", "both", "float", "shifted")
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +112,9 @@ def test_copies_are_found_and_other_cases_are_not(phantom_store: Path, copies: S
     assert set(rows) == set(KINDS)
     assert {kind: row["how"] for kind, row in rows.items()} == {
         "renamed": "same voxels", "header": "same voxels", "resampled": "copy", "both": "copy", "float": "copy",
+        "shifted": "copy",
     }  # fmt: skip
-    assert all(rows[kind]["similarity"] > 0.95 for kind in ("resampled", "both", "float"))
+    assert all(rows[kind]["similarity"] > 0.95 for kind in ("resampled", "both", "float", "shifted"))
     others = [case_id for case_id, case in store.cases.items() if case.split != "train"]
     assert others and find(corpus, [(store, "test", others)]) == []
     assert find(None, [(store, "train", train)]) == []

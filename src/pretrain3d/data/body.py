@@ -9,6 +9,7 @@ BODY_HU = -500
 COARSE_MM = 3.0  # the body is looked for on voxels of about this size: fast, and blind to noise
 SMALL = 0.1  # components below this share of the largest one are not the body
 BACKGROUND = 0.02  # share of voxels at the minimum that makes it a background
+CONTRAST = 0.25  # of the range from the 1st to the 99th percentile: between air and fat in a CT
 
 
 def body_mask(image: np.ndarray, modality: list[str], spacing_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -34,6 +35,24 @@ def body_mask(image: np.ndarray, modality: list[str], spacing_mm: np.ndarray) ->
     for z in range(mask.shape[2]):  # by axial slice: the windpipe leaves the volume, so lungs are no hole in 3D
         mask[:, :, z] = ndimage.binary_fill_holes(mask[:, :, z])
     return (mask if mask.any() else np.ones_like(mask)), step
+
+
+def body_by_contrast(image: np.ndarray, mask: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """The body of a CT whose numbers are not HU (stored without its intercept, or scaled), so that -500 found no air.
+
+    Args:
+        image: (X, Y, Z) of the CT, in RAS axes.
+        mask, step: from `body_mask`.
+
+    Returns:
+        (x, y, z) bool: ``mask`` where it leaves something out; else what is brighter than `CONTRAST`.
+    """
+    if not mask.all():
+        return mask
+    coarse = image[:: step[0], :: step[1], :: step[2]]
+    low, high = np.percentile(coarse, (1, 99))
+    found = _large_components(coarse > low + CONTRAST * (high - low))
+    return found if found.any() else mask
 
 
 def crop_to(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain3d.config import UserError
-from pretrain3d.data.body import body_mask, body_on_grid, crop_to
+from pretrain3d.data.body import body_by_contrast, body_mask, body_on_grid, crop_to
 from pretrain3d.data.fingerprint import CT_RANGE, Histogram, Moments, image_moments
 from pretrain3d.data.identity import signature
 from pretrain3d.data.readers.contract import RawVolume
@@ -70,7 +70,8 @@ def prepare_volume(volume: RawVolume, where: Path, modality: list[str], spacing_
         name: resample_labels(labels[region], frame, keep_all=name == "instances") for name, labels in maps.items()
     }
     cached_body = body_on_grid(body, step, start, frame.factor, frame.cached_shape)
-    return Cached(frame, cached, cached_maps, cached_body, signature(oriented, body, step), image_moments(oriented))
+    seen = body_by_contrast(oriented[0], body, step) if modality[0] == "CT" else body
+    return Cached(frame, cached, cached_maps, cached_body, signature(oriented, seen, step), image_moments(oriented))
 
 
 def _usable(volume: RawVolume, where: Path, modality: list[str]) -> np.ndarray:
