@@ -45,6 +45,9 @@ class Hub(BaseHTTPRequestHandler):
         if parts[:2] == ["api", "models"]:
             return self.listing("/".join(parts[2:4]), parts[4:], body)
         repository, (_, revision), file = "/".join(parts[:2]), parts[2:4], "/".join(parts[4:])
+        if repository in ("lab/token", "lab/gated", "lab/closed"):  # as to a wrong token, before its terms, or always
+            status, code = {"lab/token": (401, ""), "lab/gated": (401, "GatedRepo"), "lab/closed": (403, "")}[repository]
+            return self.error(status, code)
         if repository not in self.repositories:
             return self.error(401, "RepoNotFound")
         if revision not in ("main", COMMIT):
@@ -142,6 +145,9 @@ def test_import_and_transfer_from_the_hub(server, tmp_path, capsys):
         ("hf://lab/none", "no such repository or revision, or it is private"),
         ("hf://lab/ours@v9", "no such repository or revision"),
         ("hf://lab/ours/x.pt", "lab/ours has no file x.pt"),
+        ("hf://lab/token", r"the hub answers with status 401; check the token \(`hf auth login`, HF_TOKEN\)"),
+        ("hf://lab/closed/a.pt", "the hub answers with status 403; check the token"),
+        ("hf://lab/gated", "accept its terms on the hub first, then `hf auth login`"),
         ("hf://lab/many", "say which file: hf://lab/many/FILE; it has a.pt, b.ckpt"),
     ],
 )
@@ -156,8 +162,15 @@ def test_without_a_network(tmp_path, monkeypatch):
     use(monkeypatch, "http://127.0.0.1:9", tmp_path)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its retries
     for address in ("hf://lab/ours", "hf://lab/ours/mae.pt"):
-        with pytest.raises(UserError, match=r"the hub cannot be reached"):
+        with pytest.raises(UserError, match=r"is not in the cache and the hub cannot be reached; try again online"):
             local(address)
+
+
+def test_what_is_in_the_cache_needs_no_network(server, tmp_path, monkeypatch):
+    first = local("hf://lab/ResEnc-MAE")
+    use(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its retries
+    assert local("hf://lab/ResEnc-MAE") == first
 
 
 def test_without_the_client(monkeypatch):

@@ -19,7 +19,7 @@ def local(path: str | PathLike[str]) -> Path:
     """The file on this machine: a path as it is, an ``hf://`` address after its download.
 
     Raises:
-        UserError: a malformed address, no `huggingface_hub`, no such repository or file, or no network.
+        UserError: a malformed address, no `huggingface_hub`, no such repository or file, no access, or no network.
     """
     if not str(path).startswith(SCHEME):
         return Path(path)
@@ -43,11 +43,18 @@ def _fetch(address: str) -> Path:
         raise UserError(f"{address} needs the hub's client: pip install 'pretrain3d[hub]'") from error
     repository, file, revision = match.groups()
     try:
-        file = file or _only_checkpoint(huggingface_hub.HfApi(), repository, revision, address)
+        try:  # the usual name first: where it is in the cache, no network is needed
+            return Path(huggingface_hub.hf_hub_download(repository, file or USUAL, revision=revision))
+        except errors.EntryNotFoundError as error:
+            if file or isinstance(error, errors.LocalEntryNotFoundError):
+                raise
+        file = _only_checkpoint(huggingface_hub.HfApi(), repository, revision, address)
         return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+    except errors.LocalEntryNotFoundError as error:
+        if _status(error) is not None:
+            raise _refused(address, error) from error
+        raise UserError(f"{address} is not in the cache and the hub cannot be reached; try again online") from error
     except errors.EntryNotFoundError as error:
-        if isinstance(error, errors.LocalEntryNotFoundError):
-            raise UserError(f"{address} is not in the cache and the hub cannot be reached; try again online") from error
         raise UserError(f"{address}: {repository} has no file {file}") from error
     except errors.GatedRepoError as error:
         raise UserError(f"{address}: accept its terms on the hub first, then `hf auth login`") from error
@@ -56,17 +63,32 @@ def _fetch(address: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # the client has used three transports so far, whose errors have no common class
+        if _status(error) is not None:
+            raise _refused(address, error) from error
         raise UserError(f"{address}: the hub cannot be reached ({_reason(error)})") from error
 
 
 def _only_checkpoint(api: Any, repository: str, revision: str | None, address: str) -> str:
     files = [name for name in api.list_repo_files(repository, revision=revision) if name.endswith(ENDINGS)]
-    if USUAL in files:
-        return USUAL
     if len(files) != 1:
         known = ", ".join(files[:8]) or f"none of {', '.join(ENDINGS)}"
         raise UserError(f"{address}: say which file: {address}/FILE; it has {known}")
     return files[0]
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status with which the hub answered; None where it did not answer."""
+    while error is not None:
+        if getattr(error, "response", None) is not None:
+            return int(error.response.status_code)  # type: ignore[attr-defined]
+        error = error.__cause__
+    return None
+
+
+def _refused(address: str, error: Exception) -> UserError:
+    status = _status(error)
+    advice = "check the token (`hf auth login`, HF_TOKEN)" if status in (401, 403) else "try again later"
+    return UserError(f"{address}: the hub answers with status {status}; {advice}")
 
 
 def _reason(error: Exception) -> str:
