@@ -219,6 +219,36 @@ def test_primus_of_null_kwargs_is_read_off_the_weights(tmp_path, name):
     assert released_primus.node_of({**arguments, "in_channels": 1})["name"] == name
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder_eva_depth": 3}, "arch_kwargs.encoder_eva_depth is 3, but by its weights it is 2"),
+        ({"embed_dim": 48}, "arch_kwargs.embed_dim is 48, but by its weights it is 24"),
+        ({"patch_embed_size": (8, 8, 8)}, r"patch_embed_size is \(8, 8, 8\), but by its weights it is \[4, 8, 8\]"),
+        ({"encoder_eva_numheads": 5}, "5 heads do not fit a Primus of width 24, a multiple of 6 for each"),
+        ({"use_rot_pos_emb": False}, "arch_kwargs.use_rot_pos_emb is False; pretrain3d's Primus has no such variant"),
+        ({"rope_kwargs": {"temperature": 100}}, "arch_kwargs.rope_kwargs is {'temperature': 100}"),
+        ({"input_shape": [8, 16]}, r"its image size is \[8, 16\]; it must be three numbers or null"),
+    ],
+)
+def test_a_primus_whose_arguments_are_of_another_network_is_refused(tmp_path, change, message):
+    path = tmp_path / "file.pth"
+    content = released_file(PRIMUS, path)
+    content["nnssl_adaptation_plan"]["architecture_plans"]["arch_kwargs"] |= change
+    torch.save(content, path)
+    with pytest.raises(UserError, match=message):
+        convert(path, Wishes(token_order="whd"))
+
+
+def test_citations_are_kept_in_either_form(tmp_path):
+    path = tmp_path / "file.pth"
+    stated = [{"type": "Pretraining Method", "name": "MAE", "apa_citations": ["A (2022)"]},
+              {"type": "Framework", "name": "nnssl", "bibtex_citations": ["@misc{b}"]}]  # fmt: skip
+    torch.save(released_file(RESENC, path) | {"citations": stated}, path)
+    source = convert(path, Wishes()).source
+    assert source["citations"] == ["A (2022)", "@misc{b}"] and source["method"] == "MAE"
+
+
 def test_the_grid_of_the_positions_may_be_that_of_the_crops(tmp_path):
     """VoCo and SimCLR state the region of their crops; the learned positions belong to a crop."""
     path = tmp_path / "voco.pth"
@@ -262,6 +292,8 @@ def test_stems_of_multitalent(tmp_path):
     assert "other stems 16" in default.notes[-1] and "other stems 16" in other.notes[-1]
     with pytest.raises(UserError, match=r"no tensor lies under the stem 'encoder.stem.04', did you mean 'encoder.stem"):
         convert(path, Wishes(stem="encoder.stem.04"))
+    with pytest.raises(UserError, match=r"the stem '004'.* there are encoder.stem.004, encoder.stem.0041, encoder.stem.3"):
+        convert(path, Wishes(stem="004"))
 
 
 @pytest.mark.parametrize(
@@ -395,12 +427,14 @@ def test_a_file_that_needs_code_is_refused(tmp_path, capsys):
 
     torch.save({"network_weights": {}, "nnssl_adaptation_plan": Touch()}, tmp_path / "bad.pth")
     torch.save({"network_weights": {}, "when": datetime.timedelta(1)}, tmp_path / "odd.pth")
+    torch.save({"network_weights": {}, "when": np.datetime64("2024")}, tmp_path / "numpy.pth")
     (tmp_path / "text.pth").write_text("no checkpoint")
     torch.save([1], tmp_path / "list.pth")
     torch.save({"a": 1}, tmp_path / "other.pth")
     for name, message in [
         ("bad.pth", "is refused: reading it would run code that it names (posix.mkdir)"),
         ("odd.pth", "is refused: reading it would run code that it names (datetime.timedelta)"),
+        ("numpy.pth", "is refused: reading it would run code that it names (numpy.dtypes.DateTime64DType)"),
         ("text.pth", "cannot be read as a file of torch.save"),
         ("list.pth", "holds a list, not a table of weights"),
         ("other.pth", "is of no known format (nnssl, nnunet, monai_swin); it holds a"),

@@ -103,6 +103,13 @@ def test_other_networks_of_nnunet_are_named(tmp_path):
         convert(tmp_path / "b.pth", Wishes())
 
 
+def test_nnunet_without_the_numbers_of_its_normalisation(tmp_path):
+    for known in ({}, {"0": {}}, {"0": CT | {"mean": None}}, None):
+        nnunet_file(tmp_path / "a.pth", NEW, foreground_intensity_properties_per_channel=known)
+        with pytest.raises(UserError, match="its plans lack numbers for CTNormalization: percentile_00_5, "):
+            convert(tmp_path / "a.pth", Wishes())
+
+
 def swin_features(imported, image: torch.Tensor) -> list[torch.Tensor]:
     backbone = build(BACKBONES, imported.backbone, "backbone").eval()
     backbone.load_state_dict(imported.weights)

@@ -29,10 +29,10 @@ def read_torch(path: Path, name: str | Path | None = None, mmap: bool = False) -
         with torch.serialization.safe_globals(_numbers()):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # what a damaged or foreign file makes the unpickler raise has no common class
-        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        if code := re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>", str(error)):
             raise UserError(
-                f"{name} is refused: reading it would run code that it names ({code[1]}); save its tensors and plain "
-                "values alone, where you trust it"
+                f"{name} is refused: reading it would run code that it names ({code[1] or code[2]}); save its tensors "
+                "and plain values alone, where you trust it"
             ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if not isinstance(error, OSError | MemoryError) and not zipfile.is_zipfile(path):
@@ -43,5 +43,5 @@ def read_torch(path: Path, name: str | Path | None = None, mmap: bool = False) -
 def _numbers() -> list[Any]:
     """What the unpickler needs for single numbers of numpy, under the names of numpy 1 and 2."""
     scalar = np.float64(0).__reduce__()[0]
-    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
+    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")]
     return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype, *kinds]

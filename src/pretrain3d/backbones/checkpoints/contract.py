@@ -176,10 +176,17 @@ def reported(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
+def citations_of(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a file of nnssl or nnU-Net asks to be cited, ``{"type", "name", "apa_citations" or "bibtex_citations"}``."""
+    plan = content.get("nnssl_adaptation_plan") or {}
+    stated = content.get("citations") or plan.get("citations")
+    return [entry for entry in listed(stated) if isinstance(entry, Mapping)]
+
+
 def method_of(content: Mapping[str, Any], fallback: str) -> str:
     """The pretraining method that a file of nnssl or nnU-Net names."""
     plan = content.get("nnssl_adaptation_plan") or {}
-    for entry in content.get("citations") or plan.get("citations") or []:
-        if isinstance(entry, dict) and entry.get("type") == "Pretraining Method" and entry.get("name"):
+    for entry in citations_of(content):
+        if entry.get("type") == "Pretraining Method" and entry.get("name"):
             return str(entry["name"])
     return str(content.get("trainer_name") or plan.get("trainer_name") or fallback)

@@ -15,6 +15,7 @@ from pretrain3d.backbones.checkpoints.contract import (
     Imported,
     Ledger,
     Wishes,
+    citations_of,
     listed,
     method_of,
     permutation_of,
@@ -183,7 +184,8 @@ def _stem(plan: Mapping[str, Any], ledger: Ledger, wishes: Wishes, path: str) ->
     if not stem:
         raise UserError(f"{path}: its plan lacks key_to_stem, so nothing says where the input layers are")
     if not ledger.under(stem):
-        parent = stem.rpartition(".")[0]
+        parents = [name.rpartition(".")[0] for name in (stem, str(plan.get("key_to_stem")))]
+        parent = next((name for name in parents if name and ledger.under(name)), "")
         depth = len(parent.split("."))
         known = sorted({".".join(n.split(".")[: depth + 1]) for n in ledger.under(parent)}) if parent else []
         hint, there = suggestion(stem, known) or ";", ", ".join(known[:8]) or "none"
@@ -245,8 +247,8 @@ def _source(content: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, An
     data = (plan.get("pretrain_plan") or {}).get("dataset_name") or ""
     citations = [
         text
-        for entry in content.get("citations") or plan.get("citations") or []
-        if isinstance(entry, dict)
-        for text in entry.get("apa_citations") or []
+        for entry in citations_of(content)
+        for key in ("apa_citations", "bibtex_citations")
+        for text in listed(entry.get(key))
     ]
     return {"method": method_of(content, ""), "data": str(data), "citations": [str(text) for text in citations]}

@@ -37,7 +37,7 @@ def convert(content: Mapping[str, Any], ledger_of: Any, wishes: Wishes, path: st
         node = released_resenc.node_of(released_resenc.arguments_of(class_name, kwargs, channels, path))
     ledger.drop(list(ledger.left))
     patch = three(configuration.get("patch_size"), "patch_size", path)
-    intensity = _intensity(configuration, plans, notes)
+    intensity = _intensity(configuration, plans, notes, path)
     if any(len(set(values)) > 1 for values in [*node.get("kernels", []), *node.get("strides", [])]):
         notes.append("its kernels or strides differ between axes, which nnU-Net orders z, y, x: axes=zyx turns them")
     preprocessing = {
@@ -84,16 +84,20 @@ def _architecture(configuration: Mapping[str, Any], path: str) -> tuple[str, Map
         raise UserError(f"{path}: its plans do not describe the network, {error} is missing") from error
 
 
-def _intensity(configuration: Mapping[str, Any], plans: Mapping[str, Any], notes: list[str]) -> dict[str, Any] | None:
+def _intensity(
+    configuration: Mapping[str, Any], plans: Mapping[str, Any], notes: list[str], path: str
+) -> dict[str, Any] | None:
     schemes = [str(scheme) for scheme in listed(configuration.get("normalization_schemes"))]
     if schemes and set(schemes) == {"ZScoreNormalization"}:
         return zscore(configuration)
     if schemes and set(schemes) == {"CTNormalization"}:
-        known = plans["foreground_intensity_properties_per_channel"]
+        key = "foreground_intensity_properties_per_channel"
         names = {"low": "percentile_00_5", "high": "percentile_99_5", "mean": "mean", "std": "std"}
-        channels = range(len(schemes))
-        return {"scheme": "ct"} | {
-            ours: [float(known[str(c)][theirs]) for c in channels] for ours, theirs in names.items()
-        }
+        try:
+            known = [plans[key][str(channel)] for channel in range(len(schemes))]
+            return {"scheme": "ct"} | {ours: [float(c[theirs]) for c in known] for ours, theirs in names.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            told = ", ".join(names.values())
+            raise UserError(f"{path}: its plans lack numbers for CTNormalization: {told} per channel in {key}") from error
     notes.append(f"normalisation {schemes or 'not stated'} has no counterpart here; give intensity=...")
     return None

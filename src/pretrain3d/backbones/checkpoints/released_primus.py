@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain3d.backbones.checkpoints.contract import Ledger
+from pretrain3d.backbones.checkpoints.contract import Ledger, shown, three
 from pretrain3d.backbones.contract import by_text
 from pretrain3d.backbones.primus import LAYER_SCALE
 from pretrain3d.config import UserError
@@ -24,6 +24,9 @@ HEADS = {396: 6, 792: 12, 864: 12, 1056: 16}  # by width: S, B, M, L and nnFound
 CLASSES = {"primus_s": "PrimusS", "primus_b": "PrimusB", "primus_m": "PrimusM", "primus_l": "PrimusL"}
 SHAPES = {  # width, depth, heads; patches of 8^3
     "primus_s": (396, 12, 6), "primus_b": (792, 12, 12), "primus_m": (864, 16, 12), "primus_l": (1056, 24, 16),
+}  # fmt: skip
+_FIXED: dict[str, tuple[Any, ...]] = {  # what ours computes and no shape of a weight tells
+    "use_rot_pos_emb": (True,), "rope_kwargs": (None, {}), "num_register_tokens": (0,),
 }  # fmt: skip
 
 
@@ -101,13 +104,14 @@ def take(
     Args:
         ledger: the file's tensors.
         encoder, stem: their prefixes.
-        kwargs: ``arch_kwargs``, may be empty: all but the heads is in the shapes.
+        kwargs: ``arch_kwargs``, may be empty: all but the heads is in the shapes, with which they must agree.
         sizes: image sizes that the learned positions may belong to, likeliest first; None among them is passed over.
         order: of the tokens.
         where: the file, for errors.
 
     Raises:
-        UserError: heads that nobody tells, or learned positions that fit none of the sizes.
+        UserError: heads that nobody tells, arguments of another network than the weights are of or ours computes, or
+            learned positions that fit none of the sizes.
     """
     notes = []
     projection, places = f"{stem}.proj.weight", f"{encoder}.pos_embed"
@@ -122,13 +126,23 @@ def take(
     heads = kwargs.get("eva_numheads") or kwargs.get("encoder_eva_numheads") or HEADS.get(width)
     if heads is None:
         raise UserError(f"{where}: arch_kwargs does not say how many heads a Primus of width {width} has")
-    size = _image_size([kwargs.get("input_shape"), *sizes], patch, ledger.left[places].shape[1], where)
+    if type(heads) is not int or heads < 1 or width % (6 * heads):
+        raise UserError(f"{where}: {shown(heads)} heads do not fit a Primus of width {width}, a multiple of 6 for each")
+    shapes = [three(size, "image size", where) for size in (kwargs.get("input_shape"), *sizes)]
+    size = _image_size(shapes, patch, ledger.left[places].shape[1], where)
     prefix = f"{encoder}.blocks."
     depth = 1 + max((int(name.removeprefix(prefix).split(".")[0]) for name in ledger.under(prefix[:-1])), default=-1)
+    found = {"embed_dim": width, "eva_depth": depth, "encoder_eva_depth": depth, "patch_embed_size": patch}
+    for key, value in kwargs.items():
+        stated = list(value) if isinstance(value, (list, tuple)) else value
+        if key in found and stated is not None and stated != found[key]:
+            raise UserError(f"{where}: arch_kwargs.{key} is {shown(value)}, but by its weights it is {found[key]}")
+        if key in _FIXED and value not in _FIXED[key]:
+            raise UserError(f"{where}: arch_kwargs.{key} is {shown(value)}; pretrain3d's Primus has no such variant")
     names = [*ledger.under(encoder), *ledger.under(f"{stem}.proj")]
     grid = [s // p for s, p in zip(size, patch, strict=True)]
-    state = ours({name: ledger.take(name) for name in names}, grid, int(heads), encoder, stem, order)
-    arguments = {"embed_dim": width, "depth": depth, "heads": int(heads), "patch": list(patch),
+    state = ours({name: ledger.take(name) for name in names}, grid, heads, encoder, stem, order)
+    arguments = {"embed_dim": width, "depth": depth, "heads": heads, "patch": list(patch),
                  "image_size": size, "in_channels": in_channels}  # fmt: skip
     return node_of(arguments), state, notes
 
