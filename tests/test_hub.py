@@ -25,6 +25,8 @@ hub = pytest.importorskip("huggingface_hub", reason="the hub's client is an extr
 NODE = {"name": "resenc", "channels": [4, 6], "blocks": [1, 1], "strides": [1, 2], "in_channels": 1}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
+REFUSED = {"lab/token": (401, ""), "lab/gated": (401, "GatedRepo"), "lab/closed": (403, "")}
+
 
 class Hub(BaseHTTPRequestHandler):
     """Repositories as a dict name -> file -> bytes; a private one answers as the hub does."""
@@ -45,9 +47,8 @@ class Hub(BaseHTTPRequestHandler):
         if parts[:2] == ["api", "models"]:
             return self.listing("/".join(parts[2:4]), parts[4:], body)
         repository, (_, revision), file = "/".join(parts[:2]), parts[2:4], "/".join(parts[4:])
-        if repository in ("lab/token", "lab/gated", "lab/closed"):  # as to a wrong token, before its terms, or always
-            status, code = {"lab/token": (401, ""), "lab/gated": (401, "GatedRepo"), "lab/closed": (403, "")}[repository]
-            return self.error(status, code)
+        if repository in REFUSED:
+            return self.error(*REFUSED[repository])
         if repository not in self.repositories:
             return self.error(401, "RepoNotFound")
         if revision not in ("main", COMMIT):

@@ -292,7 +292,7 @@ def test_stems_of_multitalent(tmp_path):
     assert "other stems 16" in default.notes[-1] and "other stems 16" in other.notes[-1]
     with pytest.raises(UserError, match=r"no tensor lies under the stem 'encoder.stem.04', did you mean 'encoder.stem"):
         convert(path, Wishes(stem="encoder.stem.04"))
-    with pytest.raises(UserError, match=r"the stem '004'.* there are encoder.stem.004, encoder.stem.0041, encoder.stem.3"):
+    with pytest.raises(UserError, match=r"the stem '004'.* there are encoder.stem.004, encoder.stem.0041"):
         convert(path, Wishes(stem="004"))
 
 

@@ -161,6 +161,25 @@ def backbone() -> Any:
 PREPROCESSING = {"spacing_mm": [1.0, 1.0, 2.0], "intensity": {"scheme": "window", "low": -200.0}}
 
 
+def test_checkpoints_of_other_frameworks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    tensors, plans = {"a": torch.zeros(1), "b": torch.zeros(1)}, {"configurations": {}}
+    swin = {"state_dict": {"module.patch_embed.proj.weight": torch.zeros(12, 1, 2, 2, 2)}}
+    plan = {"architecture_plans": {"arch_class_name": "ResEncL"}}
+    for form, content in [
+        ("nnssl", {"network_weights": tensors, "nnssl_adaptation_plan": plan}),
+        ("nnssl", {"network_weights": tensors, "nnssl_adaptation_plan": plan, "pretrain3d": {}}),
+        ("nnssl", {"network_weights": None, "nnssl_adaptation_plan": None}),
+        ("nnunet", {"network_weights": tensors, "init_args": {"plans": plans}}),
+        ("monai_swin", swin),
+    ]:
+        torch.save(content, tmp_path / "file.pth")
+        lines = shown(capsys, tmp_path / "file.pth")
+        assert lines[""].endswith(f"in the form {form}; `pretrain3d import {tmp_path}/file.pth out=FILE` reads them")
+        assert lines.get("tensors", "").strip() == ("2" if content.get("network_weights") else "")
+
+
 def test_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str], backbone: Any) -> None:
     from pretrain3d.backbones.transfer import export_weights, fingerprint
 

@@ -241,7 +241,8 @@ def _adapt_stages(
     Returns:
         The arguments of the network that the weights now belong to, and what was done.
     """
-    arguments, done = dict(stored.arguments), []
+    arguments = dict(stored.arguments)
+    done: list[str] = []
     if type(stored) is not type(backbone) or "strides" not in arguments:
         return arguments, done
     model = backbone.arguments
@@ -264,7 +265,7 @@ def _adapt_stages(
 def _averaged_kernels(
     kernels: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], weights: dict[str, Tensor]
 ) -> tuple[list[list[int]], list[str]]:
-    """Averages kernels of ``weights`` in place along the axes on which they are wanted to be 1: kernels, what was done."""
+    """Averages ``weights`` in place along the axes on which kernels are wanted to be 1: the kernels, what was done."""
     result, done = [list(kernel) for kernel in kernels], []
     for stage, (kernel, other) in enumerate(zip(kernels, wanted, strict=False)):
         axes = [axis for axis in range(3) if other[axis] == 1 < kernel[axis]]

@@ -189,16 +189,23 @@ def _last_metrics(path: Path) -> Rows:
 
 
 def _weights(path: Path) -> list[str]:
+    from pretrain3d.backbones.checkpoints.importing import form_of
     from pretrain3d.backbones.torchfile import read_torch
 
     content = read_torch(path, mmap=True)
     if isinstance(content, dict) and "weights" in content and "backbone" in content:
         return _export(path)
-    if isinstance(content, dict) and "nnssl_adaptation_plan" in content:
-        plan = content["nnssl_adaptation_plan"]["architecture_plans"]
+    ours = not isinstance(content, dict) or {"pretrain3d", "state_dict"} <= set(content)
+    if not ours and (form := form_of(content)):
+        plan = content.get("nnssl_adaptation_plan")
+        about = plan.get("architecture_plans") if isinstance(plan, dict) else None
+        weights = content.get("network_weights")
         return _lines(
-            f"{path}: weights in nnssl's form; `pretrain3d import {path} out=FILE` reads them",
-            [("architecture", plan.get("arch_class_name")), ("tensors", len(content.get("network_weights") or {}))],
+            f"{path}: weights in the form {form}; `pretrain3d import {path} out=FILE` reads them",
+            [
+                ("architecture", about.get("arch_class_name") if isinstance(about, dict) else ""),
+                ("tensors", len(weights) if isinstance(weights, dict) else ""),
+            ],
         )
     return _checkpoint(path)
 

@@ -76,11 +76,15 @@ def convert(path: str | Path, wishes: Wishes, axes: str = "xyz", kind: str | Non
     return imported
 
 
+def form_of(content: Mapping[str, Any]) -> str | None:
+    """The name in FORMATS of what a file holds; None where none of them knows it."""
+    return next((name for name, module in FORMATS.items() if importlib.import_module(module).recognises(content)), None)
+
+
 def _recognised(content: Mapping[str, Any], path: str) -> str:
     if content.get("format") == FORMAT:
         raise UserError(f"{path} is a file of `pretrain3d export` already; give it to transfer.path as it is")
-    for name, module in FORMATS.items():
-        if importlib.import_module(module).recognises(content):
-            return name
+    if name := form_of(content):
+        return name
     held = ", ".join(map(str, list(content)[:5]))
     raise UserError(f"{path} is of no known format ({', '.join(FORMATS)}); it holds {held}")

@@ -98,6 +98,8 @@ def _intensity(
             return {"scheme": "ct"} | {ours: [float(c[theirs]) for c in known] for ours, theirs in names.items()}
         except (KeyError, TypeError, ValueError) as error:
             told = ", ".join(names.values())
-            raise UserError(f"{path}: its plans lack numbers for CTNormalization: {told} per channel in {key}") from error
+            raise UserError(
+                f"{path}: its plans lack numbers for CTNormalization: {told} per channel in {key}"
+            ) from error
     notes.append(f"normalisation {schemes or 'not stated'} has no counterpart here; give intensity=...")
     return None
