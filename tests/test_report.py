@@ -1,5 +1,6 @@
 """The report: one file that needs nothing else, with all that the runs left, and no picture where none is wanted."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -182,6 +183,15 @@ def test_table_command_writes_all_three(runs, tmp_path, capsys):
     assert "from-mae   0.600 [0.520, 0.680]" in printed
     assert "| from-mae | 0.600 [0.520, 0.680] |" in (tmp_path / "new" / "table.md").read_text()
     assert (tmp_path / "report.html").exists()
+
+
+def test_leakage_is_in_table_and_report(runs, tmp_path, capsys):
+    path = runs[0] / "result.json"
+    leaked = [{"case": "c2", "split": "test", "how": "copy", "similarity": 0.97}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"leakage": leaked}))
+    table.run([str(run) for run in runs], {"report": str(tmp_path / "r.html")})
+    assert "leakage: tested cases that the pretraining has seen" in capsys.readouterr().out
+    assert "<td>1 of 6</td>" in (tmp_path / "r.html").read_text()
 
 
 def test_mistakes_are_named(runs, tmp_path):

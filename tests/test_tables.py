@@ -6,7 +6,7 @@ import pytest
 
 from pretrain3d.config import UserError
 from pretrain3d.reporting.results import write_result
-from pretrain3d.reporting.tables import KEYS, Table, by_seed, make_tables, part_tables, read_results
+from pretrain3d.reporting.tables import KEYS, Table, by_seed, leakage_table, make_tables, part_tables, read_results
 
 
 def result(name="a", value=0.5, seed=0, data="h", cases=("c0", "c1"), interval=True, **config):
@@ -28,6 +28,17 @@ def test_a_row_holds_values_and_intervals():
     assert table.rows[2] == ["none", *["–"] * 4]
     assert classes.rows[0] == ["a", "0.500 [0.400, 0.600]", "–"]
     assert table.title == "set h, 2 test cases, 95 % intervals over cases"
+
+
+def test_tested_cases_that_the_pretraining_has_seen_stand_beside_the_results():
+    rows = [{"case": "c0", "split": "test", "how": "copy", "similarity": 0.95},
+            {"case": "c1", "split": "test", "how": "same voxels", "similarity": 1.0},
+            {"case": "c7", "split": "train", "how": "same voxels", "similarity": 1.0}]  # fmt: skip
+    leaky, clean = result("a") | {"leakage": rows}, result("b") | {"leakage": rows[2:]}
+    table = leakage_table({"a": leaky, "b": clean, "old": result("old"), "baseline": result("c") | {"leakage": None}})
+    assert table.header == ["run", "tested cases", "copy", "same voxels"]
+    assert table.rows == [["a", "2 of 2", "1", "1"]]
+    assert leakage_table({"b": clean}) is None
 
 
 def test_seeds_become_mean_and_deviation():

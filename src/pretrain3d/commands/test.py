@@ -138,8 +138,8 @@ def test_run(
     leakage = find(module.note.get("pretrained_on"), [(datamodule.store, split, case_ids)])
     if leakage:
         print(warning(leakage, module.note["transfer"]["path"]), file=sys.stderr)
-    trained = [row for row in module.note.get("leakage") or [] if row["split"] == "train"]
-    about = {"asked": asked, "leakage": leakage + trained, **about_run(folder, settings, module)}
+    others = [row for row in module.note.get("leakage") or [] if row["split"] != split]  # trained on, chosen by
+    about = {"asked": asked, "leakage": leakage + others, **about_run(folder, settings, module)}
     score_cases(folder.path, settings["name"], datamodule.store, case_ids, predict, about, samples, threshold)
     write_strata(folder.path, by, strata, samples)
     log_to_wandb(folder, settings)

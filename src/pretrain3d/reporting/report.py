@@ -23,6 +23,7 @@ from pretrain3d.reporting.tables import (
     cost_table,
     describe_cases,
     kind_of,
+    leakage_table,
     make_tables,
     part_tables,
 )
@@ -134,9 +135,10 @@ def write_report(path: str | Path, runs: Sequence[str | Path], title: str = "Res
 
 
 def tables_of(runs: Sequence[Run]) -> list[Table]:
-    """The results of runs, and what their training cost."""
-    costs = cost_table({run.label: run.cost for run in runs})
-    return make_tables([run.result for run in runs if run.result is not None]) + ([] if costs is None else [costs])
+    """The results of runs, tested cases that their pretraining had seen, and what their training cost."""
+    results = {run.label: run.result for run in runs if run.result is not None}
+    further = (leakage_table(results), cost_table({run.label: run.cost for run in runs}))
+    return make_tables(list(results.values())) + [table for table in further if table is not None]
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:

@@ -83,7 +83,7 @@ def write_result(
         test_seconds: wall time of prediction.
         operating: ``{"threshold", "sensitivity", "false_positives_per_case"}`` at a score chosen on other cases.
         by_size: ``{"0-1200": {"low_mm3", "high_mm3", "objects", "metrics", "per_class"}, ...}``, bins of object volume.
-        leakage: ``{"case", "split", "how", "similarity"}`` per case, tested or trained on, that the corpus of the
+        leakage: ``{"case", "split", "how", "similarity"}`` per case, of whatever split, that the corpus of the
             pretraining holds; None for a baseline.
     """
     folder = Path(folder)

@@ -131,6 +131,29 @@ def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table | None:
     return Table("training", ["run", *columns], body) if rows else None
 
 
+def leakage_table(results: Mapping[str, Result]) -> Table | None:
+    """How many of the cases that a run was tested on its pretraining had seen, and how each was recognised.
+
+    Args:
+        results: by the name of the row.
+
+    Returns:
+        a row per run of which one was; None where none was.
+    """
+    found = {}
+    for name, result in results.items():
+        split = (result.get("asked") or {}).get("split")
+        found[name] = [row["how"] for row in result.get("leakage") or [] if row["split"] == split]
+    ways = list(dict.fromkeys(how for seen in found.values() for how in seen))
+    body = [
+        [name, f"{len(seen)} of {len(results[name]['cases'])}", *(str(seen.count(how)) for how in ways)]
+        for name, seen in found.items()
+        if seen
+    ]
+    title = "leakage: tested cases that the pretraining has seen"
+    return Table(title, ["run", "tested cases", *ways], body) if body else None
+
+
 def kind_of(result: Result) -> str:
     """``"detection"``, or what a pretraining was tested on: ``"reconstruction"`` or ``"segmentation"``."""
     return {"network": "reconstruction", "dice": "segmentation"}.get(next(iter(result["metrics"]), ""), "detection")
