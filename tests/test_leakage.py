@@ -14,7 +14,7 @@ from pretrain3d.__main__ import main
 from pretrain3d.backbones import BACKBONES
 from pretrain3d.backbones.transfer import export_weights, load_export
 from pretrain3d.data.case import case_path
-from pretrain3d.data.identity import ALIKE, best_matches, signature, signature_values
+from pretrain3d.data.identity import ALIKE, _means, best_matches, signature, signature_values
 from pretrain3d.data.leakage import SIGNATURE, Corpus, find, merged, warning
 from pretrain3d.data.resample import resample_image
 from pretrain3d.data.store import Store
@@ -43,6 +43,24 @@ def test_a_signature_survives_what_a_copy_goes_through_and_no_other_image_has_it
     assert (found > ALIKE).all() and (where == 0).all(), found
     others = signature_values([signature(blobs(seed), *full(blobs(seed))) for seed in range(2, 8)])
     assert (best_matches(others, corpus)[0] < 0.5).all()
+
+
+def test_what_sticks_out_of_the_body_changes_no_signature():
+    """A nose or a mask: as thin as a voxel, and gone in a coarser copy."""
+    image = np.pad(blobs(0), ((0, 0), (0, 0), (6, 0), (0, 0)), constant_values=-3.0)
+    body, step = np.zeros(image.shape[1:], dtype=bool), np.ones(3, dtype=int)
+    body[:, 6:] = True
+    nose = body.copy()
+    nose[20, :6, 22] = True
+    one, other = signature_values([signature(image, body, step), signature(image, nose, step)])
+    assert one @ other > 0.99
+
+
+def test_the_grid_of_a_signature_holds_means():
+    values, edges = np.array([1.0, 2.0, 4.0, 8.0]), np.array([0.5, 1.25, 3.0])
+    cells = _means(edges, 4) @ values
+    wanted = [(0.5 * 1 + 0.25 * 2) / 0.75, (0.75 * 2 + 1 * 4) / 1.75]
+    np.testing.assert_allclose(cells, wanted, rtol=1e-6)
 
 
 def test_signatures_by_their_definition():

@@ -9,7 +9,7 @@ BODY_HU = -500
 COARSE_MM = 3.0  # the body is looked for on voxels of about this size: fast, and blind to noise
 SMALL = 0.1  # components below this share of the largest one are not the body
 BACKGROUND = 0.02  # share of voxels at the minimum that makes it a background
-CONTRAST = 0.25  # of the range from the 1st to the 99th percentile: between air and fat in a CT
+CONTRAST = 0.4  # of the range from the 1st to the 99th percentile: about -500 HU in a CT of the trunk or head
 
 
 def body_mask(image: np.ndarray, modality: list[str], spacing_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -32,9 +32,7 @@ def body_mask(image: np.ndarray, modality: list[str], spacing_mm: np.ndarray) ->
         mask = _large_components(coarse[modality.index("CT")] > BODY_HU)
     else:
         mask = np.logical_or.reduce([_above_background(channel) for channel in coarse])
-    for z in range(mask.shape[2]):  # by axial slice: the windpipe leaves the volume, so lungs are no hole in 3D
-        mask[:, :, z] = ndimage.binary_fill_holes(mask[:, :, z])
-    return (mask if mask.any() else np.ones_like(mask)), step
+    return _filled(mask), step
 
 
 def body_by_contrast(image: np.ndarray, mask: np.ndarray, step: np.ndarray) -> np.ndarray:
@@ -51,8 +49,7 @@ def body_by_contrast(image: np.ndarray, mask: np.ndarray, step: np.ndarray) -> n
         return mask
     coarse = image[:: step[0], :: step[1], :: step[2]]
     low, high = np.percentile(coarse, (1, 99))
-    found = _large_components(coarse > low + CONTRAST * (high - low))
-    return found if found.any() else mask
+    return _filled(_large_components(coarse > low + CONTRAST * (high - low)))
 
 
 def crop_to(
@@ -101,6 +98,13 @@ def body_on_grid(
         center = start[axis] + (np.arange(shape[axis]) + 0.5) / factor[axis]
         index.append(np.clip(np.floor(center).astype(int) // step[axis], 0, mask.shape[axis] - 1))
     return mask[np.ix_(*index)]
+
+
+def _filled(mask: np.ndarray) -> np.ndarray:
+    """Without holes; everything where there is nothing."""
+    for z in range(mask.shape[2]):  # by axial slice: the windpipe leaves the volume, so lungs are no hole in 3D
+        mask[:, :, z] = ndimage.binary_fill_holes(mask[:, :, z])
+    return mask if mask.any() else np.ones_like(mask)
 
 
 def _large_components(mask: np.ndarray) -> np.ndarray:

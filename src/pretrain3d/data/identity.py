@@ -1,7 +1,8 @@
 """Which data a case holds and a run has used: content hashes, and signatures that a resampled copy shares.
 
-A signature describes what an image looks like at low resolution: the patient's bounding box on a 24^3 grid, its cosine
-transform, the frequencies up to 10 weighted by their square (what all patients share is in the lowest), 4 bits each.
+A signature describes what an image looks like at low resolution: means over a 24^3 grid on the box that holds all but
+two hundredths of the patient along each axis, their cosine transform, the frequencies up to 10 weighted by their square
+(what all patients share is in the lowest), 4 bits each.
 """
 
 from __future__ import annotations
@@ -16,16 +17,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.fft import dctn
 
-from pretrain3d.data.resample import resample_image
-
 if TYPE_CHECKING:
     from pretrain3d.data.case import Case
 
 GRID, RADIUS = 24, 10
+MARGIN = 0.01  # of the body, outside the grid at either end of an axis: a nose or a mask decides where the body ends
 POWER = 2.0  # of the frequency, by which a coefficient is weighted: flattens the spectrum of anatomy
 LEVELS = 7  # a coefficient is quantised to -7..7
 DEVIATIONS = 4.0  # of the coefficients, at which the quantised value ends
-ALIKE = 0.9  # correlation from which on two signatures are of one image; 0.874 was the highest between 100 patients
+ALIKE = 0.9  # correlation from which on two signatures are of one image; 0.88 was the highest between 286 patients
 _FREQUENCIES = np.array(
     [t for t in itertools.product(range(RADIUS + 1), repeat=3) if 0 < sum(i * i for i in t) <= RADIUS**2]
 )  # (F, 3)
@@ -73,19 +73,33 @@ def signature(image: np.ndarray, body: np.ndarray, step: np.ndarray) -> str:
     Returns:
         text of 432 characters; "" for an image without contrast.
     """
-    region = []
-    for axis in range(3):
-        where = np.flatnonzero(body.any(axis=tuple(a for a in range(3) if a != axis)))
-        region.append(slice(int(where[0]), int(where[-1]) + 1))
-    coarse = image[0][:: step[0], :: step[1], :: step[2]][tuple(region)].astype(np.float32)
-    low, high = np.percentile(coarse, (1, 99))
+    coarse = image[0][:: step[0], :: step[1], :: step[2]].astype(np.float32)
+    ends = [_ends(body, axis) for axis in range(3)]
+    low, high = np.percentile(coarse[tuple(slice(int(a), int(np.ceil(b))) for a, b in ends)], (1, 99))
     if low == high:
         return ""
-    grid = resample_image(np.clip(coarse, low, high), (GRID, GRID, GRID))
+    grid = np.clip(coarse, low, high)
+    for axis, (first, last) in enumerate(ends):
+        means = _means(np.linspace(first, last, GRID + 1), grid.shape[axis])
+        grid = np.moveaxis(np.tensordot(means, grid, axes=(1, axis)), 0, axis)
     values = dctn(grid, norm="ortho")[tuple(_FREQUENCIES.T)] * np.linalg.norm(_FREQUENCIES, axis=1) ** POWER
     codes = np.clip(np.rint(values / values.std() * (LEVELS / DEVIATIONS)), -LEVELS, LEVELS).astype(np.int8) + 8
     codes = np.append(codes, 0).astype(np.uint8)  # the number of frequencies is odd
     return base64.b64encode(codes[::2] << 4 | codes[1::2]).decode()
+
+
+def _ends(body: np.ndarray, axis: int) -> tuple[float, float]:
+    """Where along an axis all but `MARGIN` of the body at either end begins and ends, in fractions of its voxels."""
+    share = body.sum(axis=tuple(a for a in range(3) if a != axis)).cumsum() / body.sum()
+    places = np.interp((MARGIN, 1 - MARGIN), np.append(0.0, share), np.arange(len(share) + 1.0))
+    return float(places[0]), float(places[1])
+
+
+def _means(edges: np.ndarray, voxels: int) -> np.ndarray:
+    """(cells, voxels) float32: what takes voxels to their means over the cells between the edges."""
+    start = np.arange(voxels)
+    overlap = np.minimum(edges[1:, None], start + 1) - np.maximum(edges[:-1, None], start)
+    return (overlap.clip(0) / np.diff(edges)[:, None]).astype(np.float32)
 
 
 def signature_values(signatures: Sequence[str]) -> np.ndarray:

@@ -30,7 +30,7 @@ from pretrain3d.data.splits import SPLITS, Folds, read_folds
 from pretrain3d.data.store import KINDS, StoreWriter, array_path, check_case, read_index
 from pretrain3d.geometry import Frame, boxes_of_instances
 
-VERSION = 4  # of what is done to a case: goes up whenever the same input gives other arrays or records
+VERSION = 5  # of what is done to a case: goes up whenever the same input gives other arrays or records
 
 
 @dataclass
