@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from tiny_store import tiny_store
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from pretrain3d.__main__ import main
@@ -36,15 +38,29 @@ SMALL = {"name": "retina_unet", "fpn_channels": 16, "num_convs": 1}
 
 
 def test_a_step_needs_weights_and_activations() -> None:
-    need = footprint("resenc_xs", SMALL)
+    need = footprint("resenc_xs", SMALL, on_gpu=False)
     backbone = build(BACKBONES, {"name": "resenc_xs"}, "backbone", in_channels=1)
     weights = 4 * sum(parameter.numel() for parameter in backbone.parameters())
     assert need.fixed > 5 * weights and need.multiple == (16, 16, 16) and need.strides[-1] == (16, 16, 16)
     # the finest level alone keeps the inputs of its three convolutions and norms, 8 channels of bf16
     assert need.per_voxel > 3 * 2 * 8 * 2
-    assert footprint("resenc_xs", SMALL) is need  # measured once
-    wide = footprint("resenc_xs", SMALL | {"num_convs": 2})
+    assert footprint("resenc_xs", SMALL, on_gpu=False) is need  # measured once
+    wide = footprint("resenc_xs", SMALL | {"num_convs": 2}, on_gpu=False)
     assert wide.per_voxel > need.per_voxel
+
+
+def test_a_gpu_keeps_what_its_autocast_makes() -> None:
+    """Group norms in float32, whose results and inputs are then four bytes a voxel; pooling in bf16."""
+    on_cpu, on_gpu = (footprint("resenc_xxs", on_gpu=on_gpu) for on_gpu in (False, True))
+    assert on_gpu.per_voxel > 1.5 * on_cpu.per_voxel and on_gpu.fixed == on_cpu.fixed  # wide heads at a fine stride
+    with FakeTensorMode(), memory.GpuAutocast():
+        x = torch.empty(1, 4, 4, 4, 4)
+        half = x.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert F.group_norm(half, 2).dtype == F.softmax(half, 1).dtype == half.softmax(1).dtype == torch.float32
+            assert F.layer_norm(half, (4,)).dtype == F.interpolate(half, 8, mode="trilinear").dtype == torch.float32
+            assert F.avg_pool3d(half, 2).dtype == F.conv3d(x, x).dtype == torch.bfloat16
+        assert F.group_norm(half, 2).dtype == torch.bfloat16
 
 
 def real_peak(size: int, batch_size: int) -> int:
@@ -74,7 +90,7 @@ def real_peak(size: int, batch_size: int) -> int:
 
 @pytest.mark.slow
 def test_the_estimate_is_that_of_a_real_step() -> None:
-    need = footprint("resenc_xs", SMALL)
+    need = footprint("resenc_xs", SMALL, on_gpu=False)
     for size, batch_size in ((48, 1), (48, 2), (80, 1)):
         estimate = need.bytes((size,) * 3, batch_size) - need.fixed
         assert estimate == pytest.approx(real_peak(size, batch_size), rel=0.25), (size, batch_size)
@@ -93,7 +109,8 @@ def test_the_estimate_is_that_of_a_gpu() -> None:
 def test_a_measured_step_is_about_the_estimate(detector: str, off: float) -> None:
     size, count = (48, 48, 48), 2
     measured = measure_step("resenc_xxs", detector, size, count, torch.device("cpu"))
-    assert measured == pytest.approx(footprint("resenc_xxs", detector).bytes(size, count), rel=off)
+    need = footprint("resenc_xxs", detector, on_gpu=False)
+    assert measured == pytest.approx(need.bytes(size, count), rel=off)
 
 
 @pytest.mark.parametrize("fits", [True, False])

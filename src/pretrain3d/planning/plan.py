@@ -49,7 +49,7 @@ def make_plan(
         store: prepared, with or without objects.
         patch_size: largest patch in voxels, multiples of what the backbone needs; None: 128 per axis.
         backbone, detector: names of what will be trained: strides and memory are theirs.
-        memory_gb: GiB of one device; None: of the GPU here, without one of this machine.
+        memory_gb: GiB of one GPU; None: of the GPU here, without one of this machine, on whose CPU it is then planned.
         batch_size: patches per optimiser step.
 
     Returns:
@@ -64,8 +64,12 @@ def make_plan(
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: at least 1")
-    data = channels_of(store), max(len(store.classes), 1)
-    need = footprint(backbone, detector, *data)
+    data = {
+        "in_channels": channels_of(store),
+        "num_classes": max(len(store.classes), 1),
+        "on_gpu": memory_gb is not None or torch.cuda.is_available(),
+    }
+    need = footprint(backbone, detector, **data)
     budget = patch_budget(patch_size, need.multiple)
     memory, device = (memory_gb, "named") if memory_gb is not None else device_memory_gb()
     cases = _pool(store, store.cases.values())
@@ -78,7 +82,7 @@ def make_plan(
     levels, anchors, coverage = None, None, None
     if len(boxes):
         levels = list(plan_levels(need.strides, sizes))
-        need = footprint(backbone, planned_detector(detector, levels), *data)
+        need = footprint(backbone, planned_detector(detector, levels), **data)
     patch = plan_patch(shape, budget, need, memory, batch_size, held)
     if levels is not None:
         scales = relative_strides(need.strides, levels)
