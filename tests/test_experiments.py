@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from pretrain3d.__main__ import COMMANDS
+from pretrain3d.backbones import BACKBONES
 from pretrain3d.commands.settings import check_arguments
 from pretrain3d.config import load
+from pretrain3d.modules.pretraining import build_method
 from pretrain3d.objectives import PRETRAINING
-from pretrain3d.registry import check_names
+from pretrain3d.registry import build, check_names
 
 EXPERIMENTS = sorted(Path("experiments").glob("*.yaml"))
 
@@ -62,6 +65,26 @@ def test_the_study_runs_every_method() -> None:
     methods = [one["module"]["method"]["name"] for one in settings if one["module"]["name"] != "detection"]
     assert set(methods) == set(PRETRAINING)
     assert sum(one["module"]["name"] == "detection" for one in settings) == len(methods) + 2  # from scratch
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_the_networks_of_the_study_take_what_its_methods_show_them(scale: str) -> None:
+    """Patches and views, which must be more than one voxel on the coarsest level, too."""
+    lines = runner().read(Path("experiments/study.yaml"), {"data": "DATA", "scale": scale})
+    networks: dict[str, Any] = {}
+    for name, line in lines:
+        settings = load(line[2], line[3:]) if line[0] == "fit" else {"module": {}}
+        if "method" not in settings["module"]:
+            continue
+        key = str(settings["backbone"])
+        with torch.device("meta"):
+            if key not in networks:
+                networks[key] = build(BACKBONES, {**settings["backbone"], "in_channels": 1}, "backbone")
+            size = settings["data"]["patch_size"]
+            if settings["module"]["name"] == "contrastive":
+                size = build_method(networks[key], settings["module"]["method"], size).view_size  # type: ignore[assignment]
+            coarsest = networks[key](torch.empty(1, 1, *size))[-1]
+        assert coarsest[0, 0].numel() > 1, name
 
 
 def test_a_list_becomes_stages_and_words(tmp_path: Path) -> None:
