@@ -18,6 +18,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning
@@ -131,6 +132,9 @@ class OnDevice(Tensor):
         )  # fmt: skip
         made.host = host
         return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.host.__reduce_ex__(protocol)  # a checkpoint is read on the CPU
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["host"], None
@@ -298,10 +302,19 @@ class _SimulatedAccelerator(Accelerator):
 
 
 class _Watching(Callback):
-    """Everything from the end of the first steps to the first validation: batches, steps, callbacks, loggers."""
+    """Everything from the end of the first steps, also of a resumed run, to the first validation or the end of
+    training: batches, steps, callbacks, loggers."""
+
+    start = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        self.start = trainer.global_step
 
     def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        Watch.on = trainer.global_step >= WARM
+        Watch.on = trainer.global_step - self.start >= WARM
+
+    def on_train_end(self, *_: Any) -> None:
+        Watch.on = False
 
     def on_validation_start(self, *_: Any) -> None:
         Watch.on = False
@@ -319,7 +332,9 @@ def _unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _train_on(device: torch.device) -> None:
-    """Every trainer trains on the device from now on, and is watched."""
+    """Every trainer trains on the device from now on, and is watched; what predicts is loaded there."""
+    from pretrain3d import api
+    from pretrain3d.modules import checkpoint
     from pretrain3d.modules.pending import PendingLoss
     from pretrain3d.reporting.callbacks import Progress
 
@@ -332,6 +347,12 @@ def _train_on(device: torch.device) -> None:
         return trainer(**{**kwargs, **on_device, **precision, "devices": 1, "callbacks": callbacks})
 
     lightning.Trainer = train  # type: ignore[misc, assignment]
+    load = checkpoint.load_module
+
+    def load_module(path: Path, kind: str, *where: Any) -> Any:
+        return load(path, kind, *([device] if where else []))
+
+    checkpoint.load_module = api.load_module = load_module
     PendingLoss.value = _unwatched(PendingLoss.value)  # type: ignore[method-assign]  # a copy that was made a step ago
     Progress.get_metrics = _unwatched(Progress.get_metrics)  # type: ignore[method-assign]  # twenty times in a run
 

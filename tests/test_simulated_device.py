@@ -123,3 +123,27 @@ def test_no_detector_waits_but_for_the_assignment_of_queries(phantom_store: Path
     copies = results.pop("detr")["waits"]
     assert all(result["waits"] == [] for result in results.values()), results
     assert len(copies) == 1 and copies[0].startswith("copy from sim to cpu @ detection/queries.py"), copies
+
+
+@pytest.mark.slow
+def test_what_was_trained_there_goes_on_and_predicts_there(
+    phantom_store: Path, phantom_raw: Path, tmp_path: Path
+) -> None:
+    def detect(name: str, *more: str) -> list[str]:
+        return fit("detect/phantom", phantom_store, tmp_path, f"name={name}", *more)
+
+    swa = ("module.ema=null", "module.swa={start_step: 1, every_n_steps: 1}")
+    image = phantom_raw / "imagesTs" / "test_000_0000.nii.gz"
+    lines = [
+        fit("pretrain/phantom_mae", phantom_store, tmp_path, "data.pool=all", "name=mae", "module.ema=0.9"),
+        fit("pretrain/phantom_supervised", phantom_store, tmp_path, "data.pool=all", "name=supervised"),
+        detect("det"), detect("det", f"trainer.max_steps={STEPS + 4}"), detect("swa", *swa),
+        fit("detect/phantom_detr", phantom_store, tmp_path, "name=detr"),
+        *(["test", f"{tmp_path / name}", "samples=0"] for name in ("mae", "supervised", "det", "swa", "detr")),
+        ["sweep", f"{tmp_path / 'det'}"], ["predict", f"{tmp_path / 'det'}", f"{image}", f"out={tmp_path / 'found'}"],
+        ["export", f"{tmp_path / 'mae'}", f"out={tmp_path / 'mae.pt'}"],
+        detect("from-mae", f"transfer.path={tmp_path / 'mae.pt'}", "module.finetune={name: two_phase, head_steps: 2}"),
+    ]  # fmt: skip
+    results = run(lines)
+    assert [result["status"] for result in results] == [0] * len(lines)
+    assert results[3]["waits"] == results[-1]["waits"] == []  # resumed; with a new optimiser and graph on the way
