@@ -6,11 +6,13 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from pretrain3d.config import UserError
@@ -123,6 +125,18 @@ def train(module: Tiny, steps: int, folder: Path, resume: Path | None = None, **
     loader: Any = torch.utils.data.DataLoader(batches(), batch_size=None)  # type: ignore[arg-type]
     trainer.fit(module, loader, ckpt_path=None if resume is None else str(resume))
     return trainer
+
+
+def test_a_gpu_is_idle_while_it_is_wrapped_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning wraps on a side stream: weights sent there must neither be behind the last step nor ahead of the next."""
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(str(device)))
+    strategy = DDPStrategy()
+    monkeypatch.setattr(strategy, "configure_ddp", lambda: calls.append("wrapped"))
+    module: Any = Tiny({"name": "frozen"})
+    module._trainer, module._device = SimpleNamespace(strategy=strategy), torch.device("cuda", 1)
+    module._rebuild_ddp()
+    assert calls == ["cuda:1", "wrapped", "cuda:1"] and strategy.model is module
 
 
 def test_a_frozen_backbone_computes_nothing_and_thaws(tmp_path: Path) -> None:

@@ -180,12 +180,18 @@ class BaseModule(lightning.LightningModule):
         if type(strategy) is DDPStrategy:  # DeepSpeed's is one of its heirs
             strategy.model = self
             gc.collect()  # the old wrapper's buckets are as large as all gradients
+            self._finish_device()  # the new one sends weights on a stream of its own: not before the last step is over
             strategy.configure_ddp()
+            self._finish_device()
         elif not isinstance(strategy, SingleDeviceStrategy):
             raise UserError(
                 f"module.finetune {self.finetune_node['name']} freezes the backbone, which works on one device and "
                 f"with trainer.strategy=ddp, not with {type(strategy).__name__}"
             )
+
+    def _finish_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def train(self, mode: bool = True) -> BaseModule:
         """A frozen backbone stays in evaluation mode."""
