@@ -112,6 +112,7 @@ def test_finished_run_is_left_alone_and_another_config_is_refused(
     assert (runs / "mae" / "checkpoints" / "last.ckpt").read_bytes() == before
     assert main([*line[:-1], "trainer.max_steps=3", line[-1]]) == 0
     assert json.loads((runs / "mae" / "state.json").read_text())["step"] == 3
+    assert torch.get_float32_matmul_precision() == "highest"  # bf16-mixed: what is left in float32 is exact
 
 
 def test_a_plan_is_for_its_backbone_and_its_runs(
@@ -133,6 +134,7 @@ def test_a_plan_is_for_its_backbone_and_its_runs(
         warn_of_anchors(torch.full((1, 1, 3), 40.0), data, "resenc_xs", own)
         assert re.search(advice, capsys.readouterr().err)
     assert main([*line, "name=det"]) == 0
+    assert torch.get_float32_matmul_precision() == "high"  # 32-true
     assert "mean best IoU" not in capsys.readouterr().err
 
     plan, checkpoint = phantom_store / "plan.yaml", tmp_path / "det" / "checkpoints" / "last.ckpt"

@@ -128,7 +128,7 @@ def train(module: Tiny, steps: int, folder: Path, resume: Path | None = None, **
 
 
 def test_a_gpu_is_idle_while_it_is_wrapped_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning wraps on a side stream: weights sent there must neither be behind the last step nor ahead of the next."""
+    """It sends weights on a side stream: they must be neither behind the last step nor ahead of the next."""
     calls: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(str(device)))
     strategy = DDPStrategy()

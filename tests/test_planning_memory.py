@@ -211,6 +211,7 @@ SETTINGS = {
 def test_out_of_memory_says_what_to_lower() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("shapes differ"))
     said = out_of_memory_advice(SETTINGS, 4, (96, 96, 96))
     assert "data.batch_size=2 trainer.accumulate_grad_batches=2" in said and "\n" not in said

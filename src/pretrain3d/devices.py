@@ -1,4 +1,4 @@
-"""The memory of the device."""
+"""What of a device decides about a run: its memory, and the precision of its arithmetic."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ def device_memory_gb() -> tuple[float, str]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host had no memory left."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
+    words = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
     )
+
+
+def is_full_precision(precision: object) -> bool:
+    """Whether Lightning's name of a precision is one of float32's."""
+    return str(precision) in ("32-true", "32", "None")

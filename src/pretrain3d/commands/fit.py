@@ -62,7 +62,7 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
     import torch
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from pretrain3d.devices import is_out_of_memory
+    from pretrain3d.devices import is_full_precision, is_out_of_memory
     from pretrain3d.modules import MODULES
     from pretrain3d.modules.base import NOTE
     from pretrain3d.modules.checkpoint import read_checkpoint
@@ -72,7 +72,9 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
     check_precision(settings["trainer"].get("precision"))
     quieten()
     lightning.seed_everything(settings["seed"], verbose=False)
-    torch.set_float32_matmul_precision("high")
+    # TF32 for networks in float32; beside half precision only what bears no rounding is left in float32
+    precision = settings["trainer"].get("precision")
+    torch.set_float32_matmul_precision("high" if is_full_precision(precision) else "highest")
     asked = settings
     settings = of_plan(settings)
     if settings["data"].get("intensity") == "pretrained":

@@ -64,7 +64,7 @@ def make_plan(
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: at least 1")
-    data = {
+    data: dict[str, Any] = {
         "in_channels": channels_of(store),
         "num_classes": max(len(store.classes), 1),
         "on_gpu": memory_gb is not None or torch.cuda.is_available(),
