@@ -15,6 +15,7 @@ from pretrain3d.__main__ import main
 from pretrain3d.config import UserError
 from pretrain3d.evaluation.luna16 import (
     MISSED,
+    NONE,
     Marks,
     best_marks,
     evaluate,
@@ -141,6 +142,15 @@ def test_a_bootstrap_sample_is_the_script_on_copied_scans() -> None:
     assert band["false_positives_per_scan"][::10] == [0.125, 0.25, 0.5, 1, 2, 4, 8]
     assert band["sensitivity"][::10] == list(result["sensitivity"].values())
     assert [band["low"][30], band["high"][30]] == result["intervals"]["sensitivity"]["1"]
+
+
+@pytest.mark.parametrize("num_scans", [1, 9])
+def test_nodules_of_a_single_scan_have_no_interval(num_scans: int) -> None:
+    nodules = Marks(np.zeros(2, np.int64), np.array([[0.0, 0, 0], [50, 0, 0]]), np.full(2, 8.0))
+    marks = Marks(np.arange(num_scans), np.zeros((num_scans, 3)), np.linspace(0.9, 0.1, num_scans))
+    result = evaluate(match_marks(marks, nodules, NONE, num_scans).matches, samples=300)
+    assert result["CPM"] == 0.5 and result["intervals"]["CPM"] is None
+    assert result["intervals"]["sensitivity"]["1"] is None and set(result["froc"]["low"]) == {None}
 
 
 def test_a_mark_hits_strictly_within_the_radius() -> None:

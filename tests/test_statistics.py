@@ -11,6 +11,7 @@ from test_matching import Case, random_cases
 from pretrain3d.config import UserError
 from pretrain3d.evaluation.matching import match
 from pretrain3d.evaluation.protocol import KEYS, evaluate, values
+from pretrain3d.evaluation.sizes import Sizes
 from pretrain3d.evaluation.statistics import (
     bootstrap,
     bootstrap_runs,
@@ -100,6 +101,45 @@ def test_a_class_without_objects_has_no_interval_and_no_share() -> None:
         result["metrics"]["mAP"]["value"]
         == bootstrap(match(predictions, targets, CLASSES), 20)["metrics"]["mAP"]["value"]
     )
+
+
+def test_a_class_with_objects_in_a_single_patient_has_no_interval() -> None:
+    """Its samples only repeat what that patient has; from two patients on there is one."""
+    predictions, targets = distinct(1, 12)
+    groups = {name: f"p{index // 2}" for index, name in enumerate(sorted(targets))}
+    for holding in (1, 2):
+        for index, entry in enumerate(targets[name] for name in sorted(targets)):
+            rare = len(entry["labels"]) > 0 and index // 2 < holding
+            entry["labels"] = np.where(np.arange(len(entry["labels"])) == 0, 1 if rare else 0, 0)
+        runs = [match(shifted(predictions, share), targets, CLASSES) for share in (0.0, 0.6)]
+        assert len({groups[i] for i in targets if 1 in targets[i]["labels"]}) == holding
+        result, pair = bootstrap(runs[0], 400, groups=groups), paired_difference(*runs, 400, groups=groups)
+        for key in ("mAP", "FROC@0.50"):
+            entry, difference = result["per_class"]["b"][key], pair["per_class"]["b"][key]
+            assert entry["value"] is not None and difference["difference"] is not None
+            known = [value is not None for value in (entry["low"], difference["high"], difference["p"])]
+            assert known == [holding == 2] * 3
+        assert result["per_class"]["a"]["mAP"]["low"] is not None and result["metrics"]["mAP"]["low"] is not None
+
+
+def test_every_sample_is_a_mean_over_the_same_classes() -> None:
+    """A sample without a hard class is no better for it: the class keeps its plain value there."""
+    predictions, targets = distinct(1, 8)
+    for index, name in enumerate(sorted(targets)):
+        entry = targets[name] = {**targets[name], "spacing_mm": np.ones(3)}
+        entry["labels"] = np.where(np.arange(len(entry["labels"])) == 0, int(index < 3), 0)
+    matches = match(predictions, targets, [*CLASSES, "absent"])
+    weights = sample_weights(matches, 60, seed=0, groups=None)
+    sizes = Sizes(matches, predictions, targets)
+    middle = float(np.median(sizes.objects))
+    of_sizes = [sizes.values(weights, 0, high) for high in (middle, np.inf)]
+    for overall, per_class in [values(matches, weights), *of_sizes]:
+        for key in ("mAP", "AP@0.10", "AP@0.50"):
+            rows = [per_class[name][key] for name in CLASSES]
+            lacking = np.isnan(rows[1])
+            assert 0 < lacking.sum() < 60 and not np.isnan(rows[0]).any() and np.isnan(per_class["absent"][key]).all()
+            expected = (rows[0] + np.where(lacking, rows[1][0], rows[1])) / 2
+            np.testing.assert_allclose(overall[key], expected, atol=1e-12)
 
 
 def test_without_samples_there_are_values_only() -> None:

@@ -429,6 +429,24 @@ def test_scores_of_whole_cases_by_hand() -> None:
     assert math.isnan(score.compute()["dice"])
 
 
+def test_intervals_of_whole_cases() -> None:
+    """Every sample is a mean over the same classes; what is of a single patient has no interval."""
+    rng = np.random.default_rng(0)
+    cases = [np.full((3, 3), np.nan) for _ in range(10)]
+    for index, case in enumerate(cases):
+        case[0] = 0.8 + 0.1 * rng.random(3)
+        case[1] = 0.1 * rng.random(3) if index < 2 else np.nan
+    cases[0][2] = 0.3
+    patients = [str(index) for index in range(10)]
+    found = summarise(cases, ["liver", "heart", "spleen"], patients, samples=500)
+    spleen, dice = found["per_class"]["spleen"]["dice"], found["metrics"]["dice"]
+    assert spleen["value"] == pytest.approx(0.3) and spleen["low"] is spleen["high"] is None
+    assert found["per_class"]["heart"]["dice"]["high"] < 0.1
+    assert dice["value"] - 0.05 < dice["low"] < dice["value"] < dice["high"] < dice["value"] + 0.05
+    one = summarise(cases[:2], ["liver", "heart", "spleen"], ["p", "p"], samples=50)["metrics"]["dice"]
+    assert one["value"] > 0 and one["low"] is one["high"] is None
+
+
 # ---- the chain
 
 

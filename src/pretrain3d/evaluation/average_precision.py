@@ -39,6 +39,18 @@ def average_precision(matches: ClassMatches, weights: np.ndarray) -> np.ndarray:
     return result
 
 
+def with_absent(matches: ClassMatches, precision: np.ndarray) -> np.ndarray:
+    """`average_precision` (S, T) for a mean over classes: where a sample holds no object, the value of the whole set.
+
+    So every sample is a mean over the same classes; without this, samples that lack a hard class would be better ones.
+    A class without any object stays nan.
+    """
+    absent = np.isnan(precision)
+    if not absent.any() or not matches.objects.any():
+        return precision
+    return np.where(absent, average_precision(matches, np.ones((1, len(matches.objects)))), precision)
+
+
 def _from_hits(found: np.ndarray, seen: np.ndarray, num_objects: np.ndarray) -> np.ndarray:
     """AP from the hits alone (precision is best at a hit, and recall changes only there).
 

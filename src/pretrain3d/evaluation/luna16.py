@@ -13,7 +13,7 @@ from pretrain3d.config import UserError
 from pretrain3d.evaluation.delimited import Delimited, read_rows, read_table
 from pretrain3d.evaluation.froc import FALSE_POSITIVES_PER_CASE, froc_sensitivity
 from pretrain3d.evaluation.matching import ClassMatches
-from pretrain3d.evaluation.statistics import interval, resample
+from pretrain3d.evaluation.statistics import interval, plain_and_drawn
 
 MARKS_PER_SCAN = 100
 UNKNOWN_DIAMETER_MM = 10.0  # of findings whose diameter is given as -1
@@ -190,10 +190,10 @@ def evaluate(matches: ClassMatches, samples: int = 0, seed: int = 0) -> dict[str
 
     Returns:
         {"CPM", "sensitivity": {"0.125": ..., "8": ...}, "intervals": {"CPM": [low, high], "sensitivity": {...}},
-        "froc": {"false_positives_per_scan", "sensitivity", "low", "high"}}; null where there is no nodule.
+        "froc": {"false_positives_per_scan", "sensitivity", "low", "high"}}; null where there is no nodule, intervals
+        also where all nodules lie in a single scan.
     """
-    num_scans = len(matches.objects)
-    weights = np.vstack([np.ones((1, num_scans), np.int64), resample(num_scans, samples, seed)])
+    weights = plain_and_drawn(len(matches.objects), samples, seed)
     curve = froc_sensitivity(matches, 0, weights, BAND_RATES)  # (1 + S, 61)
     seven = curve[:, ::10]
     names = [f"{rate:g}" for rate in FALSE_POSITIVES_PER_CASE]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain3d.evaluation.average_precision import average_precision, precision_recall
+from pretrain3d.evaluation.average_precision import average_precision, precision_recall, with_absent
 from pretrain3d.evaluation.case_level import case_auroc, case_average_precision
 from pretrain3d.evaluation.froc import froc_curve, froc_score
 from pretrain3d.evaluation.matching import THRESHOLDS, Boxes, ClassMatches, Matches, match
@@ -50,16 +50,15 @@ def values(matches: Matches, weights: np.ndarray) -> tuple[dict[str, np.ndarray]
         weights: (S, C) how often each sample holds each case.
 
     Returns:
-        {key: (S,)} and {class: {key: (S,)}}; nan without objects.
+        {key: (S,)} and {class: {key: (S,)}}; nan without objects. Means are over the classes that have an object in
+        any case, in every sample: see `with_absent`.
     """
-    per_class = {}
+    per_class, averaged = {}, []
     for name, one in zip(matches.classes, matches.per_class, strict=True):
         precision = average_precision(one, weights)
-        row = {f"AP@{t:.2f}": precision[:, matches.at(t)] for t in THRESHOLDS}
-        row["mAP"] = precision[:, [matches.at(t) for t in MAP_THRESHOLDS]].mean(axis=1)
-        per_class[name] = _ordered(row | _curves_and_cases(matches, one, weights))
-    averaged = ["mAP", *(f"AP@{t:.2f}" for t in THRESHOLDS)]
-    mean = {key: mean_of_present([row[key] for row in per_class.values()]) for key in averaged}
+        per_class[name] = _ordered(_of_thresholds(matches, precision) | _curves_and_cases(matches, one, weights))
+        averaged.append(_of_thresholds(matches, with_absent(one, precision)))
+    mean = {key: mean_of_present([row[key] for row in averaged]) for key in averaged[0]}
     return _ordered(mean | _curves_and_cases(matches, matches.pooled(), weights)), per_class
 
 
@@ -90,6 +89,12 @@ def case_rows(matches: Matches) -> list[dict[str, Any]]:
 def as_number(value: float) -> float | None:
     """A plain float, or None for nan: JSON has no nan."""
     return None if np.isnan(value) else float(value)
+
+
+def _of_thresholds(matches: Matches, precision: np.ndarray) -> dict[str, np.ndarray]:
+    """AP@t and mAP, (S,) each, of (S, T)."""
+    row = {f"AP@{t:.2f}": precision[:, matches.at(t)] for t in THRESHOLDS}
+    return row | {"mAP": precision[:, [matches.at(t) for t in MAP_THRESHOLDS]].mean(axis=1)}
 
 
 def _curves_and_cases(matches: Matches, one: ClassMatches, weights: np.ndarray) -> dict[str, np.ndarray]:

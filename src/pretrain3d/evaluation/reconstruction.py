@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pretrain3d.evaluation.statistics import SAMPLES, interval, resample
+from pretrain3d.evaluation.statistics import SAMPLES, interval, plain_and_drawn
 
 NETWORK = "network"
 
@@ -27,7 +27,7 @@ def summarise(
         network over that of the other, drawn together: below 1 the network is better, and with its whole interval
         below 1 clearly so.
     """
-    weights = np.vstack([np.ones(len(errors)), resample(len(errors), samples, seed, groups)])  # (1 + S, cases)
+    weights = plain_and_drawn(len(errors), samples, seed, groups)  # (1 + S, cases)
     means = {name: weights @ [row[name] for row in errors] / weights.sum(axis=1) for name in errors[0]}
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = {f"{NETWORK}/{name}": means[NETWORK] / mean for name, mean in means.items() if name != NETWORK}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain3d.evaluation.protocol import mean_of_present
-from pretrain3d.evaluation.statistics import SAMPLES, intervals, resample
+from pretrain3d.evaluation.statistics import SAMPLES, intervals, plain_and_drawn
 from pretrain3d.parallel import all_sum
 
 KEYS = ("dice", "volume_error", "trivial_dice")  # of `scores`, in its order
@@ -86,7 +86,7 @@ def summarise(
     Returns:
         {"metrics": {key: {"value", "low", "high"}}, "per_class": {class: {key: {...}}}} of `KEYS`.
     """
-    weights = np.vstack([np.ones(len(cases)), resample(len(cases), samples, seed, groups)])  # (1 + S, cases)
+    weights = plain_and_drawn(len(cases), samples, seed, groups)  # (1 + S, cases)
     values = np.stack(cases).astype(float)  # (cases, K, 3)
     known = ~np.isnan(values)
     total, count = (np.einsum("sc,ckn->skn", weights, part) for part in (np.where(known, values, 0.0), known))
@@ -94,7 +94,9 @@ def summarise(
     per_class = {
         name: {key: means[:, row, column] for column, key in enumerate(KEYS)} for row, name in enumerate(names)
     }
-    return intervals({key: mean_of_present([row[key] for row in per_class.values()]) for key in KEYS}, per_class)
+    everywhere = np.where(np.isnan(means), means[:1], means)  # (1 + S, K, 3): the mean is over the same classes in all
+    overall = {key: mean_of_present(list(everywhere[..., column].T)) for column, key in enumerate(KEYS)}
+    return intervals(overall, per_class)
 
 
 def scores(found: Tensor, true: Tensor) -> tuple[float, float, float]:

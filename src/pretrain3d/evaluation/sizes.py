@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pretrain3d.config import UserError
-from pretrain3d.evaluation.average_precision import average_precision
+from pretrain3d.evaluation.average_precision import average_precision, with_absent
 from pretrain3d.evaluation.matching import Boxes, ClassMatches, Matches
 from pretrain3d.evaluation.protocol import MAP_THRESHOLDS, mean_of_present
 from pretrain3d.evaluation.statistics import SAMPLES, Groups, Numbers, bootstrap
@@ -85,14 +85,18 @@ class Sizes:
 
     def values(self, weights: np.ndarray, low: float, high: float) -> Numbers:
         """`SIZE_KEYS` of one bin, overall and per class, as `protocol.values` gives them."""
-        per_class = {}
+        per_class, averaged = {}, []
         for label, name in enumerate(self.matches.classes):
-            ap = {
-                t: average_precision(self.within(label, self.matches.at(t), low, high), weights)[:, 0]
-                for t in MAP_THRESHOLDS
-            }
-            per_class[name] = {"mAP": np.mean(list(ap.values()), axis=0), "AP@0.10": ap[0.10], "AP@0.50": ap[0.50]}
-        return {key: mean_of_present([row[key] for row in per_class.values()]) for key in SIZE_KEYS}, per_class
+            ones = {t: self.within(label, self.matches.at(t), low, high) for t in MAP_THRESHOLDS}
+            ap = {t: average_precision(one, weights) for t, one in ones.items()}
+            per_class[name] = _keys(ap)
+            averaged.append(_keys({t: with_absent(one, ap[t]) for t, one in ones.items()}))
+        return {key: mean_of_present([row[key] for row in averaged]) for key in SIZE_KEYS}, per_class
+
+
+def _keys(ap: Mapping[float, np.ndarray]) -> dict[str, np.ndarray]:
+    """`SIZE_KEYS`, (S,) each, of the AP (S, 1) at each of `MAP_THRESHOLDS`."""
+    return {"mAP": np.mean(list(ap.values()), axis=0)[:, 0], "AP@0.10": ap[0.10][:, 0], "AP@0.50": ap[0.50][:, 0]}
 
 
 def by_size(
