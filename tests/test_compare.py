@@ -74,7 +74,8 @@ def test_two_runs(tmp_path: Path, cases: tuple[Cases, Cases], capsys: pytest.Cap
 
     shown = capsys.readouterr().out
     entry = expected["metrics"]["mAP"]
-    line = f"{entry['b']:.3f}  {entry['difference']:+.3f} [{entry['low']:+.3f}, {entry['high']:+.3f}]  {entry['p']:.3f}"
+    line = (f"{entry['b']:.3f} [{alone['low']:.3f}, {alone['high']:.3f}]  {entry['difference']:+.3f} "
+            f"[{entry['low']:+.3f}, {entry['high']:+.3f}]  {entry['p']:.3f}")  # fmt: skip
     assert line in shown and "(Holm)" not in shown and "AP@0.10 of b" in shown
     figure = out.with_suffix(".svg").read_text()
     assert "<svg" in figure and "difference from a" in figure and all(key in figure for key in KEYS)
@@ -114,6 +115,11 @@ def test_seeds_are_one_row(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:
     for of_row in (("x-s0", "x-s1"), ("y-s0", "y-s1")):
         alone = [bootstrap(match(worse(predictions, limits[name]), targets, CLASSES), 0) for name in of_row]
         means.append(np.mean([each["metrics"]["mAP"]["value"] for each in alone]))
+    table = comparison_tables(comparison)[0]
+    inside = comparison.values["y-s* (2 runs)"]["metrics"]["mAP"]
+    assert table.rows[1][1] == f"{means[1]:.3f} [{inside['low']:.3f}, {inside['high']:.3f}]"
+    assert "means over runs, drawn too" in table.title and "another seed" not in table.title
+    assert "another seed" in comparison_tables(compare([runs[0], runs[2]], samples=5))[0].title
     entry = comparison.differences["y-s* (2 runs)"]["metrics"]["mAP"]
     assert [entry["a"], entry["b"], entry["difference"]] == pytest.approx([*means, means[1] - means[0]])
     assert entry["low"] < entry["difference"] < entry["high"]
@@ -159,7 +165,8 @@ def test_by_a_column_of_a_table(tmp_path: Path, cases: tuple[Cases, Cases], caps
                 assert parts[site]["differences"][row]["metrics"][key] == pytest.approx(entry, abs=1e-12, nan_ok=True)
         entry = expected.differences["c"]["metrics"]["mAP"]
         line = next(line for line in shown.partition("mAP by site")[2].splitlines() if line.split()[:2] == ["c", site])
-        assert line.split()[2:5] == [str(len(chosen)), f"{entry['b']:.3f}", f"{entry['difference']:+.3f}"]
+        assert line.split()[2:4] == [str(len(chosen)), f"{entry['b']:.3f}"]
+        assert f"  {entry['difference']:+.3f} [" in line
     assert main([*call, f"out={tmp_path / 'out.csv'}"]) == 0
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
     assert {row["part"] for row in rows} == {"", "site=north", "site=south"}
@@ -192,6 +199,8 @@ def test_what_makes_a_row() -> None:
     assert rows(result("m-s0"), result("m-s1", 1), result("n-s0")) == {"m-s* (2 runs)": [0, 1], "n-s0": [2]}
     assert rows(result("m-s0"), result("m-s0")) == {"m-s0": [0], "m-s0 #2": [1]}  # the same seed again
     assert rows(result("m-s0"), result("m-s1", 1, backbone="other")) == {"m-s0": [0], "m-s1": [1]}
+    best = result("m-s1", 1) | {"asked": {"checkpoint": "best"}}
+    assert rows(result("m-s0") | {"asked": {"checkpoint": "last"}}, best) == {"m-s0": [0], "m-s1": [1]}
 
 
 def test_mistakes_are_one_line(tmp_path: Path, cases: tuple[Cases, Cases], capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,6 +66,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         (lambda result: result.pop("metrics"), "lacks metrics"),
         (lambda result: result["metrics"].update(mAP=0.5), r"mAP is 0.5; expected \{value, low, high\}"),
         (lambda result: result["per_class"]["nodule"].update(mAP={}), "nodule mAP is {}"),
+        (lambda result: result["per_class"].update(nodule=0.5), "nodule is 0.5; expected"),
+        (lambda result: result["metrics"]["mAP"].update(low="0.4"), 'mAP is .*"low": "0.4"'),
+        (lambda result: result.update(metrics=[0.5]), r"metrics is \[0.5\]; expected an object"),
+        (lambda result: result.update(cases=3), "cases is 3; expected a list"),
+        (lambda result: result.update(cases=["c0"]), 'cases holds "c0"; expected an object for each case'),
+        (lambda result: result.update(run=None), "run is null; expected a text"),
+        (lambda result: result.update(seed="0"), 'seed is "0"; expected a whole number'),
+        (lambda result: result.update(data="phantom"), 'data is "phantom"; expected an object or null'),
+        (lambda result: result.update(by_size={"0-500": 0.5}), "by_size 0-500 is 0.5; expected"),
+        (lambda result: result.update(by={"site": {"A": {"metrics": {"mAP": 1}}}}), "site A mAP is 1; expected"),
     ],
 )
 def test_a_wrong_result_is_named(tmp_path, change, message):

@@ -27,7 +27,7 @@ def test_a_row_holds_values_and_intervals():
     assert table.rows[1] == ["b|c", *["0.250"] * 4]
     assert table.rows[2] == ["none", *["–"] * 4]
     assert classes.rows[0] == ["a", "0.500 [0.400, 0.600]", "–"]
-    assert table.title == "set h, 2 test cases, 95 % intervals over cases"
+    assert table.title == "set h, 2 test cases, 95 % intervals over patients"
 
 
 def test_tested_cases_that_the_pretraining_has_seen_stand_beside_the_results():
@@ -64,6 +64,34 @@ def test_runs_that_differ_otherwise_keep_their_rows(second):
     rows = by_seed([result("x-s0"), second])
     assert [len(group) for group in rows.values()] == [1, 1]
     assert len(set(rows)) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "together"),
+    [
+        ({"checkpoint": "last", "step": 9}, {"checkpoint": "best", "step": 9}, False),
+        ({"checkpoint": "last", "step": 9}, {"checkpoint": "last", "step": 4}, False),  # not trained to its end
+        ({"checkpoint": "best", "step": 9}, {"checkpoint": "best", "step": 4}, True),
+        ({"threshold": 0.25}, {"threshold": None}, False),  # swept or not
+        ({"threshold": 0.25}, {"threshold": 0.5}, True),
+        ({"patches": 4}, {"patches": 8}, False),
+    ],
+)
+def test_runs_that_were_tested_otherwise_keep_their_rows(first, second, together):
+    runs = [result(f"x-s{seed}", seed=seed) | {"asked": asked} for seed, asked in enumerate((first, second))]
+    assert list(by_seed(runs)) == (["x-s* (2 seeds)"] if together else ["x-s0", "x-s1"])
+
+
+def test_trainings_that_end_by_their_time_share_a_row():
+    asked = [{"checkpoint": "last", "step": step} for step in (9, 4)]
+    runs = [result(f"x-s{s}", seed=s, trainer={"max_time": "00:01:00:00"}) | {"asked": asked[s]} for s in (0, 1)]
+    assert list(by_seed(runs)) == ["x-s* (2 seeds)"]
+
+
+def test_a_table_names_leakage():
+    found = [{"case": "c1", "split": "test", "how": "copy"}, {"case": "c7", "split": "train", "how": "copy"}]
+    runs = [result("a"), result("b") | {"leakage": found}, result("c") | {"leakage": found[1:]}]
+    assert make_tables(runs)[0].title.endswith("over patients; what b was pretrained on holds 1 of them")
 
 
 def test_different_cases_never_share_a_table():

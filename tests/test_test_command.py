@@ -14,6 +14,7 @@ from tiny_store import blocks, make_case, write_store
 from pretrain3d.__main__ import main
 from pretrain3d.commands.trained import log_to_wandb
 from pretrain3d.config import to_yaml
+from pretrain3d.evaluation import statistics
 from pretrain3d.reporting import wandb_logger
 from pretrain3d.reporting.results import read_result, write_result
 from pretrain3d.reporting.run_folder import RunFolder
@@ -96,6 +97,34 @@ def test_a_changed_annotation_is_scored_again(
     change_annotation(store, case_id)
     assert main(call) == 0
     assert "nothing to predict" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["predictions.json", "targets.json"])
+def test_a_result_without_its_score_files_is_made_again(store: Path, tmp_path: Path, name: str) -> None:
+    """`compare` needs them, and sends whoever lacks them to `test`."""
+    call = ["test", "baseline=mean_box", f"store={store}", f"out={tmp_path / 'out'}", "samples=5"]
+    assert main(call) == 0
+    content = (tmp_path / "out" / name).read_text()
+    (tmp_path / "out" / name).unlink()
+    assert main(call) == 0 and (tmp_path / "out" / name).read_text() == content
+
+
+def test_a_result_never_stands_beside_the_boxes_of_another(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = ["test", "baseline=mean_box", f"store={store}", f"out={tmp_path / 'out'}", "samples=5"]
+    assert main(call) == 0
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt  # when the boxes are written and the result is not
+
+    with monkeypatch.context() as patch:
+        patch.setattr(statistics, "evaluate_with_intervals", stop)
+        assert main([*call, "split=val"]) == 130
+    assert not (tmp_path / "out" / "result.json").exists()
+    assert main(call) == 0
+    predicted = json.loads((tmp_path / "out" / "predictions.json").read_text())["cases"]
+    assert list(predicted) == [row["case"] for row in read_result(tmp_path / "out")["cases"]]
 
 
 def test_mistakes_are_one_line_and_leave_nothing(

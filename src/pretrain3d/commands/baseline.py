@@ -12,6 +12,7 @@ from pretrain3d.commands.tested import (
     Prediction,
     hash_of,
     held_out,
+    is_scored,
     say_what_is_replaced,
     score_cases,
     truth_of,
@@ -29,7 +30,6 @@ def test(
     from pretrain3d.data.splits import fold_cases
     from pretrain3d.data.store import Store
     from pretrain3d.evaluation.strata import chosen_strata
-    from pretrain3d.reporting.results import is_current
 
     if baseline not in ("mean_box", "threshold"):
         raise UserError(f"baseline={baseline}: it is mean_box or threshold")
@@ -39,7 +39,7 @@ def test(
     strata = chosen_strata(cases, by, truth_of(data, case_ids))
     asked = {"baseline": baseline, "fold": fold, "num_folds": num_folds, "split": split, "samples": samples,
              "data": data.data_hash, "cases": hash_of(data, of_fold["train"] + case_ids)}  # fmt: skip
-    if is_current(folder / "result.json", asked):
+    if is_scored(folder, asked):
         print(f"{folder / 'result.json'} is of this baseline already, nothing to predict")
         write_strata(folder, by, strata, samples)
         return

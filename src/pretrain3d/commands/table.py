@@ -7,7 +7,7 @@ from pretrain3d.options import output_file, read_options
 USAGE = """\
 pretrain3d table RUN ... [out=FILE] [report=FILE] [title=TEXT] [pictures=true]
 
-Prints mAP, AP@0.10, AP@0.50 and FROC@0.10 with 95 % intervals over cases, and AP@0.10 per class; of pretraining by
+Prints mAP, AP@0.10, AP@0.50 and FROC@0.10 with 95 % intervals over patients, and AP@0.10 per class; of pretraining by
 reconstruction, its error on held-out patches; of supervised pretraining, Dice; and what training cost: time, samples
 and TFLOP, peak GPU memory and model-FLOP utilisation. Runs that differ by their seed only become one row, mean and
 standard deviation over seeds.

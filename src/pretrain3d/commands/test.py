@@ -11,6 +11,7 @@ from pretrain3d.commands.tested import (
     Prediction,
     hash_of,
     held_out,
+    is_scored,
     say_what_is_replaced,
     score_cases,
     truth_of,
@@ -103,7 +104,6 @@ def test_run(
     from pretrain3d.data.leakage import find, warning
     from pretrain3d.evaluation.strata import chosen_strata
     from pretrain3d.reporting.figures import save_case_picture
-    from pretrain3d.reporting.results import is_current
 
     settings = folder.config()
     case_ids = held_out({"test": datamodule.test_ids, "val": datamodule.val_ids}, split)
@@ -114,7 +114,7 @@ def test_run(
     asked = {"checkpoint": checkpoint, "split": split, "samples": samples, "step": step,
              "fingerprint": fingerprint(module.state_dict()), "merging": module.merging.to_dict(),
              "threshold": threshold, "cases": hash_of(datamodule.store, case_ids)}  # fmt: skip
-    if is_current(folder.path / "result.json", asked):
+    if is_scored(folder.path, asked):
         print(f"{folder.path / 'result.json'} is of these weights already, nothing to predict")
         write_strata(folder.path, by, strata, samples)
         return

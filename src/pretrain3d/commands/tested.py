@@ -50,6 +50,13 @@ def hash_of(data: Any, case_ids: list[str]) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
+def is_scored(folder: Path, asked: dict[str, Any]) -> bool:
+    """Whether the folder holds the result of exactly ``asked``, and the score files that it was made from."""
+    from pretrain3d.reporting.results import SCORE_FILES, is_current
+
+    return all((folder / name).is_file() for name in SCORE_FILES) and is_current(folder / "result.json", asked)
+
+
 def say_what_is_replaced(folder: Path, asked: dict[str, Any]) -> None:
     """Prints a line if the folder holds the result of another split, checkpoint or baseline."""
     from pretrain3d.reporting.results import read_result
@@ -94,6 +101,7 @@ def score_cases(
         found[case_id] = {"boxes": case.frame.to_original(boxes), "scores": scores, "labels": labels}
     truth = truth_of(data, case_ids)
     seconds = time.perf_counter() - start
+    (folder / "result.json").unlink(missing_ok=True)  # no result may ever stand beside the boxes of another one
     write(folder / "predictions.json", data.classes, found)
     write(folder / "targets.json", data.classes, truth)
     groups = groups_of(truth)

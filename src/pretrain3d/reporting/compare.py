@@ -16,9 +16,9 @@ from pretrain3d.evaluation.matching import Matches, match
 from pretrain3d.evaluation.scorefile import groups_of, read_pair
 from pretrain3d.evaluation.statistics import SAMPLES, Groups, differences, holm, intervals, row_samples
 from pretrain3d.evaluation.strata import chosen_strata
-from pretrain3d.reporting.tables import Result, kind_of, read_results
+from pretrain3d.reporting.results import SCORE_FILES
+from pretrain3d.reporting.tables import Result, how_tested, kind_of, read_results
 
-FILES = ("predictions.json", "targets.json")
 TOLERANCE = 1e-3  # voxels between the same box of two stores
 
 
@@ -81,10 +81,10 @@ def compare(
         if (kind := kind_of(result)) != "detection":
             raise UserError(f"{path} is a pretraining, tested on {kind}; compare takes detectors, `table` shows it")
         folder = path if path.is_dir() else path.parent
-        for name in FILES:
+        for name in SCORE_FILES:
             if not (folder / name).is_file():
                 raise UserError(f"{folder} holds no {name}; run `pretrain3d test {folder}` first")
-        classes, predictions, targets[path] = read_pair(*(folder / name for name in FILES))
+        classes, predictions, targets[path] = read_pair(*(folder / name for name in SCORE_FILES))
         matches[path] = match(predictions, targets[path], classes)
     grouped = group_rows(results)
     rows = []
@@ -133,7 +133,8 @@ def group_rows(results: Sequence[Result]) -> dict[str, list[int]]:
         config = {key: value for key, value in result["config"].items() if key not in ("seed", "name", "out", "fold")}
         if isinstance(config.get("data"), Mapping):
             config["data"] = {key: value for key, value in config["data"].items() if key != "fold"}
-        groups.setdefault(json.dumps(_unnumbered([result["run"], config], result)), []).append(index)
+        key = json.dumps(_unnumbered([result["run"], config, how_tested(result)], result))
+        groups.setdefault(key, []).append(index)
     rows: dict[str, list[int]] = {}
     for group in groups.values():
         apart = {(results[index]["seed"], _fold(results[index])) for index in group}

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from pretrain3d.reporting.compare import Comparison
 from pretrain3d.reporting.figures import COLOURS, STYLE
-from pretrain3d.reporting.tables import CLASS_KEY, KEYS, Table
+from pretrain3d.reporting.tables import CLASS_KEY, KEYS, Table, shown
 
 LEVEL = 0.05
 HEADER = ("run", "part", "class", "metric", "reference", "value", "reference_value", "difference", "low", "high", "p",
@@ -21,9 +21,11 @@ HEADER = ("run", "part", "class", "metric", "reference", "value", "reference_val
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """A table per metric of all classes together, one per class, and per metric one by the values of a column."""
-    notes = ["difference with 95 % interval, paired bootstrap over patients"]
+    notes = ["95 % intervals, paired bootstrap over patients"]
     if max(comparison.num_runs.values()) > 1:
         notes.append("means over runs, drawn too")
+    if min(comparison.num_runs.values()) == 1:
+        notes.append("a row of one run does not know what another seed changes")
     about = f"{comparison.num_cases} cases; {'; '.join(notes)}"
     header = ["difference", "p", *(["p (Holm)"] if len(comparison.differences) > 1 else [])]
     tables = [Table(f"{key}, {about}", ["run", key, *header], _rows(comparison, key)) for key in KEYS]
@@ -39,22 +41,22 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 
 
 def _rows(comparison: Comparison, key: str, of_class: str | None = None) -> list[list[str]]:
-    """Run, value, difference and p values of every row, the reference first."""
+    """Run, value, difference (both with their interval) and p values of every row, the reference first."""
 
     def entry_of(row: Mapping[str, Any]) -> dict[str, float | None]:
         entry: dict[str, float | None] = (row["metrics"] if of_class is None else row["per_class"][of_class])[key]
         return entry
 
     several = len(comparison.differences) > 1
-    reference = entry_of(comparison.values[comparison.reference])["value"]
-    rows = [[comparison.reference, _number(reference), "reference", "", *([""] if several else [])]]
+    values = {name: shown([entry_of(row)]) for name, row in comparison.values.items()}
+    rows = [[comparison.reference, values[comparison.reference], "reference", "", *([""] if several else [])]]
     for name, row in comparison.differences.items():
         entry = entry_of(row)
         low, high = entry["low"], entry["high"]
         bounds = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
         difference = "–" if entry["difference"] is None else f"{entry['difference']:+.3f}{bounds}"
         p_values = [entry["p"], entry["p_holm"]] if several else [entry["p"]]
-        rows.append([name, _number(entry["b"]), difference, *map(_number, p_values)])
+        rows.append([name, values[name], difference, *map(_number, p_values)])
     return rows
 
 

@@ -181,7 +181,7 @@ def values_per_class(
                     axes.plot([low, high], [place, place], color=colours[run], linewidth=1.6, alpha=0.6)
                 axes.plot([value], [place], "o", color=colours[run], markersize=5)
         axes.set_yticks(range(len(names)), names)
-        axes.set(xlim=(-0.01, 1.01), ylim=(len(names) - 0.5, -0.5), xlabel=f"{key} (bars: 95 % interval over cases)")
+        axes.set(xlim=(-0.01, 1.01), ylim=(len(names) - 0.5, -0.5), xlabel=f"{key} (bars: 95 % interval over patients)")
         _legend(figure, list(values), colours)
     return figure
 

@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,11 @@ from typing import Any
 from pretrain3d.config import UserError
 from pretrain3d.files import write_text
 
-REQUIRED = ("run", "metrics", "per_class", "cases", "config", "seed")
+SHAPES: dict[str, tuple[type, ...]] = {
+    "run": (str,), "metrics": (dict,), "per_class": (dict,), "cases": (list,), "config": (dict,), "seed": (int,),
+}  # fmt: skip
+OPTIONAL = ("curves", "commit", "environment", "cost", "data", "backbone", "asked", "by_size", "by")  # objects or null
+SCORE_FILES = ("predictions.json", "targets.json")  # beside the result of a detector or baseline
 PACKAGES = ("torch", "lightning", "monai", "numpy")
 
 
@@ -70,7 +74,7 @@ def write_result(
     Args:
         folder: the run's folder; made when missing.
         run: name of the row in a table.
-        metrics: ``{key: {"value", "low", "high"}}``; low and high are the 95 % interval over cases, None without one.
+        metrics: ``{key: {"value", "low", "high"}}``; the 95 % interval over patients, None without one.
         per_class: ``{class: {key: {"value", "low", "high"}}}``.
         curves: ``{"froc": {"false_positives_per_case": [...], "sensitivity": [...]}, "pr": {...}}``.
         cases: one row per case.
@@ -102,7 +106,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
     """Reads the ``result.json`` of a run folder, or that file itself.
 
     Raises:
-        UserError: there is none, or it is not a result.
+        UserError: there is none, or it is not a result; names what is wrong with which part of it.
     """
     path = Path(path)
     if path.is_dir():
@@ -112,12 +116,19 @@ def read_result(path: str | Path) -> dict[str, Any]:
     result = read_json(path)
     if not isinstance(result, dict):
         raise UserError(f"{path} is not a result: expected a JSON object, got a {type(result).__name__}")
-    missing = [key for key in REQUIRED if key not in result]
+    missing = [key for key in SHAPES if key not in result]
     if missing:
         raise UserError(f"{path} is not a result: it lacks {', '.join(missing)}")
+    for key, shape in (SHAPES | dict.fromkeys(OPTIONAL, (dict, type(None)))).items():
+        if not isinstance(result.get(key), shape):
+            names = " or ".join(_SAID[kind] for kind in shape)
+            raise UserError(f"{path}: {key} is {_short(result[key])}; expected {names}")
+    for case in result["cases"]:
+        if not isinstance(case, dict):
+            raise UserError(f"{path}: cases holds {_short(case)}; expected an object for each case")
     for key, entry in _entries(result):
-        if not isinstance(entry, dict) or "value" not in entry:
-            raise UserError(f"{path}: {key} is {entry!r}; expected {{value, low, high}}")
+        if not isinstance(entry, dict) or "value" not in entry or not all(map(_is_number, map(entry.get, _NUMBERS))):
+            raise UserError(f"{path}: {key} is {_short(entry)}; expected {{value, low, high}}")
     return result
 
 
@@ -127,11 +138,31 @@ def is_current(path: str | Path, asked: Mapping[str, Any]) -> bool:
     return path.is_file() and read_result(path).get("asked") == _plain(asked)
 
 
-def _entries(result: dict[str, Any]) -> list[tuple[str, Any]]:
-    entries = list(result["metrics"].items())
-    for name, keys in result["per_class"].items():
-        entries += [(f"{name} {key}", entry) for key, entry in (keys or {}).items()]
-    return entries
+_SAID = {str: "a text", dict: "an object", list: "a list", int: "a whole number", type(None): "null"}
+_NUMBERS = ("value", "low", "high")
+
+
+def _entries(result: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every {"value", "low", "high"}, of all classes, of each and of parts; whatever stands where one should."""
+    tables = {"": result["metrics"], **{f"{name} ": keys for name, keys in result["per_class"].items()}}
+    parts = {"by_size": result.get("by_size"), **(result.get("by") or {})}
+    for title, values in parts.items():
+        for name, part in values.items() if isinstance(values, dict) else ():
+            tables[f"{title} {name} "] = part.get("metrics") if isinstance(part, dict) else part
+    for name, keys in tables.items():
+        if isinstance(keys, dict):
+            yield from ((f"{name}{key}", entry) for key, entry in keys.items())
+        elif keys is not None:
+            yield name.strip(), keys
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def environment() -> dict[str, Any]:

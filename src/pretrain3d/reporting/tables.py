@@ -88,10 +88,10 @@ def make_tables(results: Sequence[Result]) -> list[Table]:
         rows = [(name, group) for name, group in by_seed(same_cases).items()]
         about = describe_cases(same_cases[0])
         seeds = "; mean ± standard deviation over seeds" if any(len(group) > 1 for _, group in rows) else ""
-        body = [[name, *(_cell([r["metrics"].get(key) for r in group]) for key in KEYS)] for name, group in rows]
-        tables.append(Table(f"{about}, 95 % intervals over cases{seeds}", ["run", *KEYS], body))
+        body = [[name, *(shown([r["metrics"].get(key) for r in group]) for key in KEYS)] for name, group in rows]
+        tables.append(Table(f"{about}, 95 % intervals over patients{seeds}{_leaked(rows)}", ["run", *KEYS], body))
         classes = list(dict.fromkeys(name for result in same_cases for name in result["per_class"]))
-        body = [[name, *(_cell([_of_class(r, one) for r in group]) for one in classes)] for name, group in rows]
+        body = [[name, *(shown([_of_class(r, one) for r in group]) for one in classes)] for name, group in rows]
         tables.append(Table(f"{CLASS_KEY} per class, {about}", ["run", *classes], body))
     tables += [
         _reconstruction_table(same_cases) for same_cases in by_cases(of_kind(results, "reconstruction")).values()
@@ -112,7 +112,7 @@ def part_tables(results: Sequence[Result]) -> list[Table]:
         for title in dict.fromkeys(title for result in same_cases for title in _parts(result)):
             of_title = [_parts(result).get(title, {}) for result in same_cases]
             header = {name: f"{name} ({_counted(part)})" for parts in of_title for name, part in parts.items()}
-            body = [[row, *(_cell([_of_part(r, title, one) for r in group]) for one in header)] for row, group in rows]
+            body = [[row, *(shown([_of_part(r, title, one) for r in group]) for one in header)] for row, group in rows]
             tables.append(
                 Table(f"{CLASS_KEY} by {title}, {describe_cases(same_cases[0])}", ["run", *header.values()], body)
             )
@@ -168,7 +168,7 @@ def _reconstruction_table(same_cases: Sequence[Result]) -> Table:
     rows = []
     for name, group in by_seed(same_cases).items():
         asked = group[0].get("asked") or {}
-        cells = [_cell([result["metrics"].get(key) for result in group]) for key in RECONSTRUCTION]
+        cells = [shown([result["metrics"].get(key) for result in group]) for key in RECONSTRUCTION]
         rows.append([name, str(asked.get("measure", "–")), str(asked.get("patches", "–")), *cells])
     title = f"reconstruction, held-out patches: {describe_cases(same_cases[0])}, 95 % intervals over patients"
     return Table(title, ["run", "error", "patches per case", *RECONSTRUCTION.values()], rows)
@@ -177,12 +177,23 @@ def _reconstruction_table(same_cases: Sequence[Result]) -> Table:
 def _segmentation_tables(same_cases: Sequence[Result]) -> list[Table]:
     rows = by_seed(same_cases).items()
     about = describe_cases(same_cases[0])
-    body = [[name, *(_cell([result["metrics"].get(key) for result in group]) for key in SEGMENTATION)]
+    body = [[name, *(shown([result["metrics"].get(key) for result in group]) for key in SEGMENTATION)]
             for name, group in rows]  # fmt: skip
     overall = Table(f"segmentation: {about}, 95 % intervals over patients", ["run", *SEGMENTATION.values()], body)
     classes = list(dict.fromkeys(name for result in same_cases for name in result["per_class"]))
-    body = [[name, *(_cell([_of_class(r, one, "dice") for r in group]) for one in classes)] for name, group in rows]
+    body = [[name, *(shown([_of_class(r, one, "dice") for r in group]) for one in classes)] for name, group in rows]
     return [overall, Table(f"Dice per class, {about}", ["run", *classes], body)]
+
+
+def _leaked(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
+    """Which rows were tested on cases that their pretraining had seen, and on how many at most."""
+    counts = {name: max(map(_num_leaked, group)) for name, group in rows}
+    return "".join(f"; what {name} was pretrained on holds {count} of them" for name, count in counts.items() if count)
+
+
+def _num_leaked(result: Result) -> int:
+    tested = {str(row.get("case")) for row in result["cases"]}
+    return len(tested & {str(row.get("case")) for row in result.get("leakage") or []})
 
 
 def by_cases(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -206,7 +217,8 @@ def by_seed(results: Sequence[Result]) -> dict[str, list[Result]]:
     """Row name -> the results of that row, in the order given; runs that differ by their seed only share a row."""
     groups: dict[str, list[Result]] = {}
     for result in results:
-        groups.setdefault(json.dumps([_seedless(result["run"], result["seed"]), _setting(result)]), []).append(result)
+        key = [_seedless(result["run"], result["seed"]), _setting(result), how_tested(result)]
+        groups.setdefault(json.dumps(key), []).append(result)
     rows: list[tuple[str, list[Result]]] = []
     for group in groups.values():
         if len({result["seed"] for result in group}) == len(group) > 1:
@@ -218,6 +230,18 @@ def by_seed(results: Sequence[Result]) -> dict[str, list[Result]]:
         again = sum(other == name or other.startswith(f"{name} #") for other in names)
         names[f"{name} #{again + 1}" if again else name] = group
     return names
+
+
+def how_tested(result: Result) -> list[Any]:
+    """What the results of a row share besides the configuration.
+
+    Which weights `test` took, after how many steps (unless `trainer.max_time` ended them), on what, and whether `sweep`
+    had chosen the merging.
+    """
+    asked, trainer = result.get("asked") or {}, result["config"].get("trainer")
+    timed = isinstance(trainer, Mapping) and trainer.get("max_time") is not None
+    step = asked.get("step") if asked.get("checkpoint") == "last" and not timed else None
+    return [*map(asked.get, ("checkpoint", "split", "patches")), asked.get("threshold") is not None, step]
 
 
 def _setting(result: Result) -> Any:
@@ -254,7 +278,7 @@ def _counted(part: Mapping[str, Any]) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _cell(entries: Sequence[Mapping[str, Any] | None]) -> str:
+def shown(entries: Sequence[Mapping[str, Any] | None]) -> str:
     """``0.512 [0.431, 0.580]`` of one run, ``0.512 ± 0.020`` of several, a dash where there is no value."""
     values = [entry["value"] for entry in entries if entry is not None and entry["value"] is not None]
     if not values or len(values) < len(entries):
