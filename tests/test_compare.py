@@ -119,6 +119,7 @@ def test_seeds_are_one_row(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:
     inside = comparison.values["y-s* (2 runs)"]["metrics"]["mAP"]
     assert table.rows[1][1] == f"{means[1]:.3f} [{inside['low']:.3f}, {inside['high']:.3f}]"
     assert "means over runs, drawn too" in table.title and "another seed" not in table.title
+    assert "the runs are few" in table.title
     assert "another seed" in comparison_tables(compare([runs[0], runs[2]], samples=5))[0].title
     entry = comparison.differences["y-s* (2 runs)"]["metrics"]["mAP"]
     assert [entry["a"], entry["b"], entry["difference"]] == pytest.approx([*means, means[1] - means[0]])

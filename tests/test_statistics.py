@@ -207,13 +207,13 @@ def test_the_hierarchical_bootstrap_draws_folds_then_runs_then_patients() -> Non
     rows = [[[run(0, 0.5), run(0, 0.2)], [run(1, 0.6), run(1, 0.1)]], [[run(0, 0.0)], [run(1, 0.0)]]]  # row, fold, seed
     found = paired_difference(*([match(*one, CLASSES) for fold in row for one in fold] for row in rows), samples, seed)
 
-    def draw(rng: np.random.Generator, count: int) -> list[np.ndarray]:
+    def draw(rng: np.random.Generator, count: int, draws: int = 0) -> list[np.ndarray]:
         """How often each of so many things occurs: once in the plain value, then as drawn."""
-        return [np.ones(count), *rng.multinomial(count, [1 / count] * count, size=samples)]
+        return [np.ones(count), *rng.multinomial(draws or count, [1 / count] * count, size=samples)]
 
     levels = np.random.default_rng([seed, 1])
     of_folds = draw(levels, 2)
-    of_seeds = [[draw(levels, len(fold)) for fold in row] for row in rows]
+    of_seeds = [[draw(levels, len(fold), max(len(fold) - 1, 1)) for fold in row] for row in rows]
     of_patients = [draw(np.random.default_rng(seed + fold), len(part)) for fold, part in enumerate(parts)]
     own = {case: case for case in targets}
     totals: list[list[float]] = [[], []]
@@ -225,7 +225,8 @@ def test_the_hierarchical_bootstrap_draws_folds_then_runs_then_patients() -> Non
                 patients = dict(zip(parts[fold], of_patients[fold][sample].astype(int), strict=True))
                 for number, one in enumerate(runs):
                     drawn.append(scored_copies(one, own, patients))
-                    weights.append(of_folds[sample][fold] * of_seeds[row][fold][sample][number] / len(runs))
+                    seeds = of_seeds[row][fold][sample]
+                    weights.append(of_folds[sample][fold] * seeds[number] / seeds.sum())
             total.append(float(np.average(drawn, weights=weights)))
     check_entry(found["metrics"]["mAP"], *totals)
 
@@ -250,7 +251,7 @@ def shifted(predictions: dict[str, Case], share: float) -> dict[str, Case]:
 
 
 def test_runs_of_one_method_are_averaged_and_drawn() -> None:
-    """One patient, so that only the seeds vary: a quarter of the samples holds one of them only."""
+    """One patient, so that only the seeds vary: every sample holds one of the two."""
     predictions, targets = distinct(3, 6)
     a, b = (match(shifted(predictions, share), targets, CLASSES) for share in (0.0, 0.6))
     low, high = sorted(bootstrap(run, 0)["metrics"]["mAP"]["value"] for run in (a, b))
@@ -261,6 +262,15 @@ def test_runs_of_one_method_are_averaged_and_drawn() -> None:
     assert twice == pytest.approx(bootstrap(a, 50)["metrics"]["mAP"])
 
 
+def test_the_mean_of_runs_varies_as_their_variance_says() -> None:
+    """One patient: the variance of the samples is that of the mean, s^2 / n with n - 1 in s^2."""
+    predictions, targets = distinct(3, 6)
+    runs = [match(shifted(predictions, share), targets, CLASSES) for share in (0.0, 0.3, 0.6)]
+    own = [bootstrap(run, 0)["metrics"]["mAP"]["value"] for run in runs]
+    samples = row_samples([runs], 20_000, groups=dict.fromkeys(targets, "one"))[0][0]["mAP"][1:]
+    assert np.var(samples) == pytest.approx(np.var(own, ddof=1) / 3, rel=0.03)
+
+
 def test_several_runs_see_the_same_patients_in_every_sample() -> None:
     """The mean of the drawn runs, sample by sample: between the runs' own values on that sample's cases."""
     predictions, targets = distinct(3, 6)
@@ -268,9 +278,9 @@ def test_several_runs_see_the_same_patients_in_every_sample() -> None:
     ((overall, per_class),) = row_samples([runs], 60, seed=4)
     own = np.stack([values(run, sample_weights(run, 60, 4, None))[0]["AP@0.10"] for run in runs])
     assert overall["AP@0.10"][0] == pytest.approx(own[:, 0].mean())
-    thirds = np.array([[i, j, 3 - i - j] for i in range(4) for j in range(4 - i)]) / 3  # every draw of three runs
+    halves = np.array([[i, j, 2 - i - j] for i in range(3) for j in range(3 - i)]) / 2  # every two of three runs
     for sample in range(1, 61):
-        assert np.isclose(thirds @ own[:, sample], overall["AP@0.10"][sample]).any()
+        assert np.isclose(halves @ own[:, sample], overall["AP@0.10"][sample]).any()
     assert np.isnan(per_class["absent"]["mAP"]).all()
 
 

@@ -15,6 +15,7 @@ from pretrain3d.reporting.figures import COLOURS, STYLE
 from pretrain3d.reporting.tables import CLASS_KEY, KEYS, Table, shown
 
 LEVEL = 0.05
+FEW = 5  # runs of a row, below which chance gives a p value below 0.05 clearly more often: see `row_samples`
 HEADER = ("run", "part", "class", "metric", "reference", "value", "reference_value", "difference", "low", "high", "p",
           "p_holm")  # fmt: skip
 
@@ -24,6 +25,8 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     notes = ["95 % intervals, paired bootstrap over patients"]
     if max(comparison.num_runs.values()) > 1:
         notes.append("means over runs, drawn too")
+    if any(1 < number < FEW for number in comparison.num_runs.values()):
+        notes.append("p is too small where a seed matters much, for the runs are few")
     if min(comparison.num_runs.values()) == 1:
         notes.append("a row of one run does not know what another seed changes")
     about = f"{comparison.num_cases} cases; {'; '.join(notes)}"
