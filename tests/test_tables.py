@@ -97,6 +97,10 @@ def test_a_table_names_leakage():
 def test_different_cases_never_share_a_table():
     tables = make_tables([result("a"), result("b", data="other"), result("c", cases=("c0",)), result("d")])
     assert [[row[0] for row in table.rows] for table in tables[::2]] == [["a", "d"], ["b"], ["c"]]
+    other_task = result("e") | {"per_class": {"organ": None}}
+    annotated_anew = result("f") | {"cases": [{"case": "c0", "objects": 3}, {"case": "c1", "objects": 1}]}
+    tables = make_tables([result("a"), other_task, annotated_anew, result("d")])
+    assert [[row[0] for row in table.rows] for table in tables[::2]] == [["a", "d"], ["e"], ["f"]]
 
 
 def test_a_missing_value_of_one_seed_is_not_averaged_over():

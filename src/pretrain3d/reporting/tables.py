@@ -197,12 +197,16 @@ def _num_leaked(result: Result) -> int:
 
 
 def by_cases(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results by the cases that they are of."""
+    """Results by the cases that they are of, and by what was annotated there: classes, and objects of each case.
+
+    The hash of the data is of the images alone, which may have been annotated anew or for another task.
+    """
     groups: dict[str, list[Result]] = {}
     for result in results:
         data = result.get("data") or {}
-        cases = sorted(str(row.get("case")) for row in result["cases"])
-        groups.setdefault(json.dumps([data.get("hash"), data.get("name"), cases]), []).append(result)
+        cases = sorted([str(row.get("case")), row.get("objects")] for row in result["cases"])
+        key = [data.get("hash"), data.get("name"), cases, sorted(result["per_class"])]
+        groups.setdefault(json.dumps(key), []).append(result)
     return groups
 
 
