@@ -88,12 +88,6 @@ def test_trainings_that_end_by_their_time_share_a_row():
     assert list(by_seed(runs)) == ["x-s* (2 seeds)"]
 
 
-def test_a_table_names_leakage():
-    found = [{"case": "c1", "split": "test", "how": "copy"}, {"case": "c7", "split": "train", "how": "copy"}]
-    runs = [result("a"), result("b") | {"leakage": found}, result("c") | {"leakage": found[1:]}]
-    assert make_tables(runs)[0].title.endswith("over patients; what b was pretrained on holds 1 of them")
-
-
 def test_different_cases_never_share_a_table():
     tables = make_tables([result("a"), result("b", data="other"), result("c", cases=("c0",)), result("d")])
     assert [[row[0] for row in table.rows] for table in tables[::2]] == [["a", "d"], ["b"], ["c"]]

