@@ -149,9 +149,14 @@ def test_mistakes_of_a_detector(folder: Path, arguments: dict[str, Any], message
         (lambda image: (image, "x"), "affine is 'x'; expected"),
         (
             lambda image: (image, AFFINE * 2),
-            "the affine is no invertible 4 x 4 matrix of finite numbers above 0, 0, 0, 1",
+            "image: the affine is no invertible 4 x 4 matrix of finite numbers above 0, 0, 0, 1",
         ),
-        (lambda image: (image, AFFINE[:3, :3]), "the affine is no invertible 4 x 4 matrix"),
+        (lambda image: (image, AFFINE[:3, :3]), "image: the affine is no invertible 4 x 4 matrix"),
+        (
+            lambda image: (image, AFFINE @ np.diag([1e3, 1e3, 1e3, 1])),
+            r"image: \(18000, 18000, 18000\) voxels at spacing_mm=\[1.0, 1.0, 1.0\] are too many; "
+            r"are the file's own of \[1000.0, 1000.0, 1500.0\] mm right\?",
+        ),
         (lambda image: (torch.from_numpy(image), AFFINE), "a file, a list of files .* or a numpy array, got a Tensor"),
         (lambda image: (None, None), "a file, a list of files .* or a numpy array, got a NoneType"),
         (lambda image: ([image], AFFINE), "a file, a list of files .* or a numpy array, got a ndarray"),
@@ -240,6 +245,35 @@ def test_channels_are_files_and_bad_files_do_not_stop_the_rest(
     (scans / "b_0001.nii.gz").unlink()
     assert main(["predict", str(checkpoint), str(scans), f"out={out}"]) == 2
     assert "b_0001.nii.gz: no such file, a channel of" in capsys.readouterr().err
+
+
+def test_images_may_lie_where_the_boxes_go(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    shutil.copy(folder / "scan.nii.gz", scans / "a.nii.gz")
+    (scans / "b.nii.gz").mkdir()  # as some data sets are unpacked
+    shutil.copy(folder / "scan.nii.gz", scans / "b.nii.gz" / "b.nii.gz")
+    line = ["predict", str(folder / "one.ckpt")]
+    for images, cases in ((scans / "a.nii.gz", ["a"]), (scans, ["a", "b.nii.gz-b"]), (scans, ["a", "b.nii.gz-b"])):
+        assert main([*line, str(images), f"out={scans}", "format=json,nifti"]) == 0
+        assert list(json.loads((scans / "predictions.json").read_text())["cases"]) == cases
+    masks = scans / "nifti"
+    before = (masks / "a.nii.gz").read_bytes()
+    capsys.readouterr()
+    assert main([*line, str(masks), f"out={scans}", "format=nifti"]) == 2  # would replace what it reads
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"format=nifti writes into {masks}, where images lie that it reads; name another out=" in error
+    assert (masks / "a.nii.gz").read_bytes() == before
+
+
+def test_an_operating_point_above_all_scores_finds_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "sure.ckpt")
+    store_inference(checkpoint, {**SWEPT, "operating": {**OPERATING, "threshold": 1.0000005}})
+    line = ["predict", str(checkpoint), str(folder / "scan.nii.gz"), f"out={tmp_path / 'out'}", "threshold=operating"]
+    assert main(line) == 0
+    assert "0 boxes from score 1 on in 1 of 1 images" in capsys.readouterr().out
 
 
 def test_more_channels_than_the_detector_takes_are_refused(

@@ -267,6 +267,20 @@ def test_an_unusable_image_is_named(tmp_path, change, text):
     assert list(Store(tmp_path / "out").cases) == ["case_1"]
 
 
+def test_the_channel_of_an_unusable_image_is_named(tmp_path):
+    write_dataset(tmp_path / "raw", modalities={"0": "MR", "1": "MR"})
+    affine = affine_of("RAS", (1.0, 1.0, 1.0))
+    for case, spoilt in (("a", np.nan), ("b", 0.0)):
+        image = np.random.default_rng(0).uniform(0, 2000, (20, 20, 20)).astype(np.float32)
+        write_case(tmp_path / "raw", case, image, np.zeros(image.shape, np.uint8), {}, affine)
+        save(tmp_path / f"raw/imagesTr/{case}_0001.nii.gz", np.where(image < 3000, spoilt, image), affine)
+    write_case(tmp_path / "raw", "c", image, np.zeros(image.shape, np.uint8), {}, affine)
+    save(tmp_path / "raw/imagesTr/c_0001.nii.gz", image, affine)
+    failed = run(tmp_path / "raw", tmp_path / "out").failed
+    assert "a_0000.nii.gz: channel 1 (MR): 8000 voxels are NaN or infinite" in failed["a"]
+    assert "b_0000.nii.gz: channel 1 (MR): the image is empty, every voxel is 0" in failed["b"]
+
+
 # the run over cases
 
 

@@ -74,11 +74,12 @@ def predict(
     from pretrain3d.reporting.formats.found import Found
 
     detector = Detector(*checkpoints, precision=precision or None, mirror_axes=mirror_axes, tile_batch=tile_batch)
-    if threshold == "operating":
-        threshold = detector.operating_threshold
+    least = detector.operating_threshold if isinstance(threshold, str) else threshold
     if "luna16" in formats and len(detector.classes) != 1:
         raise UserError(f"format=luna16 is for one class, this detector has {', '.join(detector.classes)}")
     cases = image_files(images, len(detector.modality), out)
+    if "nifti" in formats and _masks(out) in {file.resolve().parent for files in cases.values() for file in files}:
+        raise UserError(f"format=nifti writes into {out / 'nifti'}, where images lie that it reads; name another out=")
     series = series_of(cases) if "luna16" in formats else {}
     check_writable(out)
     found: dict[str, Found] = {}
@@ -98,7 +99,7 @@ def predict(
             named = {series[case]: one for case, one in found.items()} if name == "luna16" else found
             resolve(TABLES, name, "format")(out, detector.classes, named)
     boxes = sum(len(one) for one in found.values())
-    print(f"{out}: {boxes} boxes from score {threshold:g} on in {len(found)} of {len(cases)} images")
+    print(f"{out}: {boxes} boxes from score {least:g} on in {len(found)} of {len(cases)} images")
     for problem in failed:
         print(f"not predicted: {problem}", file=sys.stderr)
     return 1 if failed else 0
@@ -107,8 +108,8 @@ def predict(
 def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]:
     """The files of each case, one per channel, by case id: the path below the folder with ``-`` for ``/``.
 
-    A name that ends in ``_0000`` is the first channel of the case before it, as in nnDetection and nnU-Net. What lies
-    in ``out`` was written by an earlier call and is no image.
+    A name that ends in ``_0000`` is the first channel of the case before it, as in nnDetection and nnU-Net. The masks
+    that an earlier call wrote into ``out`` are no images, unless ``images`` names them.
 
     Raises:
         UserError: no NIfTI file, a channel is missing or too many, or two cases of one name.
@@ -117,7 +118,9 @@ def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]
 
     folder = images if images.is_dir() else images.parent
     files = nifti.files_in(images, "**/*") if images.is_dir() else [images]
-    files = [path for path in files if out.resolve() not in path.resolve().parents]
+    masks, named = _masks(out), images.resolve()
+    if masks not in (named, *named.parents):
+        files = [path for path in files if masks not in path.resolve().parents]
     if not files or not files[0].name.endswith(nifti.SUFFIXES):
         raise UserError(f"{images} is not a NIfTI file (.nii or .nii.gz), nor a folder with any")
     numbers: dict[tuple[Path, str], set[str]] = {}  # of the channels there are, by folder and case
@@ -148,6 +151,11 @@ def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]
             if not file.is_file():
                 raise UserError(f"{file}: no such file, a channel of {path}")
     return cases
+
+
+def _masks(out: Path) -> Path:
+    """Where ``format=nifti`` writes, the only format whose files could be taken for images."""
+    return (out / "nifti").resolve()
 
 
 def series_of(cases: dict[str, list[Path]]) -> dict[str, str]:

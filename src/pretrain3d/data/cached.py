@@ -53,7 +53,10 @@ def prepare_volume(volume: RawVolume, where: Path, modality: list[str], spacing_
         UserError: another number of channels, voxels that are not finite, an empty image, or far too many voxels.
     """
     image = _usable(volume, where, modality)
-    frame = Frame.of_file(volume.affine, image.shape[1:])
+    try:
+        frame = Frame.of_file(volume.affine, image.shape[1:])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     oriented = frame.orient(image)
     input_spacing = frame.input_spacing_mm
     body, step = body_mask(oriented, modality, input_spacing)
@@ -62,7 +65,7 @@ def prepare_volume(volume: RawVolume, where: Path, modality: list[str], spacing_
     start, stop = crop_to(body, step, oriented.shape[1:], list(maps.values()), input_spacing, MARGIN_MM)
     region = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
     frame = frame.cropped(start, stop)
-    frame = frame.resampled(_cached_shape(frame.crop_shape, input_spacing, spacing_mm))
+    frame = frame.resampled(_cached_shape(frame.crop_shape, input_spacing, spacing_mm, where))
     cached = np.stack([resample_image(channel[region], frame.cached_shape) for channel in oriented])
     if image.dtype == np.int16:
         cached = np.rint(cached).astype(np.int16)
@@ -79,11 +82,12 @@ def _usable(volume: RawVolume, where: Path, modality: list[str]) -> np.ndarray:
     image = volume.image
     if len(image) != len(modality):
         raise UserError(f"{where}: {len(image)} channels; {len(modality)} are needed: {', '.join(modality)}")
-    if image.dtype.kind == "f" and not np.isfinite(image).all():
-        raise UserError(f"{where}: {int((~np.isfinite(image)).sum())} voxels are NaN or infinite")
-    for channel in image:
+    for index, channel in enumerate(image):
+        place = f"{where}" if len(image) == 1 else f"{where}: channel {index} ({modality[index]})"
+        if image.dtype.kind == "f" and not np.isfinite(channel).all():
+            raise UserError(f"{place}: {int((~np.isfinite(channel)).sum())} voxels are NaN or infinite")
         if channel.min() == channel.max():
-            raise UserError(f"{where}: the image is empty, every voxel is {channel.flat[0]:g}")
+            raise UserError(f"{place}: the image is empty, every voxel is {channel.flat[0]:g}")
     for labels in (volume.instances, volume.semantic):
         assert labels is None or labels.shape == image.shape[1:], (labels.shape, image.shape)
     low, high = float(image.min()), float(image.max())
@@ -96,10 +100,15 @@ def _usable(volume: RawVolume, where: Path, modality: list[str]) -> np.ndarray:
     return image.astype(np.float32, copy=False)
 
 
-def _cached_shape(shape: tuple[int, ...], input_spacing: np.ndarray, spacing_mm: tuple[float, ...]) -> tuple[int, ...]:
+def _cached_shape(
+    shape: tuple[int, ...], input_spacing: np.ndarray, spacing_mm: tuple[float, ...], where: Path
+) -> tuple[int, ...]:
     size = tuple(max(round(n * a / b), 1) for n, a, b in zip(shape, input_spacing, spacing_mm, strict=True))
     if max(size) > MAX_SIDE:
-        raise UserError(f"{size} voxels at spacing_mm={list(spacing_mm)} are too many; is the spacing right?")
+        raise UserError(
+            f"{where}: {size} voxels at spacing_mm={list(spacing_mm)} are too many; are the file's own of "
+            f"{np.round(input_spacing, 3).tolist()} mm right?"
+        )
     return size
 
 

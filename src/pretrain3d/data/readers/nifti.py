@@ -22,9 +22,12 @@ def stem(path: Path) -> str:
 
 
 def files_in(folder: Path, pattern: str = "*") -> list[Path]:
-    """The NIfTI files of a folder, sorted; hidden ones (left-overs of a download) are not data."""
+    """The NIfTI files of a folder, sorted; hidden ones (left-overs of a download) are not data.
+
+    A pattern that descends finds what lies in a subfolder whose own name ends in ``.nii``; that is no file itself.
+    """
     found = (p for p in folder.glob(pattern) if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
-    return sorted(found)
+    return sorted(p for p in found if not (pattern.startswith("**") and p.is_dir()))
 
 
 def read_geometry(path: Path) -> tuple[np.ndarray, tuple[int, ...]]:
