@@ -93,6 +93,13 @@ def test_a_sweep_finds_what_hides_specks(cases: dict[str, SweepCase]) -> None:
     assert json.loads(json.dumps(found.to_dict()))["merging"] == found.merging.to_dict()
 
 
+def test_a_fixed_setting_stays(cases: dict[str, SweepCase]) -> None:
+    free = sweep(cases, ["object"], "AP@0.50")
+    found = sweep(cases, ["object"], "AP@0.50", fixed=("min_size",))
+    assert found.merging.min_size == Merging().min_size < free.merging.min_size
+    assert {trial["min_size"] for trial in found.trials} == {Merging().min_size}
+
+
 def test_settings_that_make_no_difference_stay(cases: dict[str, SweepCase]) -> None:
     """With one view neither the method nor its threshold matters: a tie is no reason to leave the default."""
     perfect = {}
@@ -342,6 +349,17 @@ def test_runs_that_start_from_other_settings_are_swept_apart(
     said = f"{other} is configured with another module.merging than {run} (method, view_iou): sweep them apart"
     assert said in capsys.readouterr().err and checkpoint.read_bytes() == before
     assert not (run / "sweep.json").exists()
+
+
+def test_folds_are_swept_for_an_ensemble(run: Path, tmp_path: Path) -> None:
+    """NMS takes the best score of all networks: the threshold of one is none for the others together."""
+    other = shutil.copytree(run, tmp_path / "other")
+    methods = []
+    for runs in ([run], [run, other]):
+        assert main(["sweep", *map(str, runs)]) == 0
+        trials = json.loads((run / "sweep.json").read_text())["trials"]
+        methods.append({trial["method"] for trial in trials})
+    assert methods == [{"clustering", "nms"}, {"clustering"}]
 
 
 @pytest.mark.parametrize("top", [0.75, 1.0])

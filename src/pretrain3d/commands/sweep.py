@@ -20,7 +20,8 @@ Predicts the validation cases once, tries out how the boxes of tiles and mirrore
 clustering or NMS, least score, least size), and puts the best setting into the checkpoint, where `test` and `predict`
 find it. Also stored: the operating point, the score from which on a validation case has so many false positives. The
 cases that `test` reports take no part. Several runs (the folds of one configuration, with one module.merging) are swept
-together and get the same setting.
+together and get the same setting, with which `predict` takes them as an ensemble; clustering or NMS is then left as
+configured: NMS keeps the best score of all, so that with every network more false positives pass the threshold.
 
   checkpoint=last|best   which weights of the runs
   metric=mAP             what is maximised: mAP, AP@0.10, FROC@0.10, ...
@@ -83,7 +84,8 @@ def sweep_runs(
     cases: dict[str, SweepCase] = {}
     for index, (module, datamodule) in enumerate(runs):  # a case may be validated by several runs, which differ in seed
         cases |= {f"{index}:{case_id}": case for case_id, case in _predicted(module, datamodule).items()}
-    found = sweep(cases, classes, metric, false_positives, start)
+    fixed = ("method",) if len(runs) > 1 else ()  # each case is seen by one network here, by all in an ensemble
+    found = sweep(cases, classes, metric, false_positives, start, fixed)
     inference = {
         **found.to_dict(),
         "cases": sorted({key.partition(":")[2] for key in cases}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,6 +82,7 @@ def sweep(
     metric: str = "mAP",
     false_positives: float = 1.0,
     start: Merging = DEFAULT,
+    fixed: Collection[str] = (),
 ) -> Sweep:
     """Coordinate search over `GRID`: one setting after the other, twice at most. A tie leaves a setting as it is.
 
@@ -93,6 +94,7 @@ def sweep(
         metric: a key of `evaluation.protocol.KEYS`, overall.
         false_positives: per case, of the operating point.
         start: where the search begins, and what it is compared with.
+        fixed: settings of `GRID` that stay as they are in ``start``.
 
     Raises:
         UserError: an unknown metric, one that these cases do not define, or no case has an object.
@@ -115,7 +117,7 @@ def sweep(
     for _ in range(ROUNDS):
         before = best
         for name, options in GRID.items():
-            for option in options:
+            for option in () if name in fixed else options:
                 candidate = replace(best, **{name: option})
                 if evaluated(candidate) > evaluated(best) + GAIN:
                     best = candidate
