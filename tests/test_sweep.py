@@ -28,7 +28,7 @@ from pretrain3d.commands.assemble import about_sets
 from pretrain3d.config import UserError, to_yaml
 from pretrain3d.data.module import DataModule
 from pretrain3d.detection.contract import Detections
-from pretrain3d.detection.merge import Merging, merge
+from pretrain3d.detection.merge import Merging, ViewDetections, merge, merge_tiles
 from pretrain3d.detection.sweep import GRID, SweepCase, measure_at, operating_points, sweep
 from pretrain3d.detection.tiles import predict_views
 from pretrain3d.evaluation.protocol import evaluate
@@ -91,6 +91,22 @@ def test_a_sweep_finds_what_hides_specks(cases: dict[str, SweepCase]) -> None:
         assert {getattr(merging, name) for merging in tried} >= set(values)
     assert found.operating["false_positives_per_case"] == 0.5 and len(found.operating_points) == 7
     assert json.loads(json.dumps(found.to_dict()))["merging"] == found.merging.to_dict()
+
+
+def test_tiles_are_merged_once_for_what_it_depends_on(
+    cases: dict[str, SweepCase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Merging] = []
+
+    def counted(view: Any, merging: Merging) -> ViewDetections:
+        seen.append(merging)
+        return merge_tiles(view, merging)
+
+    monkeypatch.setattr("pretrain3d.detection.sweep.merge_tiles", counted)
+    trials = sweep(cases, ["object"], "AP@0.50").trials
+    settings = {(trial["tile_iou"], trial["min_score"]) for trial in trials}
+    assert len(seen) == len(settings) * sum(len(case.views) for case in cases.values())
+    assert len(settings) < len(trials) / 2
 
 
 def test_a_fixed_setting_stays(cases: dict[str, SweepCase]) -> None:
