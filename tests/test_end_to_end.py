@@ -216,4 +216,4 @@ def test_a_checkpoint_is_no_export(runs: Path, capsys: pytest.CaptureFixture[str
     assert main(["export", str(runs / "mae"), f"out={released}", "format=nnssl"]) == 0
     capsys.readouterr()
     assert main(["show", str(released)]) == 0
-    assert "weights in nnssl's form; `pretrain3d import" in capsys.readouterr().out
+    assert "weights in the form nnssl; `pretrain3d import" in capsys.readouterr().out
