@@ -378,6 +378,17 @@ def test_what_lightning_refuses(tmp_path: Path, override: str, expected: str) ->
     assert message(make_trainer, values, RunFolder(tmp_path / "run")).startswith(expected)
 
 
+def test_tasks_of_slurm_that_lightning_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pretrain3d.commands.fit import make_trainer
+    from pretrain3d.reporting.run_folder import RunFolder
+
+    for key, value in {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": "4"}.items():
+        monkeypatch.setenv(key, value)
+    values = load("configs/pretrain/base.yaml", ["data.store=x", "trainer.accelerator=cpu"])
+    said = message(make_trainer, values, RunFolder(tmp_path / "run"))
+    assert said.startswith("trainer: You set `--ntasks=4`") and "HINT: Use `--ntasks-per-node=4` instead" in said
+
+
 # ---- names and arguments
 
 

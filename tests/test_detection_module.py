@@ -53,7 +53,7 @@ def test_sides_without_a_counterpart_are_not_mirrored(tmp_path: Path) -> None:
     module = module_of(tmp_path / "a.ckpt", classes=sides, mirror_axes=[0, 1])
     with pytest.warns(UserWarning, match="axis 0 .left-right.: left kidney, right kidney without a counterpart"):
         assert len(module.predict_views(image)) == 2  # as it is, and along axis 1
-    paired = {"left kidney": "right kidney"}
+    paired = {"left kidney": "right kidney", "left lung": "right lung"}  # the second of organs, no classes
     module = module_of(tmp_path / "b.ckpt", classes=sides, mirror_axes=[0, 1], mirror_classes=paired)
     assert len(module.predict_views(image)) == 4
     assert len(module_of(tmp_path / "c.ckpt", mirror_axes=[0, 1]).predict_views(image)) == 4

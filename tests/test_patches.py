@@ -204,12 +204,16 @@ def test_lateral_classes_without_counterparts_are_not_flipped_and_a_warning_says
         dataset(store, ["case"], settings=STILL)  # nothing to warn of
 
 
-@pytest.mark.parametrize("name", ["left lung", "kidney_right", "LeftParotid", "Parotid_L", "RIGHT_EYE", "lungLeft"])
+@pytest.mark.parametrize(
+    "name", ["left lung", "kidney_right", "LeftParotid", "Parotid_L", "RIGHT_EYE", "lungLeft", "femur_l", "R-eye"]
+)
 def test_names_that_are_lateral(name: str):
     assert LATERAL.search(name)
 
 
-@pytest.mark.parametrize("name", ["bright spot", "cleft palate", "liver", "Upright", "lesion", "L", "nodule L3"])
+@pytest.mark.parametrize(
+    "name", ["bright spot", "cleft palate", "liver", "Upright", "lesion", "L", "nodule L3", "lr", "cell"]
+)
 def test_names_that_are_not_lateral(name: str):
     assert not LATERAL.search(name)
 

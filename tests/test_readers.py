@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def full_dataset(folder: Path) -> None:
         organs={"1": "liver", "2": "lung"},
         groups={"a": "patient"},
         licence="CC0",
-        mirror_classes={"nodule": "lesion"},
+        mirror_classes={"nodule": "lesion", "liver": "lung"},
     )
     image = ct_phantom(np.random.default_rng(0))
     mask = np.zeros(image.shape, dtype=np.uint8)
@@ -58,7 +59,7 @@ def test_nndetection_reads_every_kind_of_case(tmp_path, place):
     reader = NnDetection(tmp_path)
     assert reader.classes == ["nodule", "lesion"] and reader.modality == ["MR", "MR"] and reader.name == "tiny"
     assert reader.semantic_classes == ["liver", "lung"] and reader.licence == "CC0"
-    assert reader.mirror_classes == {"nodule": "lesion", "lesion": "nodule"}
+    assert reader.mirror_classes == {"nodule": "lesion", "lesion": "nodule", "liver": "lung", "lung": "liver"}
     cases = by_id(reader)
     assert {name: case.split for name, case in cases.items()} == {
         "a": "train",
@@ -107,6 +108,13 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-60])
 
 
+def decay(path: Path) -> None:
+    """Still voxels from end to end, of which some are not those that were written: only the checksum tells."""
+    content = gzip.decompress(path.read_bytes())
+    changed = gzip.compress(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    path.write_bytes(changed[:-8] + gzip.compress(content)[-8:])
+
+
 def resave(path: Path, change=lambda voxels: voxels, affine=None) -> None:
     image = nib.load(path)
     voxels = change(np.asarray(image.dataobj).copy())
@@ -123,11 +131,13 @@ DAMAGE = [
     ("labelsTr/case_1.json", Path.unlink, "no such file"),
     ("labelsTr/case_1.nii.gz", Path.unlink, "no such file"),
     ("labelsTr/case_1.nii.gz", truncate, "damaged"),
+    ("labelsTr/case_1.nii.gz", decay, "damaged (BadGzipFile: CRC check failed"),
     ("labelsTr/case_1.nii.gz", lambda p: resave(p, lambda v: v[:-1]), "shape (29, 28, 24) differs from (30, 28, 24)"),
     ("labelsTr/case_1.nii.gz", lambda p: resave(p, affine=affine_of("RPS", (1, 1, 2))), "lies elsewhere"),
     ("labelsTr/case_1.nii.gz", lambda p: resave(p, lambda v: v * np.float32(0.7)), "must be whole numbers"),
     ("labelsTr/case_1.nii.gz", lambda p: resave(p, lambda v: -v.astype(np.int16)), "must be 0..65535"),
     ("imagesTr/case_1_0000.nii.gz", truncate, "damaged"),
+    ("imagesTr/case_1_0000.nii.gz", decay, "damaged (BadGzipFile: CRC check failed"),
     ("imagesTr/case_1_0000.nii.gz", lambda p: p.write_bytes(b"no image"), "not a readable NIfTI file"),
     ("imagesTr/case_1_0000.nii.gz", lambda p: resave(p, lambda v: v[..., 0]), "expected a 3D volume, got"),
     ("imagesTr/case_1_0000.nii.gz", lambda p: resave(p, lambda v: np.stack([v, v], -1)), "expected a 3D volume"),
@@ -193,6 +203,7 @@ def test_an_organ_without_name_is_refused(tmp_path):
         ({"organs": {"1": "liver", "2": "liver"}}, "organs holds 'liver' twice"),
         ({"mirror_classes": {"nodule": "other"}}, "mirror_classes must map names among"),
         ({"mirror_classes": {"nodule": ["lesion"]}}, "mirror_classes must map names among"),
+        ({"mirror_classes": {"nodule": "liver"}, "organs": {"1": "liver"}}, "mirror_classes must map names among"),
         ({"groups": ["a"]}, "groups must be"),
         ({"groups": {"a": None}}, "groups of case 'a' must be a patient's name, got None"),
         ({"name": ["a"]}, "name must be a text"),

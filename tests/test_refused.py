@@ -78,6 +78,16 @@ def test_a_config_without_a_base(tmp_path: Path, capsys: Any) -> None:
     assert fit(least) == 0 and (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
+def test_a_trial_leaves_nothing_in_the_way_of_the_run(tmp_path: Path, capsys: Any) -> None:
+    tiny_store(tmp_path / "store")
+    line = ["fit", "--config", "configs/pretrain/mae.yaml", "name=run", f"out={tmp_path}",
+            f"data.store={tmp_path / 'store'}", *TINY]  # fmt: skip
+    assert main([*line, "+trainer.fast_dev_run=true"]) == 0
+    assert "1 steps, tried out: no checkpoint is kept" in capsys.readouterr().out
+    assert RunFolder(tmp_path / "run").state()["status"] == "running" and not list(tmp_path.rglob("*.ckpt"))
+    assert main(line) == 0 and RunFolder(tmp_path / "run").state()["step"] == 2
+
+
 def test_a_run_that_is_there_is_not_asked_for_without_its_length(tmp_path: Path, capsys: Any) -> None:
     settings = {"name": "run", "out": str(tmp_path), **LEAST}
     folder = RunFolder(tmp_path / "run")

@@ -163,6 +163,15 @@ def test_the_page_holds_everything_and_needs_nothing_else(runs, tmp_path):
     assert len(text) < 3e6
 
 
+def test_the_cases_of_each_data_set_are_shown_apart(tmp_path):
+    runs = [detection_run(tmp_path / name, name, 0.5, cases=n) for name, n in (("a", 6), ("b", 6), ("other", 5))]
+    write_report(tmp_path / "report.html", runs)
+    text = (tmp_path / "report.html").read_text()
+    first, second = text.split("<h3>c0</h3>")[1:]  # both data sets happen to have a case of that name
+    assert (first.count('alt="a"'), first.count('alt="b"'), first.count('alt="other"')) == (1, 1, 0)
+    assert (second.count('alt="a"'), second.count('alt="other"')) == (0, 1)
+
+
 def test_without_pictures_no_image_of_the_data_is_left(runs, tmp_path):
     write_report(tmp_path / "report.html", runs, pictures=False)
     page = Page((tmp_path / "report.html").read_text())

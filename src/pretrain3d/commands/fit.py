@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import sys
 import traceback
 import warnings
@@ -119,6 +120,7 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
         folder.drop_requeued()
         timed_out = settings["trainer"].get("max_time") is not None and folder.state()["status"] == "running"
         why = ", stopped by trainer.max_time; a longer one goes on" if timed_out else ""
+        why = ", tried out: no checkpoint is kept" if trainer.fast_dev_run else why
         print(f"{folder.path}: {trainer.global_step} steps{why}")
     return 0
 
@@ -164,7 +166,8 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:
         loggers.append(wandb_logger)
     checkpoints = Checkpoints(folder.path, every_n_steps=own.checkpoint_every_n_steps, monitor=monitor, mode=mode)
     monitors = [] if kind == "detection" else [FeatureMonitor(own.probe_every_n_validations)]
-    callbacks = [Progress(), Throughput(), Pictures(folder.path), *monitors, checkpoints]
+    kept = [] if node.get("fast_dev_run") else [checkpoints]  # a trial leaves nothing that a run would resume
+    callbacks = [Progress(), Throughput(), Pictures(folder.path), *monitors, *kept]
     try:
         return lightning.Trainer(
             **{"num_sanity_val_steps": 0, "enable_model_summary": False, **node},
@@ -173,10 +176,10 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:
             val_check_interval=own.val_every_n_steps * accumulate,
             check_val_every_n_epoch=None,
             use_distributed_sampler=False,
-            enable_checkpointing=True,
+            enable_checkpointing=bool(kept),
             logger=loggers,
             callbacks=callbacks,
         )
-    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-        sentence = " ".join(str(error).split()).partition(". ")[0]
+    except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
+        sentence = re.split(r"\. (?!HINT)", " ".join(str(error).split()))[0]
         raise UserError(f"trainer: {sentence}") from error

@@ -14,7 +14,7 @@ from pretrain3d.data.batch import generator
 from pretrain3d.data.case import Case
 from pretrain3d.data.store import Store
 
-LATERAL = re.compile(r"(?i:(?<![a-z])(?:left|right))|(?:Left|Right)|[ _.-][LR]$")
+LATERAL = re.compile(r"(?i:(?<![a-z])(?:left|right))|(?:Left|Right)|[ _.-][LRlr]$|^[LRlr][ _.-]")
 VOXELS = 256  # remembered per organ and case, to place patches on
 
 

@@ -34,7 +34,7 @@ class DetectionModule(BaseModule):
         backbone: see `BaseModule`.
         detector: ``{"name": a name in DETECTORS, ...}``.
         classes: names of the classes, in the order of the labels.
-        mirror_classes: left/right pairs, by name, for mirrored views.
+        mirror_classes: left/right pairs, by name, for mirrored views; those of organs are left alone.
         patch_size: (3,) voxels of a training patch.
         note, optimizer, schedule, warmup_steps, ema, finetune, swa: see `BaseModule`.
         tile_size: (3,) voxels of a tile of the inference, as the backbone takes them; ``None`` = the training patch.
@@ -137,7 +137,7 @@ class DetectionModule(BaseModule):
             batch_size=self.tile_batch,
             pad_value=pad_value,
             mirror_axes=self._mirrored(),
-            mirror_classes={index[a]: index[b] for a, b in self.mirror_classes.items()},
+            mirror_classes={index[a]: index[b] for a, b in self.mirror_classes.items() if a in index},
             device=self.device,
         )
         if torch.stack(broken).any():

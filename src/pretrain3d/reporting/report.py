@@ -232,13 +232,16 @@ def _curve_set(run: Run, key: str) -> dict[str, Any]:
 
 
 def _cases(tested: Sequence[Run]) -> str:
-    """The kept pictures, case by case, the runs under each other."""
-    files: dict[str, list[tuple[Run, Path]]] = {}
-    for run in tested:
-        for path in sorted((run.folder / "pictures").glob("test_*.npz")):
-            files.setdefault(path.stem.removeprefix("test_"), []).append((run, path))
+    """The kept pictures of each data set, case by case, the runs under each other."""
+    shown: list[tuple[str, list[tuple[Run, Path]]]] = []
+    for same in by_cases([run.result for run in tested if run.result is not None]).values():
+        files: dict[str, list[tuple[Run, Path]]] = {}
+        for run in tested:
+            for path in sorted((run.folder / "pictures").glob("test_*.npz")) if run.result in same else ():
+                files.setdefault(path.stem.removeprefix("test_"), []).append((run, path))
+        shown += list(files.items())[:CASES]
     parts = []
-    for case, of_case in list(files.items())[:CASES]:
+    for case, of_case in shown:
         parts.append(f"<h3>{html.escape(case)}</h3>")
         for run, path in of_case:
             source = figures.to_png(figures.case_figure(path))

@@ -74,14 +74,15 @@ def classes_by_number(file: Path, key: str, names: Any, first: int) -> list[str]
     return found
 
 
-def mirror_pairs(file: Path, pairs: Any, classes: list[str]) -> dict[str, str]:
-    """Of ``mirror_classes``: symmetric, and only names of classes.
+def mirror_pairs(file: Path, pairs: Any, *classes: list[str]) -> dict[str, str]:
+    """Of ``mirror_classes``: symmetric, and only names of classes, each pair of one of their lists.
 
     Raises:
         UserError: it is something else.
     """
-    if not isinstance(pairs, dict) or not all(name in classes for name in (*pairs, *pairs.values())):
-        raise UserError(f"{file}: mirror_classes must map names among {classes}, got {pairs!r}")
+    if not isinstance(pairs, dict) or not all(any(a in k and b in k for k in classes) for a, b in pairs.items()):
+        among = " or ".join(map(str, filter(None, classes)))
+        raise UserError(f"{file}: mirror_classes must map names among {among}, got {pairs!r}")
     both = {**pairs, **{b: a for a, b in pairs.items()}}
     if any(both[both[name]] != name for name in both):
         raise UserError(f"{file}: mirror_classes must be pairs, got {pairs!r}")

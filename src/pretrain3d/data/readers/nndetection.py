@@ -7,7 +7,7 @@
 
 Beyond it, all optional: ``imagesUn`` (images without labels, for pretraining), ``organsTr``, ``organsTs`` and
 ``organsUn`` (``<case>.nii.gz``, label maps whose names are ``"organs": {"1": name, ...}`` of dataset.json), and the
-keys ``"groups": {case: patient}``, ``"mirror_classes": {class: class}`` and ``"licence"``.
+keys ``"groups": {case: patient}``, ``"mirror_classes": {name: name}``, of classes or organs, and ``"licence"``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class NnDetection(Reader):
         self.modality = names_by_number(self.file, "modalities", description.get("modalities"), 0)
         organs = description.get("organs")
         self.semantic_classes = [] if organs is None else classes_by_number(self.file, "organs", organs, 1)
-        self.mirror_classes = mirror_pairs(self.file, description.get("mirror_classes", {}), self.classes)
+        self.mirror_classes = mirror_pairs(
+            self.file, description.get("mirror_classes", {}), self.classes, self.semantic_classes
+        )
         self.licence = text_of(self.file, description, ("licence", "license"), "")
         self.groups = groups_of(self.file, description)
 
