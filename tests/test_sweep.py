@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ from pretrain3d.detection.merge import Merging, ViewDetections, merge, merge_til
 from pretrain3d.detection.sweep import GRID, SweepCase, measure_at, operating_points, sweep
 from pretrain3d.detection.tiles import predict_views
 from pretrain3d.evaluation.protocol import evaluate
+from pretrain3d.files import replacing
 from pretrain3d.modules.base import NOTE
 from pretrain3d.modules.checkpoint import read_checkpoint
 
@@ -350,6 +352,20 @@ def test_a_disk_that_is_full_is_one_line(run: Path) -> None:
         assert done.stderr.splitlines()[-1] == f"pretrain3d: error: {path}: {reason}" and "Traceback" not in done.stderr
     assert not out.exists() and (run / "checkpoints" / "last.ckpt").read_bytes() == before
     assert not list(run.parent.rglob(".tmp-*"))
+
+
+def test_a_folder_that_may_not_be_written_is_no_full_disk() -> None:
+    folder, me = Path(tempfile.mkdtemp()), os.geteuid()  # not in pytest's folder, which is for its owner alone
+    folder.chmod(0o555)
+    try:
+        if me == 0:  # root may write anywhere
+            os.seteuid(65534)
+        with pytest.raises(PermissionError) as error, replacing(folder / "a.pt") as temporary:
+            torch.save({}, temporary)
+        assert error.value.filename == str(folder / "a.pt")
+    finally:
+        os.seteuid(me)
+        folder.rmdir()
 
 
 def test_runs_that_start_from_other_settings_are_swept_apart(

@@ -24,6 +24,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
     try:
+        temporary.touch()  # torch.save would not say that it may not
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
