@@ -292,6 +292,9 @@ def test_more_channels_than_the_detector_takes_are_refused(
     for channel in (1, 2):
         (scans / f"c_{channel:04d}.nii.gz").unlink()
     assert list(image_files(scans, 1, tmp_path / "out")) == ["c", "patient_0001"]
+    save(scans / "labelsTr" / "c.nii.gz", image, AFFINE)
+    with pytest.raises(UserError, match=r"c\.nii\.gz: labelsTr holds labels, no images; give the images' own folder$"):
+        image_files(scans, 1, tmp_path / "out")
 
 
 def test_luna16_calls_a_series_as_its_file_whatever_its_folder(

@@ -112,9 +112,10 @@ def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]
     that an earlier call wrote into ``out`` are no images, unless ``images`` names them.
 
     Raises:
-        UserError: no NIfTI file, a channel is missing or too many, or two cases of one name.
+        UserError: no NIfTI file, a file of labels, a channel is missing or too many, or two cases of one name.
     """
     from pretrain3d.data.readers import nifti
+    from pretrain3d.data.readers.images import check_no_labels
 
     folder = images if images.is_dir() else images.parent
     files = nifti.files_in(images, "**/*") if images.is_dir() else [images]
@@ -123,6 +124,7 @@ def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]
         files = [path for path in files if masks not in path.resolve().parents]
     if not files or not files[0].name.endswith(nifti.SUFFIXES):
         raise UserError(f"{images} is not a NIfTI file (.nii or .nii.gz), nor a folder with any")
+    check_no_labels(folder, files)
     numbers: dict[tuple[Path, str], set[str]] = {}  # of the channels there are, by folder and case
     for path in files:
         name, _, number = nifti.stem(path).rpartition("_")

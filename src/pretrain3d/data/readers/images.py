@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from pretrain3d.config import UserError
@@ -39,10 +40,7 @@ class Images(Reader):
         paths = nifti.files_in(self.folder, "**/*")
         if not paths:
             raise UserError(f"{self.folder}: no .nii or .nii.gz file in it")
-        for path in paths:
-            if held := set(LABELS) & set(path.relative_to(self.folder).parts[:-1]):
-                raise UserError(f"{path}: {held.pop()} holds labels, no images; give the images' own folder, or "
-                                "take reader=nndetection or nnunet")  # fmt: skip
+        check_no_labels(self.folder, paths, ", or take reader=nndetection or nnunet")
         cases = []
         for path in paths:
             case_id = "-".join((*path.relative_to(self.folder).parts[:-1], nifti.stem(path)))
@@ -52,6 +50,22 @@ class Images(Reader):
     def read(self, case: RawCase) -> RawVolume:
         """The image alone."""
         return RawVolume(*nifti.read_channels(case.files))
+
+
+def check_no_labels(folder: Path, paths: Iterable[Path], otherwise: str = "") -> None:
+    """Refuses masks among the files below a folder that are taken for images.
+
+    Args:
+        folder: that was given.
+        paths: of the files in it.
+        otherwise: what may be done besides giving the images' own folder.
+
+    Raises:
+        UserError: a file lies in a folder of labels.
+    """
+    for path in paths:
+        if held := set(LABELS) & set(path.relative_to(folder).parts[:-1]):
+            raise UserError(f"{path}: {held.pop()} holds labels, no images; give the images' own folder{otherwise}")
 
 
 def _grouped(cases: list[RawCase], channels: int) -> list[RawCase]:
