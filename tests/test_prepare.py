@@ -545,6 +545,8 @@ def test_an_edited_plan_is_respected(tmp_path, capsys):
     assert main(command) == 0 and plan.read_text() == edited
     edited = edited.replace("\nspacing_mm: [1.0, 1.0, 2.0]", "\nspacing_mm: [0.5, 0.5, 1.0]")
     plan.write_text(edited.replace("low: null", "low: -500"))
+    with pytest.raises(UserError, match=r"\[0\.5, 0\.5, 1\.0\], but the cases were prepared at \[1\.0, 1\.0, 2\.0\]"):
+        _ = Store(out).plan  # nobody trains on voxels of another size than the plan says
     capsys.readouterr()
     assert main(command) == 0
     text = "planned again for voxels of 0.5 x 0.5 x 1 mm, was 1 x 1 x 2 mm"

@@ -54,6 +54,11 @@ def test_mistakes(config: str, overrides: list[str], message: str, tmp_path: Pat
     assert message in said and "Traceback" not in said
 
 
+def test_a_base_config_wants_a_store(capsys: Any) -> None:
+    assert main(["fit", "--config", "configs/detect/base.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("pretrain3d: error: data.store is not given; it is the folder that")
+
+
 LEAST = {  # a config without a base that says no more than it must
     "data": {"store": "?", "patch_size": [16, 16, 8]},
     "backbone": {"name": "resenc", "channels": [4, 8], "blocks": [1, 1], "strides": [1, 2]},

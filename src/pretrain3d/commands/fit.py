@@ -45,6 +45,8 @@ def run(config_path: str | None, paths: list[str], overrides: list[str]) -> int:
     settings = load(config_path, overrides)
     check_names(settings)
     trainer_keys(settings)
+    if settings["data"].get("store") is None:
+        raise UserError("data.store is not given; it is the folder that `pretrain3d prepare` wrote, or a list of them")
     folder = RunFolder(Path(settings["out"]) / settings["name"])
     start = folder.start_of(settings)
     if start == "finished":

@@ -66,7 +66,7 @@ class Store:
         """``plan.yaml`` of this store.
 
         Raises:
-            UserError: there is none, it is not YAML, or a value makes no sense.
+            UserError: there is none, it is not YAML, a value makes no sense, or the cases have another spacing.
         """
         path = self.path / "plan.yaml"
         try:
@@ -78,6 +78,10 @@ class Store:
         if not isinstance(plan, dict):
             raise UserError(f"{path} holds no settings; delete it and run `pretrain3d prepare` again")
         check_plan(path, plan)
+        spacing = plan.get("spacing_mm", self.spacing_mm)
+        if not np.allclose(spacing, self.spacing_mm, rtol=1e-6):
+            raise UserError(f"{path} says spacing_mm={list(spacing)}, but the cases were prepared at "
+                            f"{list(self.spacing_mm)}; run `pretrain3d prepare` again, or set it back")  # fmt: skip
         return plan
 
     def read(self, case_id: str, kind: str, start: tuple[int, ...], stop: tuple[int, ...]) -> np.ndarray:
