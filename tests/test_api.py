@@ -95,6 +95,15 @@ def test_half_precision_is_close(folder: Path, image: np.ndarray, precision: str
     assert np.abs(np.sort(full.scores)[-5:] - np.sort(half.scores)[-5:]).max() < 0.03
 
 
+def test_a_detector_trained_in_half_precision_predicts_in_single_on_a_cpu(folder: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(folder / "one.ckpt", weights_only=True)
+    for trained, used in (("16-mixed", "32"), ("bf16-mixed", "bf16")):
+        checkpoint["pretrain3d"]["precision"] = trained
+        torch.save(checkpoint, tmp_path / "half.ckpt")
+        assert Detector(tmp_path / "half.ckpt", device="cpu").members[0].precision == used
+    assert Detector(tmp_path / "half.ckpt", precision="fp16", device="cpu").members[0].precision == "fp16"
+
+
 def test_mirrored_views_are_merged(folder: Path, image: np.ndarray) -> None:
     mirrored = Detector(folder / "one.ckpt", mirror_axes=(0,))
     assert not same(mirrored.predict(image, AFFINE), Detector(folder / "one.ckpt").predict(image, AFFINE))
