@@ -105,7 +105,9 @@ def test_the_estimate_is_that_of_a_gpu() -> None:
     assert torch.cuda.max_memory_reserved() < 1.15 * 1.25 * need.bytes(size, count)
 
 
-@pytest.mark.parametrize(("detector", "off"), [("retina_unet", 0.25), ("deformable_detr", 0.4)])
+@pytest.mark.parametrize(
+    ("detector", "off"), [("retina_unet", 0.25), pytest.param("deformable_detr", 0.4, marks=pytest.mark.slow)]
+)
 def test_a_measured_step_is_about_the_estimate(detector: str, off: float) -> None:
     size, count = (48, 48, 48), 2
     measured = measure_step("resenc_xxs", detector, size, count, torch.device("cpu"))

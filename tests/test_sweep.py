@@ -337,6 +337,7 @@ def test_a_folder_that_cannot_be_written_costs_no_prediction(
     assert capsys.readouterr().err.splitlines()[-1] == f"pretrain3d: error: {run}: Read-only file system"
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_one_line(run: Path) -> None:
     """The limit on the size of a file stands for the disk; nothing of what was there is lost."""
     code = ("import resource, sys; from pretrain3d.__main__ import main; "
