@@ -4,7 +4,8 @@
 #   TORCH=system        the torch that PYTHON already has (GPU images); otherwise the one of constraints.txt
 #   VENV=folder         another place for the environment
 #   SCALE=long          a longer demo, with a result of its own
-#   DATA=folder         the OpenKBP collection, for `make openkbp` and `make study` (SCALE=gpu, SEED=1)
+#   DATA=folder         the OpenKBP collection, for `make openkbp`, `make study` (SCALE=gpu, SEED=1) and `make gpu`
+#   ONLY="nms atss"     some of the benchmarks, for `make bench`
 #
 # pip reads its own settings: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the small torch without CUDA.
 
@@ -16,7 +17,9 @@ STAMP := $(VENV)/.installed-$(TORCH)
 WORKERS ?= 2
 SYSTEM_SITES = import sys, sysconfig; print(sysconfig.get_path("purelib")) if sys.prefix != sys.base_prefix else None
 
-.PHONY: help setup demo test test-all check format openkbp study data-named bench clean
+BENCHMARKS = $(if $(ONLY),$(ONLY:%=benchmarks/%.py),$(filter-out %/harness.py,$(wildcard benchmarks/*.py)))
+
+.PHONY: help setup demo test test-all check format openkbp study detr data-named bench gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -52,6 +55,9 @@ openkbp: data-named setup  ## the same on real CTs: make openkbp DATA=<folder>
 study: data-named setup  ## every pretraining method, and a detector from each, on real CTs: make study DATA=<folder>
 	$(PY) experiments/run.py experiments/study.yaml data="$(DATA)" $(if $(SCALE),scale=$(SCALE)) $(if $(SEED),seed=$(SEED))
 
+detr: setup  ## Deformable DETR on the data of the long demo
+	$(PY) experiments/run.py experiments/detr.yaml
+
 data-named:
 	@test -n "$(DATA)" || { echo "make $(MAKECMDGOALS) needs DATA=<folder of the OpenKBP collection>" >&2; exit 2; }
 
@@ -72,11 +78,17 @@ format: setup  ## rewrite the files in the project's style
 	$(PY) -m ruff format .
 
 bench: setup  ## measure what the project promises; fails below a target
-	@reached= missed= not_run=; for file in $(filter-out %/harness.py,$(wildcard benchmarks/*.py)); do \
+	@ls $(BENCHMARKS) >/dev/null || exit 2; reached= missed= not_run=; for file in $(BENCHMARKS); do \
 	  name=$$(basename $$file .py); echo; echo "$(PY) $$file"; $(PY) $$file; \
 	  case $$? in 0) reached="$$reached $$name";; 2) not_run="$$not_run $$name";; *) missed="$$missed $$name";; esac; \
 	done; echo; echo "reached:          $${reached:- none}"; echo "missed or failed: $${missed:- none}"; \
 	echo "not run:          $${not_run:- none}"; test -z "$$missed"
+
+gpu: data-named setup  ## what only a GPU can show: tests, the study, benchmarks: make gpu DATA=<folder>
+	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "make gpu: torch sees no GPU" >&2; exit 2; }
+	$(PY) -m pytest tests/test_gpu.py tests/test_planning_memory.py
+	$(MAKE) study SCALE=gpu
+	$(MAKE) bench ONLY="step augment retinanet pretrain_cost"
 
 clean:  ## remove environment, caches and builds; data/ and runs/ stay
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
