@@ -10,6 +10,7 @@ import numpy as np
 
 from pretrain3d.commands.tested import (
     Prediction,
+    check_annotated,
     hash_of,
     held_out,
     is_scored,
@@ -36,6 +37,7 @@ def test(
     folder, data = output_folder("out", out), Store(Path(store))
     of_fold = fold_cases(data, fold, num_folds)
     case_ids = held_out(of_fold, split)
+    check_annotated(data, case_ids, split)
     strata = chosen_strata(cases, by, truth_of(data, case_ids))
     asked = {"baseline": baseline, "fold": fold, "num_folds": num_folds, "split": split, "samples": samples,
              "data": data.data_hash, "cases": hash_of(data, of_fold["train"] + case_ids)}  # fmt: skip

@@ -24,7 +24,8 @@ RAW_FOLDER/splits_final.json, if it is there, says the folds as in nnU-Net: [{"t
 else `fit` deals the training cases to data.num_folds folds by patient.
 
   out=STORE            folder of the store, new or of an earlier call
-  reader=NAME          format of RAW_FOLDER: nndetection, nnunet (label maps, nothing to detect), openkbp or images
+  reader=NAME          format of RAW_FOLDER: nndetection, nnunet (and the Decathlon's; "objects" in dataset.json names
+                       the labels to detect), openkbp, ribfrac or images
   spacing_mm=null      voxel size: one number or [x,y,z]; null: the plan's, for a new store the median of the cases
                        (of few thick slices: their 10th percentile)
   patch_size=null      largest patch to plan, a number or [x,y,z] in multiples of 16; null: 128
@@ -65,6 +66,8 @@ def run(paths: list[str], options: dict[str, object]) -> int:
 
     reader = resolve(READERS, str(given["reader"]), "reader")(raw)
     reader.modality = _modality(given["modality"], reader.modality)
+    if hidden := sorted(raw.rglob("._*")):
+        print(f"{len(hidden)} files ._* are left-overs of macOS and not read, the first {hidden[0]}")
     return _prepare(reader, raw, out, spacing, patch, given["workers"], given["replan"])
 
 
@@ -125,7 +128,8 @@ def _report(out: Path, summary: Any) -> None:
     if not summary.indexed:
         print(f"{out}: complete, all {len(summary.reused)} cases are up to date, nothing to do")
         return
-    cases = Store(out).cases.values()
+    store = Store(out)
+    cases = store.cases.values()
     counts = [
         f"{len(summary.done)} cases prepared",
         f"{len(summary.reused)} were up to date" if summary.reused else "",
@@ -143,6 +147,12 @@ def _report(out: Path, summary: Any) -> None:
     if thin := [size for size in thinnest if size < THIN]:
         print(f"  note: {len(thin)} of {len(thinnest)} objects are thinner than a voxel along an axis, at worst "
               f"{min(thin):.2g} of one; a smaller spacing_mm shows more of them")  # fmt: skip
+    if specks := [case.specks for case in cases if case.specks]:
+        print(f"  note: {sum(specks)} specks in {len(specks)} cases are no objects, as they have fewer voxels than the "
+              "raw data ask of one")  # fmt: skip
+    known = [case for case in cases if store.classes and case.split in ("train", "val")]
+    if blank := [case.id for case in known if not case.annotated]:
+        print(f"  note: in {len(blank)} of {len(known)} training cases no class was annotated, the first {blank[0]}")
     for case_id, problem in sorted(summary.failed.items()):
         print(f"  failed: {case_id}: {' '.join(problem.split())}", file=sys.stderr)
 

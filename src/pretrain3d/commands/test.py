@@ -9,6 +9,7 @@ from typing import Any
 from pretrain3d.commands import baseline, reconstruction, segmentation
 from pretrain3d.commands.tested import (
     Prediction,
+    check_annotated,
     hash_of,
     held_out,
     is_scored,
@@ -107,6 +108,7 @@ def test_run(
 
     settings = folder.config()
     case_ids = held_out({"test": datamodule.test_ids, "val": datamodule.val_ids}, split)
+    check_annotated(datamodule.store, case_ids, split)
     strata = chosen_strata(cases, by, truth_of(datamodule.store, case_ids))
     chosen = unswept(module, case_ids)
     threshold = chosen["operating"]["threshold"] if chosen else None

@@ -30,6 +30,18 @@ def held_out(cases: dict[str, list[str]], split: str) -> list[str]:
     return cases[split]
 
 
+def check_annotated(data: Any, case_ids: list[str], split: str) -> None:
+    """Says that there is nothing to score before hours of prediction do, as where a challenge keeps its test labels.
+
+    Raises:
+        UserError: no class was annotated in any of the cases.
+    """
+    if not any(data.cases[case_id].annotated for case_id in case_ids):
+        other = "; split=val scores those of the validation fold" if split == "test" else ""
+        raise UserError(f"{data.path}: no class was annotated in its {len(case_ids)} {split} cases, nothing can be "
+                        f"scored{other}")  # fmt: skip
+
+
 def truth_of(data: Any, case_ids: list[str]) -> dict[str, dict[str, Any]]:
     """What there is to find in cases of a store, in the voxels of their input files, as a score file says it."""
     return {

@@ -41,6 +41,7 @@ class Case:
         semantic_annotated: indices of the semantic classes that were annotated in this case; None: all of them.
         signature: what the image looks like, `identity.signature`; "" in older stores.
         moments: of the whole image, one for each channel, `fingerprint.image_moments`; () in older stores.
+        specks: pieces of the annotation that were too small to be objects, see `readers.contract.RawVolume`.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Case:
     semantic_annotated: tuple[int, ...] | None = None
     signature: str = ""
     moments: tuple[Moments, ...] = ()
+    specks: int = 0
 
     def problem(self, num_classes: int) -> str:
         """What no case may have: a box that is not finite, empty, inverted or outside the volume, an unknown label.

@@ -137,7 +137,7 @@ def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], w
         histograms=image_histograms(cached.image, foreground, reader.modality),
         has_instances="instances" in cached.maps, has_semantic="semantic" in cached.maps,
         semantic_annotated=None if volume.semantic_annotated is None else tuple(volume.semantic_annotated),
-        signature=cached.signature, moments=cached.moments,
+        signature=cached.signature, moments=cached.moments, specks=volume.specks,
     )  # fmt: skip
     if problem := record.problem(len(reader.classes)):
         raise UserError(f"{case.files[0]}: case {case.id}: {problem}")
@@ -177,7 +177,7 @@ class _Job:
         """A hash of all that decides the result besides the files' contents."""
         reader = self.reader
         parts = [VERSION, type(reader).__name__, self.spacing_mm, reader.modality, reader.classes,
-                 reader.semantic_classes, case.split, case.group]  # fmt: skip
+                 reader.semantic_classes, case.split, case.group, *reader.settings(case)]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -93,6 +93,7 @@ def _store(path: Path) -> list[str]:
         ("shape", f"median {_by(np.median(shapes, axis=0))}, {_by(shapes.min(axis=0))} to {_by(shapes.max(axis=0))}"),
         *[(f"class {index}", _class(store, index)) for index in range(len(store.classes))],
         ("empty", f"{sum(not len(case.boxes) for case in cases if case.annotated)} annotated cases without an object"),
+        ("specks", f"{specks} too small to be objects" if (specks := sum(case.specks for case in cases)) else ""),
         ("mirrored", ", ".join(f"{a} <-> {b}" for a, b in store.mirror_classes.items() if a < b)),
         ("organ map", ", ".join(store.semantic_classes)),
         *_folds(store),

@@ -4,5 +4,6 @@ READERS = {
     "nndetection": "pretrain3d.data.readers.nndetection:NnDetection",
     "nnunet": "pretrain3d.data.readers.nnunet:NnUNet",
     "openkbp": "pretrain3d.data.readers.openkbp:OpenKbp",
+    "ribfrac": "pretrain3d.data.readers.ribfrac:RibFrac",
     "images": "pretrain3d.data.readers.images:Images",
 }

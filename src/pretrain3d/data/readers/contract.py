@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,7 @@ class RawVolume:
         annotated: the classes that were annotated in this case.
         semantic: (X, Y, Z) labels of `Reader.semantic_classes` from 1; None when there is no map.
         semantic_annotated: indices into `Reader.semantic_classes` that were annotated in this case; None: all of them.
+        specks: pieces of the annotation of objects that are too small, by a rule of the raw data, to be objects.
     """
 
     image: np.ndarray
@@ -54,6 +56,7 @@ class RawVolume:
     annotated: tuple[int, ...] = ()
     semantic: np.ndarray | None = None
     semantic_annotated: tuple[int, ...] | None = None
+    specks: int = 0
 
 
 class Reader:
@@ -90,6 +93,13 @@ class Reader:
             UserError: a file is missing, unreadable or inconsistent; names the file.
         """
         raise AssertionError(f"{type(self).__name__} does not read")
+
+    def settings(self, case: RawCase) -> list[Any]:
+        """What decides the result of `read` beside the case's files and the attributes above; plain values.
+
+        A case is prepared again when it changes.
+        """
+        return []
 
     def geometry(self, case: RawCase) -> tuple[np.ndarray, tuple[int, ...]]:
         """Affine and spatial shape of a case's image without its voxels.
