@@ -20,7 +20,7 @@ LAYERS = (
     ("__init__",),
     ("signatures",),
     ("config", "files"),
-    ("registry",),
+    ("registry", "delimited"),
     ("options",),
     ("devices", "parallel", "sparse"),
     ("boxes",),
@@ -38,6 +38,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # A library, and the files (or folders) that may import it.
 HELD = {
     "wandb": ("reporting/wandb_logger",),
+    "SimpleITK": ("data/readers/itk",),
     "omegaconf": ("config",),
     "lightning": (
         "data/module",

@@ -495,10 +495,10 @@ def test_the_command_takes_the_folds_of_a_splits_file(tmp_path, capsys):
     capsys.readouterr()
     assert main(command) == 0
     said = capsys.readouterr()
-    assert "0 cases prepared, 3 were up to date" in said.out and "2 folds of the splits file" in said.out
+    assert "0 cases prepared, 3 were up to date" in said.out and "2 given folds" in said.out
     assert "fold 1 leaves out 1 training cases, the first 'case_0'" in said.err
     assert fold_cases(Store(out), 1)["val"] == ["case_2"]
-    assert main(["show", str(out)]) == 0 and "fold 0 of 2 (splits file)" in capsys.readouterr().out
+    assert main(["show", str(out)]) == 0 and "fold 0 of 2 (given)" in capsys.readouterr().out
     folds[1]["val"] = ["case_3"]
     (raw / "splits_final.json").write_text(json.dumps(folds))
     assert main(command) == 2 and "fold 1: there is no case 'case_3'" in capsys.readouterr().err

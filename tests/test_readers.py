@@ -233,7 +233,7 @@ def test_instances_that_are_no_classes_by_number_are_refused(tmp_path, instances
         reader.read(by_id(reader)["a"])
 
 
-@pytest.mark.parametrize("folder", ["labelsTr", "labelsTs", "labels"])
+@pytest.mark.parametrize("folder", ["labelsTr", "labelsTs", "labels", "seg-lungs-LUNA16"])
 def test_plain_images_refuse_labels(tmp_path, folder):
     save(tmp_path / "imagesTr" / "a.nii.gz", np.zeros((4, 4, 4), np.int16), np.eye(4))
     assert len(Images(tmp_path).cases()) == 1
@@ -248,7 +248,7 @@ def test_a_folder_without_data_says_what_is_expected(tmp_path):
     write_dataset(tmp_path)
     with pytest.raises(UserError, match="no image imagesTr/"):
         NnDetection(tmp_path).cases()
-    with pytest.raises(UserError, match=r"no .nii or .nii.gz"):
+    with pytest.raises(UserError, match=r"no image in it \(\.nii\.gz, \.nii, \.mhd, "):
         Images(tmp_path).cases()
     with pytest.raises(UserError, match="expected openkbp/"):
         OpenKbp(tmp_path)
@@ -256,7 +256,7 @@ def test_a_folder_without_data_says_what_is_expected(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["imagesTr/x.nii.gz", "imagesTr/a_0002.nii.gz", "imagesUn/e_0001.nii.gz", "imagesTs/f_0000.mha",
+    ["imagesTr/x.nii.gz", "imagesTr/a_0002.nii.gz", "imagesUn/e_0001.nii.gz", "imagesTs/f_0000.img",
      "labelsTr/z.nii.gz", "labelsTr/a.nii", "organsTr/z.nii.gz"],
 )  # fmt: skip
 def test_nndetection_refuses_a_file_that_no_case_uses(tmp_path, name):

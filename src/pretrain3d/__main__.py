@@ -24,7 +24,7 @@ COMMANDS = {
     "fit": "train what a configuration names, pretraining or detection; resumes an unfinished run",
     "sweep": "choose how a detector's boxes are merged, and its operating point, on validation cases",
     "test": "evaluate a trained detector on the held-out cases of its store",
-    "predict": "find objects in NIfTI files with one checkpoint",
+    "predict": "find objects in image files with one checkpoint",
     "import": "turn a checkpoint of another framework into a file that a detector starts from",
     "export": "write the pretrained backbone of a run to one file",
     "score": "compare predicted boxes with true ones, from any detector",

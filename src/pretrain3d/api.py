@@ -1,4 +1,4 @@
-"""The detector as a Python object: load one or several checkpoints, predict NIfTI files or arrays.
+"""The detector as a Python object: load one or several checkpoints, predict image files or arrays.
 
 from pretrain3d.api import Detector
 
@@ -119,7 +119,8 @@ class Detector:
         """The boxes of one image.
 
         Args:
-            image: a NIfTI file, one file per channel, or an array (X, Y, Z) or (C, X, Y, Z) of raw intensities.
+            image: an image file (NIfTI, MetaImage, NRRD), one file per channel, or an array (X, Y, Z) or (C, X, Y, Z)
+                of raw intensities.
             affine: (4, 4) voxel centre -> RAS mm, with an array only.
             threshold: boxes below this score are left out; "operating": `operating_threshold`.
             keep_image: keeps what the network saw in ``Found.image``.

@@ -1,4 +1,4 @@
-"""`predict`: checkpoints and NIfTI files in, boxes in the files' own voxels and in mm out."""
+"""`predict`: checkpoints and image files in, boxes in the files' own voxels and in mm out."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from pretrain3d.registry import check_name, resolve
 USAGE = """\
 pretrain3d predict CHECKPOINT_OR_RUN ... IMAGE_OR_FOLDER out=FOLDER [threshold=0.05] [format=json,csv] [precision=...]
 
-Finds objects in NIfTI files (.nii, .nii.gz; a folder is searched with its subfolders) with a detector that `fit`
-trained. A checkpoint holds all that is needed: classes, spacing, normalisation, tiles. Of a run folder the last
-checkpoint is taken. Several checkpoints (the folds of one configuration) are an ensemble: all their boxes are merged
-once. The channels of a case are <case>_0000.nii.gz, <case>_0001.nii.gz, ...
+Finds objects in NIfTI, MetaImage and NRRD files (.nii.gz, .nii; with SimpleITK .mhd, .mha, .nrrd, .nhdr; a folder is
+searched with its subfolders) with a detector that `fit` trained. A checkpoint holds all that is needed: classes,
+spacing, normalisation, tiles. Of a run folder the last checkpoint is taken. Several checkpoints (the folds of one
+configuration) are an ensemble: all their boxes are merged once. The channels of a case are <case>_0000.nii.gz,
+<case>_0001.nii.gz, ...
 
   out=FOLDER             where the files go
   threshold=0.05         boxes of a lower score are left out; threshold=operating takes what `sweep` found
@@ -112,7 +113,7 @@ def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]
     that an earlier call wrote into ``out`` are no images, unless ``images`` names them.
 
     Raises:
-        UserError: no NIfTI file, a file of labels, a channel is missing or too many, or two cases of one name.
+        UserError: no image file, a file of labels, a channel is missing or too many, or two cases of one name.
     """
     from pretrain3d.data.readers import nifti
     from pretrain3d.data.readers.images import check_no_labels
@@ -123,7 +124,7 @@ def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]
     if masks not in (named, *named.parents):
         files = [path for path in files if masks not in path.resolve().parents]
     if not files or not files[0].name.endswith(nifti.SUFFIXES):
-        raise UserError(f"{images} is not a NIfTI file (.nii or .nii.gz), nor a folder with any")
+        raise UserError(f"{images} is not an image file ({nifti.ENDINGS}), nor a folder with any")
     check_no_labels(folder, files)
     numbers: dict[tuple[Path, str], set[str]] = {}  # of the channels there are, by folder and case
     for path in files:

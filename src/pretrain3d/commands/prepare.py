@@ -21,11 +21,13 @@ A repeated call does only what is missing or has changed, so an interrupted one 
 read is named with its reason, the rest goes on, nothing is planned, and the exit status is 1. Where spacing_mm was
 changed in plan.yaml, the cases are prepared and all that counts in voxels is planned again.
 RAW_FOLDER/splits_final.json, if it is there, says the folds as in nnU-Net: [{"train": [cases], "val": [cases]}, ...],
-else `fit` deals the training cases to data.num_folds folds by patient.
+else a data set with official folds has these (luna16), else `fit` deals the training cases to data.num_folds folds by
+patient. Images are NIfTI, or MetaImage (.mhd, .mha) and NRRD (.nrrd, .nhdr) with SimpleITK: pip install
+'pretrain3d[itk]'.
 
   out=STORE            folder of the store, new or of an earlier call
   reader=NAME          format of RAW_FOLDER: nndetection, nnunet (and the Decathlon's; "objects" in dataset.json names
-                       the labels to detect), openkbp, ribfrac or images
+                       the labels to detect), openkbp, ribfrac, luna16 or images
   spacing_mm=null      voxel size: one number or [x,y,z]; null: the plan's, for a new store the median of the cases
                        (of few thick slices: their 10th percentile)
   patch_size=null      largest patch to plan, a number or [x,y,z] in multiples of 16; null: 128
@@ -142,7 +144,7 @@ def _report(out: Path, summary: Any) -> None:
         more = f" and {len(pairs) - MAX_NAMED} more" if len(pairs) > MAX_NAMED else ""
         print(f"  warning: the same image twice: {', '.join(named)}{more}", file=sys.stderr)
     print(f"  {len(cases)} cases, {sum(len(c.boxes) for c in cases)} objects, voxels of {_by(summary.spacing_mm)} mm"
-          + (f", {summary.folds} folds of the splits file" if summary.folds else ""))  # fmt: skip
+          + (f", {summary.folds} given folds" if summary.folds else ""))  # fmt: skip
     thinnest = [float((box[3:] - box[:3]).min()) for case in cases for box in case.boxes]
     if thin := [size for size in thinnest if size < THIN]:
         print(f"  note: {len(thin)} of {len(thinnest)} objects are thinner than a voxel along an axis, at worst "

@@ -44,8 +44,8 @@ class Summary:
         failed: case id -> why it could not be prepared; these are not in the store.
         removed: cases of an earlier call that are not in the raw data any more.
         indexed: the index was written, as it was missing or damaged, or something else was done.
-        folds: number of folds that the data's own splits file says; 0 without one.
-        said: of these folds, where they leave cases out or share patients.
+        folds: number of folds that the data's own splits file or the reader says; 0 without.
+        said: of the data, where parts are missing, and of these folds, where they leave cases out or share patients.
     """
 
     spacing_mm: tuple[float, ...]
@@ -76,13 +76,13 @@ def prepare(
         workers: processes; 1 works in this one.
         progress: shows a bar.
         keep_spacing: False computes the spacing again where ``spacing_mm`` is None.
-        folds_file: says which training cases each fold validates on, see `data.splits.read_folds`.
+        folds_file: says which training cases each fold validates on, see `data.splits.read_folds`; None: the reader.
 
     Raises:
         UserError: no case could be prepared, the folds make no sense, or ``out`` is something else.
     """
     cases = _checked_cases(reader)
-    folds, said = ([], []) if folds_file is None else read_folds(folds_file, cases)
+    folds, said = (reader.folds(), []) if folds_file is None else read_folds(folds_file, cases)
     old = _claim(out, reader)
     if spacing_mm is None:
         spacing_mm = old["spacing_mm"] if keep_spacing and old.get("spacing_mm") else _computed_spacing(reader, cases)
@@ -91,7 +91,7 @@ def prepare(
     if note != old:
         write_json(out / "prepare.json", note)
     job = _Job(reader, _writer(reader, out, spacing_mm, folds), spacing_mm)
-    summary = Summary(spacing_mm, folds=len(folds), said=said)
+    summary = Summary(spacing_mm, folds=len(folds), said=[*reader.remarks(), *said])
     todo = []
     for case in tqdm(cases, desc="check", unit="case", disable=not progress, leave=False, delay=1):
         if _is_done(job, case):
@@ -213,7 +213,7 @@ def inputs_hash(store: Path, case_ids: Iterable[str]) -> str:
 def _work(job: _Job, case: RawCase) -> str | None:
     """Prepares a case and notes it; the problem if it cannot be prepared."""
     try:
-        note = {"settings": job.settings(case), "files": _stat(case), "hash": files_hash(case.files)}
+        note = {"settings": job.settings(case), "files": _stat(case), "hash": files_hash(case.sources)}
         prepare_case(job.reader, case, job.spacing_mm, job.writer)
     except UserError as error:
         return str(error)
@@ -239,7 +239,7 @@ def _is_done(job: _Job, case: RawCase) -> bool:
         return False
     if files == stat:
         return True
-    if content != files_hash(case.files):
+    if content != files_hash(case.sources):
         return False
     write_json(path, {**note, "files": stat})
     return True
@@ -256,7 +256,7 @@ def _is_indexed(writer: StoreWriter, case_ids: set[str]) -> bool:
 
 
 def _stat(case: RawCase) -> list[list[Any]]:
-    stats = [(path, path.stat()) for path in case.files]
+    stats = [(path, path.stat()) for path in case.sources]
     return [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
@@ -305,15 +305,17 @@ def _computed_spacing(reader: Reader, cases: list[RawCase]) -> tuple[float, ...]
     """From the headers of the annotated cases that are not for testing, else of those for pretraining."""
     pool = [case for case in cases if case.split in ("train", "val")] or [c for c in cases if c.split == "pretrain"]
     spacings, shapes = [], []
+    problem = ""
     for case in pool or cases:
         try:
             frame = Frame.of_file(*reader.geometry(case))
-        except (UserError, OSError):
+        except (UserError, OSError) as error:
+            problem = problem or str(error)
             continue  # reported with its reason when its turn comes
         spacings.append(frame.input_spacing_mm)
         shapes.append(frame.cached_shape)
     if not spacings:
-        raise UserError(f"no readable image among {len(pool or cases)} cases, the first {(pool or cases)[0].files[0]}")
+        raise UserError(f"no readable image among {len(pool or cases)} cases; of the first: {problem}")
     return target_spacing(np.asarray(spacings), np.asarray(shapes))
 
 

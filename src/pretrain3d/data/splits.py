@@ -14,16 +14,17 @@ from pretrain3d.data.store import Store
 
 SPLITS = ("train", "val", "test", "pretrain")
 FOLDS_FILE = "splits_final.json"  # nnU-Net's name and form
-Folds = list[dict[str, list[str]]]  # of each fold {"train": case ids, "val": case ids}
+# of each fold {"train": case ids, "val": case ids}, and "test" where a data set's own folds take turns in testing
+Folds = list[dict[str, list[str]]]
 
 
 def fold_cases(store: Store, fold: int, num_folds: int = 5, seed: int = 0) -> dict[str, list[str]]:
     """The case ids of every split for one fold.
 
     A "val" split in the raw data is used as it is and every fold is the same. A splits file of the raw data
-    (`read_folds`) says all folds. Otherwise the training cases are dealt to ``num_folds`` by patient: groups in the
-    order of a hash of (seed, group), each to the fold with the fewest cases so far. The order of files or cases does
-    not matter.
+    (`read_folds`) or the data set itself (`Reader.folds`) says all folds. Otherwise the training cases are dealt to
+    ``num_folds`` by patient: groups in the order of a hash of (seed, group), each to the fold with the fewest cases so
+    far. The order of files or cases does not matter.
 
     Raises:
         UserError: ``fold`` is out of range, there are fewer patients than folds, or cases of a fold are missing.
@@ -59,11 +60,11 @@ def _given_fold(store: Store, fold: int) -> dict[str, list[str]]:
     if not 0 <= fold < len(store.folds):
         raise UserError(f"fold must be 0..{len(store.folds) - 1}, the folds of {store.path}, got fold={fold}")
     parts = {
-        part: sorted(case_id for case_id in store.folds[fold][part] if case_id in store.cases)
-        for part in ("train", "val")
+        part: sorted(case_id for case_id in case_ids if case_id in store.cases)
+        for part, case_ids in store.folds[fold].items()
     }
-    for part, case_ids in parts.items():
-        if not case_ids:
+    for part in ("train", "val"):
+        if not parts[part]:
             raise UserError(f"{store.path}: none of the {part} cases of fold {fold} could be prepared")
     return {**_raw_splits(store), **parts}
 

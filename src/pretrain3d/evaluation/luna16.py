@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pretrain3d.config import UserError
-from pretrain3d.evaluation.delimited import Delimited, read_rows, read_table
+from pretrain3d.delimited import Delimited, read_rows, read_table
 from pretrain3d.evaluation.froc import FALSE_POSITIVES_PER_CASE, froc_sensitivity
 from pretrain3d.evaluation.matching import ClassMatches
 from pretrain3d.evaluation.statistics import interval, plain_and_drawn

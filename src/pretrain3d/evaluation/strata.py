@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pretrain3d.config import UserError
-from pretrain3d.evaluation.delimited import read_table
+from pretrain3d.delimited import read_table
 from pretrain3d.evaluation.matching import Matches
 from pretrain3d.evaluation.statistics import SAMPLES, Groups, bootstrap
 

@@ -67,6 +67,7 @@ def _raw(path: Path) -> list[str]:
         splits = Counter(case.split for case in cases)
         rows: Rows = [
             ("cases", f"{len(cases)} ({_counts(splits)}), {len({case.group for case in cases})} patients"),
+            *[("note", line) for line in reader.remarks()],
             ("classes", ", ".join(reader.classes) or "none"),
             ("mirrored", ", ".join(f"{a} <-> {b}" for a, b in reader.mirror_classes.items() if a < b)),
             ("channels", ", ".join(reader.modality) or "not said by the files; give modality= to prepare"),
@@ -126,7 +127,7 @@ def _folds(store: Any) -> Rows:
         split = fold_cases(store, 0)
     except UserError:  # fewer patients than folds
         return [("folds", "too few patients for 5")]
-    name = f"fold 0 of {len(store.folds)} (splits file)" if store.folds else "fold 0"
+    name = f"fold 0 of {len(store.folds)} (given)" if store.folds else "fold 0"
     return [(name, ", ".join(f"{len(ids)} {name}" for name, ids in split.items()))]
 
 

@@ -5,5 +5,6 @@ READERS = {
     "nnunet": "pretrain3d.data.readers.nnunet:NnUNet",
     "openkbp": "pretrain3d.data.readers.openkbp:OpenKbp",
     "ribfrac": "pretrain3d.data.readers.ribfrac:RibFrac",
+    "luna16": "pretrain3d.data.readers.luna16:Luna16",
     "images": "pretrain3d.data.readers.images:Images",
 }

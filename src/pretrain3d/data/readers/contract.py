@@ -24,14 +24,22 @@ class RawCase:
         id: unique name; becomes a file name.
         split: "train" | "val" | "test" | "pretrain".
         group: the patient.
-        files: every file the case is made of, the (first) image first. The store's copy is up to date as long as these
-            are unchanged.
+        files: every file the case is made of, the (first) image first; not those in which the voxels of a header lie.
     """
 
     id: str
     split: str
     group: str
     files: tuple[Path, ...]
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """`files`, and those in which the voxels of headers lie: while they are unchanged, so is the store's copy.
+
+        Raises:
+            UserError: a header is none.
+        """
+        return (*self.files, *(data for path in self.files for data in nifti.data_files(path)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +109,17 @@ class Reader:
         """
         return []
 
+    def folds(self) -> list[dict[str, list[str]]]:
+        """The folds that the data set has by itself, as `data.splits.fold_cases` takes them; none: [].
+
+        Of each the case ids under "train", "val" and, where the test cases change with the fold, "test".
+        """
+        return []
+
+    def remarks(self) -> list[str]:
+        """What is to be said of the data set as it lies there, such as parts that are missing."""
+        return []
+
     def geometry(self, case: RawCase) -> tuple[np.ndarray, tuple[int, ...]]:
         """Affine and spatial shape of a case's image without its voxels.
 
@@ -119,9 +138,9 @@ def check_all_used(folders: Iterable[Path], cases: Iterable[RawCase], expected: 
         expected: what the files should be called.
 
     Raises:
-        UserError: a file is in no case; names the first few.
+        UserError: a file is in no case (names the first few), or a header is none.
     """
-    used = {path for case in cases for path in case.files}
+    used = {path for case in cases for path in case.sources}
     unused = [
         path
         for folder in folders

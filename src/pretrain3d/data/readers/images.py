@@ -1,4 +1,4 @@
-"""A folder of NIfTI images without labels, for pretraining."""
+"""A folder of images without labels, for pretraining."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pretrain3d.config import UserError
 from pretrain3d.data.readers import nifti
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
 
-LABELS = ("labels", "labelsTr", "labelsTs")  # folders of masks in the layouts that people have at hand
+LABELS = ("labels", "labelsTr", "labelsTs", "seg-lungs-LUNA16")  # folders of masks in layouts that people have at hand
 
 
 class Images(Reader):
-    """Every NIfTI file below a folder is a case of one channel; all are in the split "pretrain".
+    """Every image file (`nifti.SUFFIXES`) below a folder is a case of one channel; all are in the split "pretrain".
 
     Where ``modality`` has several entries, a case is the files ``<case>_0000``, ``<case>_0001``, ... of one folder, as
     nnU-Net names channels.
@@ -39,7 +39,7 @@ class Images(Reader):
         """All images, by path."""
         paths = nifti.files_in(self.folder, "**/*")
         if not paths:
-            raise UserError(f"{self.folder}: no .nii or .nii.gz file in it")
+            raise UserError(f"{self.folder}: no image in it ({nifti.ENDINGS})")
         check_no_labels(self.folder, paths, ", or take reader=nndetection or nnunet")
         cases = []
         for path in paths:

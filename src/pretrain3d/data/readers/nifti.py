@@ -1,4 +1,4 @@
-"""NIfTI files, and what can be wrong with them."""
+"""Image files, and what can be wrong with them: NIfTI through nibabel, ITK's formats through `itk`."""
 
 from __future__ import annotations
 
@@ -12,23 +12,34 @@ import nibabel as nib
 import numpy as np
 
 from pretrain3d.config import UserError
+from pretrain3d.data.readers import itk
 
-SUFFIXES = (".nii.gz", ".nii")
+SUFFIXES = (".nii.gz", ".nii", *itk.SUFFIXES)
+ENDINGS = ", ".join(SUFFIXES)  # for messages
 MAX_SHIFT = 0.1  # voxels by which the corners of two files of one case may differ
 
 
 def stem(path: Path) -> str:
-    """The file name without ``.nii`` or ``.nii.gz``."""
+    """The file name without its ending, one of `SUFFIXES`."""
     return next((path.name.removesuffix(s) for s in SUFFIXES if path.name.endswith(s)), path.name)
 
 
 def files_in(folder: Path, pattern: str = "*") -> list[Path]:
-    """The NIfTI files of a folder, sorted; hidden ones (left-overs of a download) are not data.
+    """The images of a folder, sorted; hidden ones (left-overs of a download) are not data.
 
     A pattern that descends finds what lies in a subfolder whose own name ends in ``.nii``; that is no file itself.
     """
     found = (p for p in folder.glob(pattern) if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
     return sorted(p for p in found if not (pattern.startswith("**") and p.is_dir()))
+
+
+def data_files(path: Path) -> tuple[Path, ...]:
+    """The files in which the voxels of a header lie; none where they lie in the same file, or without a file.
+
+    Raises:
+        UserError: it should be a header and is none.
+    """
+    return itk.data_files(path) if path.suffix in itk.SUFFIXES else ()
 
 
 def read_geometry(path: Path) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -37,8 +48,15 @@ def read_geometry(path: Path) -> tuple[np.ndarray, tuple[int, ...]]:
     Raises:
         UserError: missing, unreadable or not 3D.
     """
-    image = _open(path)
-    return image.affine, _spatial(image.shape, path)
+    if path.suffix in itk.SUFFIXES:
+        affine, shape = itk.read_geometry(path)
+    else:
+        image = _open(path)
+        affine, shape = image.affine, image.shape
+    spatial = shape[:3] if len(shape) > 3 and set(shape[3:]) == {1} else shape  # trailing axes of length 1 are no axes
+    if len(spatial) != 3 or min(spatial) < 1:
+        raise UserError(f"{path}: expected a 3D volume, got shape {tuple(shape)}")
+    return affine, tuple(int(size) for size in spatial)
 
 
 def read_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -47,16 +65,12 @@ def read_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         UserError: missing, unreadable, truncated, damaged (as far as a compressed file can tell) or not 3D.
     """
-    image = _open(path)
-    shape = _spatial(image.shape, path)
-    try:
-        voxels = _checked_gzip(image, path) if path.name.endswith(".gz") else np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
-        raise UserError(f"{path}: cannot read the voxels, the file is damaged ({_one_line(error)})") from error
+    affine, shape = read_geometry(path)
+    voxels = itk.read_voxels(path) if path.suffix in itk.SUFFIXES else _read_voxels(path)
     if voxels.dtype.kind not in "iuf":
         raise UserError(f"{path}: voxels of type {voxels.dtype} are not intensities; expected integers or floats")
     voxels = voxels.reshape(shape)
-    return (voxels.astype(np.float32) if voxels.dtype.kind == "f" else voxels), image.affine
+    return (voxels.astype(np.float32) if voxels.dtype.kind == "f" else voxels), affine
 
 
 def read_channels(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -107,6 +121,14 @@ def check_same_grid(path: Path, affine: np.ndarray, shape: tuple[int, ...], imag
         raise UserError(f"{path}: lies elsewhere than {image_path}: their affines put a corner {shift:.3g} mm apart")
 
 
+def _read_voxels(path: Path) -> np.ndarray:
+    image = _open(path)
+    try:
+        return _checked_gzip(image, path) if path.name.endswith(".gz") else np.asanyarray(image.dataobj)
+    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+        raise UserError(f"{path}: cannot read the voxels, the file is damaged ({_one_line(error)})") from error
+
+
 def _checked_gzip(image: Any, path: Path) -> np.ndarray:
     """The voxels of a compressed file, read on to its end: only there is the checksum, which nibabel never reaches."""
     with gzip.open(path) as stream:
@@ -123,14 +145,6 @@ def _open(path: Path) -> Any:
         return nib.load(path)
     except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
         raise UserError(f"{path}: not a readable NIfTI file ({_one_line(error)})") from error
-
-
-def _spatial(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
-    """Trailing axes of length 1 are no axes."""
-    spatial = shape[:3] if len(shape) > 3 and set(shape[3:]) == {1} else shape
-    if len(spatial) != 3 or min(spatial) < 1:
-        raise UserError(f"{path}: expected a 3D volume, got shape {tuple(shape)}")
-    return tuple(int(size) for size in spatial)
 
 
 def _one_line(error: Exception) -> str:

@@ -5,9 +5,10 @@
     [raw_splitted/]labelsTr/<case>.nii.gz, <case>.json          ids 1..N; {"instances": {"1": 0, "2": 1}}
     [raw_splitted/]imagesTs, labelsTs                           test cases, the labels optional
 
-Beyond it, all optional: ``imagesUn`` (images without labels, for pretraining), ``organsTr``, ``organsTs`` and
-``organsUn`` (``<case>.nii.gz``, label maps whose names are ``"organs": {"1": name, ...}`` of dataset.json), and the
-keys ``"groups": {case: patient}``, ``"mirror_classes": {name: name}``, of classes or organs, and ``"licence"``.
+Any ending of `nifti.SUFFIXES` will do, the same for a case's image and masks. Beyond nnDetection's layout, optional:
+``imagesUn`` (images without labels, for pretraining), ``organsTr``, ``organsTs`` and ``organsUn`` (``<case>.nii.gz``,
+label maps whose names are ``"organs": {"1": name, ...}`` of dataset.json), and the keys ``"groups": {case: patient}``,
+``"mirror_classes": {name: name}``, of classes or organs, and ``"licence"``.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class NnDetection(Reader):
         """Training, test and unlabelled cases, by name."""
         cases = []
         for split, ending in FOLDERS.items():
-            for first in nifti.files_in(self.root / f"images{ending}", "*_0000.nii*"):
+            images = nifti.files_in(self.root / f"images{ending}")
+            for first in (path for path in images if nifti.stem(path).endswith("_0000")):
                 case_id = nifti.stem(first).removesuffix("_0000")
                 cases.append(RawCase(case_id, split, self.groups.get(case_id, case_id), self._files(first, split)))
         folders = [self.root / f"{kind}{end}" for kind in ("images", "labels", "organs") for end in FOLDERS.values()]
