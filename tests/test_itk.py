@@ -17,7 +17,7 @@ from tiny_detector import tiny_checkpoint
 from pretrain3d.__main__ import main
 from pretrain3d.config import UserError
 from pretrain3d.data.prepare import prepare
-from pretrain3d.data.readers import nifti
+from pretrain3d.data.readers import volumes
 from pretrain3d.data.readers.images import Images
 from pretrain3d.data.readers.nndetection import NnDetection
 from pretrain3d.data.store import Store
@@ -78,14 +78,14 @@ def test_every_format_is_the_same_volume_as_nifti(itk: Any, tmp_path: Path, suff
         path = tmp_path / f"a{suffix}"
         itk.WriteImage(image, str(path), compressed)
         itk.WriteImage(image, str(tmp_path / "a.nii.gz"))
-        read, affine = nifti.read_image(path)
-        same, same_affine = nifti.read_image(tmp_path / "a.nii.gz")  # through nibabel; its affine is float32
+        read, affine = volumes.read_image(path)
+        same, same_affine = volumes.read_image(tmp_path / "a.nii.gz")  # through nibabel; its affine is float32
         assert read.dtype == np.int16 and read.shape == (5, 6, 7)
         np.testing.assert_array_equal(read, same)
         np.testing.assert_allclose(affine, same_affine, atol=1e-5)
         point = np.array(image.TransformIndexToPhysicalPoint((4, 3, 2))) * [-1, -1, 1]
         np.testing.assert_allclose(affine @ [4, 3, 2, 1], [*point, 1], atol=1e-12)
-        geometry, shape = nifti.read_geometry(path)
+        geometry, shape = volumes.read_geometry(path)
         assert shape == (5, 6, 7) and np.array_equal(geometry, affine)
 
 
@@ -99,7 +99,7 @@ def test_the_space_of_a_nrrd_file_counts(itk: Any, tmp_path: Path, space: str, s
         b"space directions: (1,0,0) (0,2,0) (0,0,3)\nendian: little\nencoding: raw\nspace origin: (5,6,7)\n\n"
         + np.arange(24, dtype="<i2").tobytes()
     )
-    voxels, affine = nifti.read_image(tmp_path / "a.nrrd")
+    voxels, affine = volumes.read_image(tmp_path / "a.nrrd")
     assert voxels[1, 2, 3] == 23 and voxels[1, 0, 0] == 1
     np.testing.assert_array_equal(
         affine[:3], np.array([[1, 0, 0, 5], [0, 2, 0, 6], [0, 0, 3, 7]]) * np.c_[[sign, sign, 1]]
@@ -110,12 +110,12 @@ def test_real_nrrd_files(itk: Any, testdata: Path, tmp_path: Path) -> None:
     folder = testdata / "data" / "pyradiomics"
     for name in ("brain1", "breast1"):
         image = folder / f"{name}_image.nrrd"
-        voxels, affine = nifti.read_image(image)
+        voxels, affine = volumes.read_image(image)
         itk.WriteImage(itk.ReadImage(str(image)), str(tmp_path / "same.nii.gz"))
         same = nib.load(tmp_path / "same.nii.gz")
         np.testing.assert_array_equal(voxels, np.asarray(same.dataobj))
         np.testing.assert_allclose(affine, same.affine, atol=1e-5)
-        mask = nifti.read_mask(folder / f"{name}_label.nrrd", image)
+        mask = volumes.read_mask(folder / f"{name}_label.nrrd", image)
         assert mask.dtype == np.uint8 and mask.any() and mask.shape == voxels.shape
     cases = Images(folder).cases()
     assert len(cases) == 10 and Images(folder).read(cases[0]).image.shape == (1, 256, 256, 25)
@@ -161,10 +161,10 @@ def test_what_is_wrong_with_a_file_is_said_with_its_name(
 ) -> None:
     voxels = np.random.default_rng(0).integers(-1000, 1000, (9, 10, 20)).astype(np.int16)
     itk.WriteImage(itk.GetImageFromArray(voxels), str(tmp_path / name), compressed)
-    nifti.read_image(tmp_path / name)
+    volumes.read_image(tmp_path / name)
     spoil(tmp_path / spoiled)
     with pytest.raises(UserError) as error:
-        nifti.read_image(tmp_path / name)
+        volumes.read_image(tmp_path / name)
     assert said in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     assert "data not read" not in capfd.readouterr().err  # said once, not by the library too
 
@@ -179,10 +179,10 @@ def test_only_volumes_of_single_values_are_images(itk: Any, tmp_path: Path, suff
     ):
         itk.WriteImage(itk.GetImageFromArray(np.zeros(shape, np.int16), isVector=vector), str(path))
         with pytest.raises(UserError) as error:
-            nifti.read_image(path)
+            volumes.read_image(path)
         assert said in str(error.value) and str(path) in str(error.value)
     itk.WriteImage(itk.GetImageFromArray(np.ones((1, 4, 5, 6), np.float64), isVector=False), str(path))
-    voxels, affine = nifti.read_image(path)  # trailing axes of length 1 are no axes
+    voxels, affine = volumes.read_image(path)  # trailing axes of length 1 are no axes
     assert voxels.shape == (6, 5, 4) and voxels.dtype == np.float32
     np.testing.assert_array_equal(affine, np.diag([-1, -1, 1, 1]))
 
@@ -194,8 +194,8 @@ def test_slices_in_a_list_of_files(itk: Any, tmp_path: Path) -> None:
         (tmp_path / f"{z}.raw").write_bytes(voxels[..., z].tobytes(order="F"))
     (tmp_path / "a.raw").unlink()
     say(path, "a.raw", "LIST\n0.raw\n1.raw\n2.raw\n3.raw")
-    assert nifti.data_files(path) == tuple(tmp_path / f"{z}.raw" for z in range(4))
-    np.testing.assert_array_equal(nifti.read_image(path)[0], voxels)
+    assert volumes.data_files(path) == tuple(tmp_path / f"{z}.raw" for z in range(4))
+    np.testing.assert_array_equal(volumes.read_image(path)[0], voxels)
 
 
 def test_without_simpleitk_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -211,7 +211,7 @@ def as_mhd(folder: Path) -> None:
     """NIfTI files of a folder, rewritten."""
     for path in folder.rglob("*.nii.gz"):
         image = nib.load(path)
-        write_mhd(path.with_name(nifti.stem(path) + ".mhd"), np.asarray(image.dataobj), image.affine)
+        write_mhd(path.with_name(volumes.stem(path) + ".mhd"), np.asarray(image.dataobj), image.affine)
         path.unlink()
 
 

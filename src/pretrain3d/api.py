@@ -19,7 +19,7 @@ import torch
 from pretrain3d.config import UserError
 from pretrain3d.data.cached import Cached, image_histograms, prepare_volume
 from pretrain3d.data.normalise import normalisation_of
-from pretrain3d.data.readers import nifti
+from pretrain3d.data.readers import volumes
 from pretrain3d.data.readers.contract import RawVolume
 from pretrain3d.detection.ensemble import merge_members
 from pretrain3d.detection.merge import TileDetections
@@ -179,7 +179,7 @@ class Detector:
             raise UserError(
                 f"{paths[0] if paths else 'no file'}: {len(paths)} channels; {len(self.modality)} are needed: {needed}"
             )
-        return RawVolume(*nifti.read_channels(paths)), paths[0]
+        return RawVolume(*volumes.read_channels(paths)), paths[0]
 
 
 def _device(name: str | None) -> torch.device:

@@ -115,25 +115,25 @@ def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]
     Raises:
         UserError: no image file, a file of labels, a channel is missing or too many, or two cases of one name.
     """
-    from pretrain3d.data.readers import nifti
+    from pretrain3d.data.readers import volumes
     from pretrain3d.data.readers.images import check_no_labels
 
     folder = images if images.is_dir() else images.parent
-    files = nifti.files_in(images, "**/*") if images.is_dir() else [images]
+    files = volumes.files_in(images, "**/*") if images.is_dir() else [images]
     masks, named = _masks(out), images.resolve()
     if masks not in (named, *named.parents):
         files = [path for path in files if masks not in path.resolve().parents]
-    if not files or not files[0].name.endswith(nifti.SUFFIXES):
-        raise UserError(f"{images} is not an image file ({nifti.ENDINGS}), nor a folder with any")
+    if not files or not files[0].name.endswith(volumes.SUFFIXES):
+        raise UserError(f"{images} is not an image file ({volumes.ENDINGS}), nor a folder with any")
     check_no_labels(folder, files)
     numbers: dict[tuple[Path, str], set[str]] = {}  # of the channels there are, by folder and case
     for path in files:
-        name, _, number = nifti.stem(path).rpartition("_")
+        name, _, number = volumes.stem(path).rpartition("_")
         if len(number) == 4 and number.isdigit():
             numbers.setdefault((path.parent, name), set()).add(number)
     cases: dict[str, list[Path]] = {}
     for path in files:
-        stem = nifti.stem(path)
+        stem = volumes.stem(path)
         if channels > 1 and not stem.endswith("_0000"):
             if images.is_dir() and stem[-5:-4] == "_" and stem[-4:].isdigit():
                 continue  # another channel, taken with its first one
@@ -167,9 +167,9 @@ def series_of(cases: dict[str, list[Path]]) -> dict[str, str]:
     Raises:
         UserError: two files of one name.
     """
-    from pretrain3d.data.readers import nifti
+    from pretrain3d.data.readers import volumes
 
-    series = {case: nifti.stem(files[0]).removesuffix("_0000") for case, files in cases.items()}
+    series = {case: volumes.stem(files[0]).removesuffix("_0000") for case, files in cases.items()}
     owners: dict[str, str] = {}
     for case, name in series.items():
         if owners.setdefault(name, case) != case:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pretrain3d.config import UserError
-from pretrain3d.data.readers import nifti
+from pretrain3d.data.readers import volumes
 
 NOTES = ("", ".json", ".txt", ".md", ".csv", ".tsv")  # endings of files that lie beside images and are none
 MAX_NAMED = 3
@@ -39,7 +39,7 @@ class RawCase:
         Raises:
             UserError: a header is none.
         """
-        return (*self.files, *(data for path in self.files for data in nifti.data_files(path)))
+        return (*self.files, *(data for path in self.files for data in volumes.data_files(path)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +126,7 @@ class Reader:
         Raises:
             UserError: the file is missing or unreadable; names the file.
         """
-        return nifti.read_geometry(case.files[0])
+        return volumes.read_geometry(case.files[0])
 
 
 def check_all_used(folders: Iterable[Path], cases: Iterable[RawCase], expected: str) -> None:

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pretrain3d.config import UserError
-from pretrain3d.data.readers import nifti
+from pretrain3d.data.readers import volumes
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
 
 LABELS = ("labels", "labelsTr", "labelsTs", "seg-lungs-LUNA16")  # folders of masks in layouts that people have at hand
 
 
 class Images(Reader):
-    """Every image file (`nifti.SUFFIXES`) below a folder is a case of one channel; all are in the split "pretrain".
+    """Every image file (`volumes.SUFFIXES`) below a folder is a case of one channel; all are in the split "pretrain".
 
     Where ``modality`` has several entries, a case is the files ``<case>_0000``, ``<case>_0001``, ... of one folder, as
     nnU-Net names channels.
@@ -37,19 +37,19 @@ class Images(Reader):
 
     def cases(self) -> list[RawCase]:
         """All images, by path."""
-        paths = nifti.files_in(self.folder, "**/*")
+        paths = volumes.files_in(self.folder, "**/*")
         if not paths:
-            raise UserError(f"{self.folder}: no image in it ({nifti.ENDINGS})")
+            raise UserError(f"{self.folder}: no image in it ({volumes.ENDINGS})")
         check_no_labels(self.folder, paths, ", or take reader=nndetection or nnunet")
         cases = []
         for path in paths:
-            case_id = "-".join((*path.relative_to(self.folder).parts[:-1], nifti.stem(path)))
+            case_id = "-".join((*path.relative_to(self.folder).parts[:-1], volumes.stem(path)))
             cases.append(RawCase(case_id, "pretrain", case_id, (path,)))
         return _grouped(cases, len(self.modality)) if len(self.modality) > 1 else cases
 
     def read(self, case: RawCase) -> RawVolume:
         """The image alone."""
-        return RawVolume(*nifti.read_channels(case.files))
+        return RawVolume(*volumes.read_channels(case.files))
 
 
 def check_no_labels(folder: Path, paths: Iterable[Path], otherwise: str = "") -> None:

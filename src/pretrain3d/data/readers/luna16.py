@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pretrain3d.config import UserError
-from pretrain3d.data.readers import nifti
+from pretrain3d.data.readers import volumes
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader, check_all_used
 from pretrain3d.delimited import read_table
 
@@ -73,8 +73,8 @@ class Luna16(Reader):
     def cases(self) -> list[RawCase]:
         """All series that are there, by subset and name."""
         subsets = self._subsets()
-        paths = [path for folder in subsets.values() for path in nifti.files_in(folder)]
-        cases = [RawCase(nifti.stem(path), "train", nifti.stem(path), (path,)) for path in paths]
+        paths = [path for folder in subsets.values() for path in volumes.files_in(folder)]
+        cases = [RawCase(volumes.stem(path), "train", volumes.stem(path), (path,)) for path in paths]
         check_all_used(subsets.values(), cases, "<seriesuid>.mhd and the .raw or .zraw that it names")
         if not cases:
             raise UserError(f"{self.folder}: no <seriesuid>.mhd in {', '.join(path.name for path in subsets.values())}")
@@ -115,12 +115,12 @@ class Luna16(Reader):
 
     def _series(self) -> dict[int, list[str]]:
         """The series of each subset that is there and not empty."""
-        found = {i: [nifti.stem(path) for path in nifti.files_in(folder)] for i, folder in self._subsets().items()}
+        found = {i: [volumes.stem(path) for path in volumes.files_in(folder)] for i, folder in self._subsets().items()}
         return {i: names for i, names in found.items() if names}
 
     def read(self, case: RawCase) -> RawVolume:
         """The CT, and a mask of its nodules."""
-        image, affine = nifti.read_image(case.files[0])
+        image, affine = volumes.read_image(case.files[0])
         nodules = self.nodules.get(case.id, [])
         mask = draw_balls(image.shape, affine, [(n.center_mm, n.diameter_mm) for n in nodules])
         counts = np.bincount(mask.reshape(-1), minlength=len(nodules) + 1)[1:]

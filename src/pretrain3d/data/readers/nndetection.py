@@ -5,7 +5,7 @@
     [raw_splitted/]labelsTr/<case>.nii.gz, <case>.json          ids 1..N; {"instances": {"1": 0, "2": 1}}
     [raw_splitted/]imagesTs, labelsTs                           test cases, the labels optional
 
-Any ending of `nifti.SUFFIXES` will do, the same for a case's image and masks. Beyond nnDetection's layout, optional:
+Any ending of `volumes.SUFFIXES` will do, the same for a case's image and masks. Beyond nnDetection's layout, optional:
 ``imagesUn`` (images without labels, for pretraining), ``organsTr``, ``organsTs`` and ``organsUn`` (``<case>.nii.gz``,
 label maps whose names are ``"organs": {"1": name, ...}`` of dataset.json), and the keys ``"groups": {case: patient}``,
 ``"mirror_classes": {name: name}``, of classes or organs, and ``"licence"``.
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pretrain3d.config import UserError
-from pretrain3d.data.readers import nifti
+from pretrain3d.data.readers import volumes
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader, check_all_used
 from pretrain3d.data.readers.description import (
     check_known,
@@ -65,9 +65,9 @@ class NnDetection(Reader):
         """Training, test and unlabelled cases, by name."""
         cases = []
         for split, ending in FOLDERS.items():
-            images = nifti.files_in(self.root / f"images{ending}")
-            for first in (path for path in images if nifti.stem(path).endswith("_0000")):
-                case_id = nifti.stem(first).removesuffix("_0000")
+            images = volumes.files_in(self.root / f"images{ending}")
+            for first in (path for path in images if volumes.stem(path).endswith("_0000")):
+                case_id = volumes.stem(first).removesuffix("_0000")
                 cases.append(RawCase(case_id, split, self.groups.get(case_id, case_id), self._files(first, split)))
         folders = [self.root / f"{kind}{end}" for kind in ("images", "labels", "organs") for end in FOLDERS.values()]
         organs = ", organs with organs in dataset.json" if not self.semantic_classes else ""
@@ -82,7 +82,7 @@ class NnDetection(Reader):
 
     def _files(self, first: Path, split: str) -> tuple[Path, ...]:
         """The channels, then what there is of mask, JSON and organ map (a training case must have the first two)."""
-        case_id, ending = nifti.stem(first).removesuffix("_0000"), FOLDERS[split]
+        case_id, ending = volumes.stem(first).removesuffix("_0000"), FOLDERS[split]
         suffix = first.name.removeprefix(f"{case_id}_0000")
         channels = [first.with_name(f"{case_id}_{index:04d}{suffix}") for index in range(len(self.modality))]
         files = [*channels]
@@ -95,16 +95,16 @@ class NnDetection(Reader):
     def read(self, case: RawCase) -> RawVolume:
         """Image, instances with their classes, and the organ map where there is one."""
         first, rest = case.files[0], list(case.files[len(self.modality) :])
-        image, affine = nifti.read_channels(case.files[: len(self.modality)])
+        image, affine = volumes.read_channels(case.files[: len(self.modality)])
         semantic = None
         if rest and rest[-1].parent.name.startswith("organs"):
             path = rest.pop()
-            semantic = nifti.read_mask(path, first)
+            semantic = volumes.read_mask(path, first)
             if semantic.max() > len(self.semantic_classes):
                 raise UserError(f"{path}: label {semantic.max()} has no name under organs in {self.file}")
         if not rest:
             return RawVolume(image, affine, semantic=semantic)
-        mask = nifti.read_mask(rest[0], first)
+        mask = volumes.read_mask(rest[0], first)
         labels = self._labels(rest[1], mask, rest[0])
         return RawVolume(image, affine, mask, labels, tuple(range(len(self.classes))), semantic)
 

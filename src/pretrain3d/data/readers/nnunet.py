@@ -25,7 +25,7 @@ import numpy as np
 from scipy import ndimage
 
 from pretrain3d.config import UserError
-from pretrain3d.data.readers import nifti
+from pretrain3d.data.readers import volumes
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader, check_all_used
 from pretrain3d.data.readers.description import (
     check_known,
@@ -74,7 +74,7 @@ class NnUNet(Reader):
         cases = []
         for split, ending in FOLDERS.items():
             for first in self._first_channels(ending, suffix):
-                case_id = nifti.stem(first).removesuffix(suffix)
+                case_id = volumes.stem(first).removesuffix(suffix)
                 files = self._files(first, case_id, split)
                 cases.append(RawCase(case_id, split, self.groups.get(case_id, case_id), files))
         if cases and not suffix and len(self.modality) > 1:
@@ -92,11 +92,12 @@ class NnUNet(Reader):
         return sorted(cases, key=lambda case: case.id)
 
     def _first_channels(self, ending: str, suffix: str) -> list[Path]:
-        return [path for path in nifti.files_in(self.folder / f"images{ending}") if nifti.stem(path).endswith(suffix)]
+        images = volumes.files_in(self.folder / f"images{ending}")
+        return [path for path in images if volumes.stem(path).endswith(suffix)]
 
     def _files(self, first: Path, case_id: str, split: str) -> tuple[Path, ...]:
         """The channels, then the label map if there is one (a training case must have it)."""
-        suffix = first.name.removeprefix(nifti.stem(first))
+        suffix = first.name.removeprefix(volumes.stem(first))
         files = [first, *(first.with_name(f"{case_id}_{i:04d}{suffix}") for i in range(1, len(self.modality)))]
         labels = self.folder / f"labels{FOLDERS[split]}" / f"{case_id}{suffix}"
         return (*files, labels) if split == "train" or labels.is_file() else tuple(files)
@@ -108,10 +109,10 @@ class NnUNet(Reader):
     def read(self, case: RawCase) -> RawVolume:
         """Image, and where there is a label map the map and its objects."""
         first, rest = case.files[0], case.files[len(self.modality) :]
-        image, affine = nifti.read_channels(case.files[: len(self.modality)])
+        image, affine = volumes.read_channels(case.files[: len(self.modality)])
         if not rest:
             return RawVolume(image, affine)
-        semantic = nifti.read_mask(rest[0], first)
+        semantic = volumes.read_mask(rest[0], first)
         if semantic.max() > len(self.semantic_classes):
             raise UserError(f"{rest[0]}: label {semantic.max()} has no name in {self.file}")
         names = [name for name in self.annotated.get(case.id, self.semantic_classes) if name != IGNORE]

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain3d.config import UserError
-from pretrain3d.data.readers import nifti
+from pretrain3d.data.readers import volumes
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
 
 ORGANS = {  # class name -> file name, in the order of the label map: labels 1..7
@@ -95,8 +95,8 @@ class OpenKbp(Reader):
     def _nifti_cases(self) -> list[RawCase]:
         cases = []
         for folder in self.nifti_folders:
-            for image in nifti.files_in(folder / "imagesTr", "openkbp_pt_*"):
-                case_id = nifti.stem(image).removeprefix("openkbp_")
+            for image in volumes.files_in(folder / "imagesTr", "openkbp_pt_*"):
+                case_id = volumes.stem(image).removeprefix("openkbp_")
                 split = next((name for name, last in LAST.items() if _number(case_id) <= last), "test")
                 split = split if folder.name == "openkbp" else "pretrain"
                 cases.append(RawCase(case_id, split, case_id, (image, folder / "labels_oar" / image.name)))
@@ -121,7 +121,7 @@ class OpenKbp(Reader):
     def geometry(self, case: RawCase) -> tuple[np.ndarray, tuple[int, ...]]:
         """From the header, or for CSV files from the whole CT (they have no header)."""
         if case.files[0].suffix != ".csv":
-            return nifti.read_geometry(case.files[0])
+            return volumes.read_geometry(case.files[0])
         image, affine, _ = _read_ct(case.files[0], case.files[1])
         return affine, image.shape
 
@@ -136,8 +136,8 @@ class OpenKbp(Reader):
                     organs.reshape(-1)[_read_sparse(paths[name])[0]] = label  # a voxel in two contours has the later
             organs = _oriented(organs)[crop]
         else:
-            image, affine = nifti.read_image(case.files[0])
-            organs = nifti.read_mask(case.files[1], case.files[0])
+            image, affine = volumes.read_image(case.files[0])
+            organs = volumes.read_mask(case.files[1], case.files[0])
             if organs.max() > len(ORGANS):
                 raise UserError(f"{case.files[1]}: label {organs.max()}, expected at most {len(ORGANS)}")
         present = (np.flatnonzero(np.bincount(organs.reshape(-1), minlength=len(ORGANS) + 1)[1:]) + 1).tolist()

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from pretrain3d.config import UserError
-from pretrain3d.data.readers import nifti
+from pretrain3d.data.readers import volumes
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
 from pretrain3d.geometry import boxes_of_instances
 
@@ -46,7 +46,7 @@ class RibFrac(Reader):
         self.semantic_classes: list[str] = []
         self.licence = "CC BY-NC 4.0"
         self.files: dict[str, dict[str, Path]] = {"image": {}, "label": {}}
-        for path in nifti.files_in(self.folder, "**/RibFrac*"):
+        for path in volumes.files_in(self.folder, "**/RibFrac*"):
             if match := NAME.fullmatch(path.name):
                 known = self.files[match[3]].setdefault(match[1], path)
                 if known != path:
@@ -70,10 +70,10 @@ class RibFrac(Reader):
 
     def read(self, case: RawCase) -> RawVolume:
         """CT, and its fractures where there are labels."""
-        image, affine = nifti.read_image(case.files[0])
+        image, affine = volumes.read_image(case.files[0])
         if len(case.files) == 1:
             return RawVolume(image[None], affine)
-        mask = nifti.read_mask(case.files[1], case.files[1])
+        mask = volumes.read_mask(case.files[1], case.files[1])
         if mask.shape != image.shape:
             raise UserError(f"{case.files[1]}: shape {mask.shape} differs from {image.shape} of {case.files[0]}")
         labels = {int(fracture): 0 for fracture in boxes_of_instances(mask)[0]}
