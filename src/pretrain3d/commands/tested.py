@@ -26,7 +26,7 @@ def held_out(cases: dict[str, list[str]], split: str) -> list[str]:
     if split not in ("test", "val"):
         raise UserError(f"split={split}: it is test or val")
     if not cases[split]:
-        raise UserError(f"the store holds no {split} case")
+        raise UserError(f"the store holds no {split} case for this fold")
     return cases[split]
 
 
