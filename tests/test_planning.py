@@ -10,6 +10,7 @@ from pretrain3d.config import UserError
 from pretrain3d.data.store import Store, StoreWriter
 from pretrain3d.detection.anchors import base_sizes, mean_best_iou
 from pretrain3d.planning.anchors import all_anchors, search_anchors
+from pretrain3d.planning.patch import shared_out
 from pretrain3d.planning.plan import make_plan, read_plan, write_plan
 
 LEVEL_SCALES = (1, 2, 4, 8)
@@ -99,6 +100,25 @@ def test_a_plan_fits_the_training_cases_and_not_the_test_cases(tmp_path):
     assert slow_mean_best_iou(plan["anchors"]["sizes"], np.array([[8, 8, 4]])) > 0.97
     assert plan["coverage"]["objects"] == 2
     assert base_sizes(plan["anchors"]).shape == (27, 3)
+
+
+def test_objects_that_only_validation_holds_are_planned_for(tmp_path):
+    plan = make_plan(box_store(tmp_path, [[], [(8, 8, 4)]], ["train", "val"]))
+    assert slow_mean_best_iou(plan["anchors"]["sizes"], np.array([[8, 8, 4]])) > 0.97
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((384, 384, 20), (256, 256, 128)),  # the patch: 256 x 256 x 32
+        ((420, 330, 280), (128, 128, 128)),
+        ((1000, 900, 3), (384, 336, 128)),
+        ((600, 40, 50), (608, 128, 128)),  # all of it
+        ((36, 50, 35), (128, 128, 128)),
+    ],
+)
+def test_what_a_short_axis_leaves_of_the_patch_the_others_use(shape, expected):
+    assert shared_out((128, 128, 128), shape, (16, 16, 16)) == expected
 
 
 def test_the_patch_stays_in_its_budget(tmp_path):

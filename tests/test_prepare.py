@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import blosc2
 import nibabel as nib
 import numpy as np
 import pytest
@@ -408,6 +409,29 @@ def test_a_strange_failure_of_one_case_does_not_stop_the_rest(tmp_path, monkeypa
     assert re.search(r"case_0_0000.nii.gz: MemoryError: no room", summary.failed["case_0"])
 
 
+def test_a_full_disk_stops_and_is_no_fault_of_the_case(tmp_path, monkeypatch, capsys):
+    write_cases(tmp_path / "raw", 3)
+    real, written = blosc2.asarray, []
+
+    def fills(*arguments, **options):
+        written.append(options["urlpath"])
+        if len(written) > 3:  # the instances of the second case
+            raise RuntimeError("Error while creating the NDArray")
+        return real(*arguments, **options)
+
+    call = ["prepare", str(tmp_path / "raw"), f"out={tmp_path / 'out'}", "reader=nndetection", "workers=1"]
+    monkeypatch.setattr(blosc2, "asarray", fills)
+    assert main(call) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == (
+        f"pretrain3d: error: {tmp_path / 'out/instances/case_1.b2nd'}: cannot be written whole; is the disk full?"
+    )
+    assert len(written) == 4  # nothing of the third case
+    monkeypatch.setattr(blosc2, "asarray", real)
+    summary = run(tmp_path / "raw", tmp_path / "out")
+    assert (summary.reused, summary.done) == (["case_0"], ["case_1", "case_2"])
+
+
 def test_when_no_case_is_good_there_is_no_store(tmp_path):
     write_cases(tmp_path / "raw", 1)
     (tmp_path / "raw/labelsTr/case_0.json").unlink()
@@ -518,6 +542,28 @@ def test_the_command_warns_of_an_image_that_is_there_twice(tmp_path, capsys):
     assert main(command) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert lines == ["  warning: the same image twice: case_0 (train) = x (test), case_0 (train) = y (test)"]
+
+
+def test_the_command_warns_of_patients_with_training_and_test_cases(tmp_path, capsys):
+    write_cases(tmp_path / "raw", 2)
+    image = ct_phantom(np.random.default_rng(7))
+    write_case(tmp_path / "raw", "held_out", image, None, {}, affine_of("LPS", (1.0, 1.0, 2.0)), "Ts")
+    call = ["prepare", str(tmp_path / "raw"), "reader=nndetection", "workers=1"]
+    write_dataset(tmp_path / "raw", groups={"case_0": "ann", "case_1": "bob", "held_out": "bob"})
+    assert main([*call, f"out={tmp_path / 'a'}"]) == 0
+    told = "1 patients have training and test cases, the first 'bob': case_1 (train), held_out (test)"
+    assert told in capsys.readouterr().err
+    write_dataset(tmp_path / "raw", groups={"case_0": "bob", "case_1": "bob"})
+    assert main([*call, f"out={tmp_path / 'b'}"]) == 0
+    assert "patients" not in capsys.readouterr().err
+
+
+def test_ct_is_ct_in_small_letters(tmp_path):
+    write_cases(tmp_path / "raw", 1)
+    write_dataset(tmp_path / "raw", modalities={"0": "ct"})
+    assert main(["prepare", str(tmp_path / "raw"), f"out={tmp_path / 'out'}", "reader=nndetection", "workers=1"]) == 0
+    store = Store(tmp_path / "out")
+    assert store.modality == ["CT"] and store.plan["intensity"]["scheme"] == "ct"
 
 
 def test_a_plan_stays_while_cases_fail_and_replan_takes_it_away(tmp_path, capsys):

@@ -12,6 +12,7 @@ from pretrain3d.config import UserError
 from pretrain3d.data.readers import READERS
 from pretrain3d.data.readers.contract import Reader
 from pretrain3d.data.readers.images import Images
+from pretrain3d.data.readers.nifti import read_mask
 from pretrain3d.data.readers.nndetection import NnDetection
 from pretrain3d.data.readers.nnunet import NnUNet
 from pretrain3d.data.readers.openkbp import DETECTION, GRID, LEFT_OUT, ORGANS, OpenKbp
@@ -171,6 +172,19 @@ def test_scaled_integers_become_floats(tmp_path):
     found = reader.read(reader.cases()[0]).image
     assert found.dtype == np.float32
     np.testing.assert_allclose(found[0], np.arange(24).reshape(2, 3, 4) * 0.5 + 1)
+
+
+@pytest.mark.parametrize(("voxel", "fine"), [(np.float32(1.0000001), True), (1 + 9e-4, True), (1.01, False)])
+def test_labels_may_miss_a_whole_number_by_rounding(tmp_path, voxel, fine):
+    mask = np.zeros((4, 4, 4), dtype=np.float32)
+    mask[1, 2, 3], mask[2, 2, 2] = voxel, 256 - 1e-5
+    save(tmp_path / "mask.nii.gz", mask, np.eye(4))
+    if not fine:
+        with pytest.raises(UserError, match=r"mask.nii.gz: labels must be whole numbers, found 1.01"):
+            read_mask(tmp_path / "mask.nii.gz", tmp_path / "mask.nii.gz")
+        return
+    found = read_mask(tmp_path / "mask.nii.gz", tmp_path / "mask.nii.gz")
+    assert found.dtype == np.uint16 and found[1, 2, 3] == 1 and found[2, 2, 2] == 256 and found.sum() == 257
 
 
 def test_a_second_channel_on_another_grid_is_refused(tmp_path):

@@ -161,6 +161,12 @@ def test_registered_with_a_cube_of_the_shortest_side():
     assert build(PRETRAINING, node, "module.method", **given).view_size == (32, 32, 32)
 
 
+def test_changed_intensities_of_views_keep_what_is_not_changed():
+    settings = ViewAugmentation(intensity={"low_resolution": {"range": [0.8, 1]}, "blur": False}).intensities
+    assert settings["low_resolution"] == {"p": 0.1, "range": (0.8, 1.0), "channel_p": 0.5} and "blur" not in settings
+    assert ViewAugmentation().intensities["low_resolution"]["p"] == 0.1
+
+
 def test_views_change_each_on_its_own_and_the_same_way_every_time():
     views = torch.arange(2 * 3 * 4 * 4 * 4, dtype=torch.float32).view(2, 3, 1, 4, 4, 4)
     flips = ViewAugmentation(intensity=False)

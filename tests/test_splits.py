@@ -61,7 +61,7 @@ def test_a_fold_out_of_range_is_refused(arguments):
 
 
 def test_more_folds_than_patients_are_refused():
-    with pytest.raises(UserError, match="2 training patients cannot fill 5 folds"):
+    with pytest.raises(UserError, match=r"2 training patients cannot fill 5 folds; num_folds=2 at most"):
         fold_cases(store_of(CASES[:4]), 0)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+UNSAID = ("inline_container", "creating the NDArray")  # torch.save and blosc2, whatever the system said
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -34,7 +36,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             error.filename = str(path)
         raise
     except RuntimeError as error:
-        if "inline_container" not in str(error):  # torch.save, whatever the system said
+        if not any(word in str(error) for word in UNSAID):
             raise
         raise OSError(errno.ENOSPC, "cannot be written whole; is the disk full?", str(path)) from error
     finally:

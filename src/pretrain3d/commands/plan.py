@@ -20,7 +20,7 @@ is one, a step of the plan is done on it, and what that took stands beside the e
   detector=NAME        on top of it
   memory_gb=null       GiB of one device; null: of the GPU here, without one of this machine
   batch_size=4         patches per optimiser step; where fewer fit at once, they are accumulated
-  patch_size=null      largest patch, a number or [x,y,z]; null: 128
+  patch_size=null      largest patch, a number or [x,y,z]; null: 128, more beside an axis of which the cases have less
 
   pretrain3d plan stores/phantom backbone=resenc_l memory_gb=24"""
 

@@ -30,7 +30,8 @@ patient. Images are NIfTI, or MetaImage (.mhd, .mha) and NRRD (.nrrd, .nhdr) wit
                        the labels to detect), openkbp, ribfrac, luna16 or images
   spacing_mm=null      voxel size: one number or [x,y,z]; null: the plan's, for a new store the median of the cases
                        (of few thick slices: their 10th percentile)
-  patch_size=null      largest patch to plan, a number or [x,y,z] in multiples of 16; null: 128
+  patch_size=null      largest patch to plan, a number or [x,y,z] in multiples of 16; null: 128, more beside an axis
+                       of which the cases have less
   modality=null        CT, MR, ... (a list for several channels), where the files do not say (reader=images)
   workers=2            processes
   replan=false         true computes spacing and plan again, over an existing plan.yaml
@@ -143,6 +144,11 @@ def _report(out: Path, summary: Any) -> None:
         named = [f"{a.id} ({a.split}) = {b.id} ({b.split})" for a, b in pairs[:MAX_NAMED]]
         more = f" and {len(pairs) - MAX_NAMED} more" if len(pairs) > MAX_NAMED else ""
         print(f"  warning: the same image twice: {', '.join(named)}{more}", file=sys.stderr)
+    trained, tested = ({c.group for c in cases if c.split in splits} for splits in (("train", "val"), ("test",)))
+    if shared := trained & tested:
+        named = [f"{case.id} ({case.split})" for case in cases if case.group == min(shared)]
+        print(f"  warning: {len(shared)} patients have training and test cases, the first {min(shared)!r}: "
+              f"{', '.join(named)}", file=sys.stderr)  # fmt: skip
     print(f"  {len(cases)} cases, {sum(len(c.boxes) for c in cases)} objects, voxels of {_by(summary.spacing_mm)} mm"
           + (f", {summary.folds} given folds" if summary.folds else ""))  # fmt: skip
     thinnest = [float((box[3:] - box[:3]).min()) for case in cases for box in case.boxes]
@@ -175,7 +181,7 @@ def _modality(given: Any, of_reader: list[str]) -> list[str]:
     if given is None:
         if not of_reader:
             raise UserError("the files do not say what they show; give modality=CT or modality=MR")
-        return of_reader
+        return ["CT" if name.strip().upper() == "CT" else name for name in of_reader]  # it decides about HU
     names = given if isinstance(given, list) else [given]
     if not names or not all(isinstance(name, str) and re.fullmatch(r"[A-Z][A-Z0-9]*", name) for name in names):
         raise UserError(f"modality={given}: expected a name such as CT or MR, or a list with one for each channel")

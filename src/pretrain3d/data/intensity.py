@@ -34,8 +34,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 FACTORS = ("brightness", "contrast", "gamma_inverted", "gamma")  # drawn around 1
 
 
-def settings_from_config(config: dict[str, Any] | bool | None) -> dict[str, dict[str, Any]]:
-    """``None`` or True: `DEFAULTS`; False: nothing; a dict: the defaults with changes (False: left out).
+def settings_from_config(
+    config: dict[str, Any] | bool | None, defaults: dict[str, dict[str, Any]] = DEFAULTS
+) -> dict[str, dict[str, Any]]:
+    """``None`` or True: ``defaults``; False: nothing; a dict: the defaults with changes (False: left out).
 
     Raises:
         UserError: an unknown operation or key, a range or probability that is none.
@@ -44,10 +46,10 @@ def settings_from_config(config: dict[str, Any] | bool | None) -> dict[str, dict
         return {}
     changes = checked_node("augment.intensity", config)
     for name in changes:
-        if name not in DEFAULTS:
-            raise UserError(f"augment.intensity has no {name!r}; it has {', '.join(DEFAULTS)}")
+        if name not in defaults:
+            raise UserError(f"augment.intensity has no {name!r}; it has {', '.join(defaults)}")
     settings = {}
-    for name, default in DEFAULTS.items():
+    for name, default in defaults.items():
         change = changes.get(name, {})
         if change is False:
             continue

@@ -7,6 +7,7 @@ while there is work to do, so that a store that is half of one kind and half of 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -30,6 +31,7 @@ from pretrain3d.data.splits import SPLITS, Folds, read_folds
 from pretrain3d.data.store import KINDS, StoreWriter, array_path, check_case, read_index
 from pretrain3d.geometry import Frame, boxes_of_instances
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 VERSION = 5  # of what is done to a case: goes up whenever the same input gives other arrays or records
 
 
@@ -80,6 +82,7 @@ def prepare(
 
     Raises:
         UserError: no case could be prepared, the folds make no sense, or ``out`` is something else.
+        OSError: of a file of ``out``, whose disk is full or read-only; the same call continues.
     """
     cases = _checked_cases(reader)
     folds, said = (reader.folds(), []) if folds_file is None else read_folds(folds_file, cases)
@@ -211,15 +214,17 @@ def inputs_hash(store: Path, case_ids: Iterable[str]) -> str:
 
 
 def _work(job: _Job, case: RawCase) -> str | None:
-    """Prepares a case and notes it; the problem if it cannot be prepared."""
+    """Prepares a case and notes it; the problem if it cannot be prepared. Raises OSError if the store takes no more."""
     try:
         note = {"settings": job.settings(case), "files": _stat(case), "hash": files_hash(case.sources)}
         prepare_case(job.reader, case, job.spacing_mm, job.writer)
     except UserError as error:
         return str(error)
-    except FileNotFoundError as error:
-        return f"{error.filename}: no such file"
     except Exception as error:  # whatever a strange file does to a library, the other cases go on
+        if isinstance(error, OSError) and error.errno in FULL and job.writer.path in Path(error.filename or "").parents:
+            raise  # no fault of this case, and no other one could be written
+        if isinstance(error, FileNotFoundError):
+            return f"{error.filename}: no such file"
         return f"{case.files[0]}: {type(error).__name__}: {' '.join(str(error).split())}"
     write_json(_note_path(job.writer.path, case.id), note)
     return None

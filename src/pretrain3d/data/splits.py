@@ -40,7 +40,8 @@ def fold_cases(store: Store, fold: int, num_folds: int = 5, seed: int = 0) -> di
     for case_id in splits["train"]:
         groups.setdefault(store.cases[case_id].group, []).append(case_id)
     if len(groups) < num_folds:
-        raise UserError(f"{store.path}: {len(groups)} training patients cannot fill {num_folds} folds; use fewer folds")
+        hint = f"num_folds={len(groups)} at most (data.num_folds of fit)" if len(groups) > 1 else "it takes two"
+        raise UserError(f"{store.path}: {len(groups)} training patients cannot fill {num_folds} folds; {hint}")
     folds: list[list[str]] = [[] for _ in range(num_folds)]
     for group in sorted(groups, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest()):
         min(folds, key=len).extend(groups[group])

@@ -12,7 +12,7 @@ from pretrain3d.config import UserError
 from pretrain3d.data import intensity as intensities
 from pretrain3d.data.batch import generator
 
-RARER = {"low_resolution": {"p": 0.1}}
+DEFAULTS = intensities.DEFAULTS | {"low_resolution": intensities.DEFAULTS["low_resolution"] | {"p": 0.1}}
 
 
 class ViewAugmentation:
@@ -21,7 +21,7 @@ class ViewAugmentation:
     All draws of a view are a pure function of the seed, its sample's index and its number in the sample.
 
     Args:
-        intensity: True, False or changed values, see `data.intensity.DEFAULTS`, of which `RARER` differs.
+        intensity: True, False or changed values of `DEFAULTS`, see `data.intensity`.
         flip_axes: axes mirrored at random, each with probability 1/2.
         quarter_turns: turn by 0, 90, 180 or 270 degrees about axis 2, where views are square there.
 
@@ -39,9 +39,7 @@ class ViewAugmentation:
     ) -> None:
         if any(axis not in (0, 1, 2) for axis in flip_axes):
             raise UserError(f"module.views.flip_axes={list(flip_axes)}: axes are 0, 1 and 2")
-        if not isinstance(intensity, bool):
-            intensity = RARER | intensity
-        self.intensities = intensities.settings_from_config(RARER if intensity is True else intensity)
+        self.intensities = intensities.settings_from_config(intensity, DEFAULTS)
         self.flip_axes = tuple(flip_axes)
         self.quarter_turns = quarter_turns
 

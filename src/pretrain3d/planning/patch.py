@@ -72,6 +72,29 @@ def plan_patch(
     return PatchPlan((x, y, z), batch, batch_size // batch, need.bytes(patch, batch))
 
 
+def shared_out(budget: Sequence[int], shape: Sequence[float], multiple: Sequence[int]) -> tuple[int, ...]:
+    """The largest patch with as many voxels as ``budget``: what the volume leaves of a short axis, the others may use.
+
+    Args:
+        budget: (3,) voxels.
+        shape: (3,) of the volume; the axis of which a patch sees least is lengthened first.
+        multiple: (3,) what a patch must be a multiple of.
+
+    Returns:
+        (3,) voxels, on no axis less than ``budget``.
+    """
+    ends = [math.ceil(s / m) * m for s, m in zip(shape, multiple, strict=True)]
+    patch = [min(b, end) for b, end in zip(budget, ends, strict=True)]
+    while True:
+        for axis in sorted(range(3), key=lambda axis: patch[axis] / shape[axis]):
+            longer = [n + multiple[axis] * (axis == other) for other, n in enumerate(patch)]
+            if patch[axis] < ends[axis] and math.prod(longer) <= math.prod(budget):
+                patch = longer
+                break
+        else:
+            return tuple(max(b, n) for b, n in zip(budget, patch, strict=True))
+
+
 def _shortened(patch: list[int], multiple: Sequence[int], shape: Sequence[float]) -> list[int] | None:
     """One step less along the axis with the largest share of the volume; None when every axis is at its shortest."""
     candidates = [axis for axis in range(3) if patch[axis] > multiple[axis]]

@@ -22,7 +22,7 @@ from pretrain3d.devices import GIB, device_memory_gb
 from pretrain3d.files import write_text
 from pretrain3d.planning.anchors import plan_levels, relative_strides, search_anchors
 from pretrain3d.planning.memory import footprint
-from pretrain3d.planning.patch import BATCH_SIZE, plan_patch
+from pretrain3d.planning.patch import BATCH_SIZE, plan_patch, shared_out
 from pretrain3d.registry import takes
 
 MULTIPLE = 16  # of patch sizes: what the coarsest level of the small backbones needs
@@ -47,7 +47,8 @@ def make_plan(
 
     Args:
         store: prepared, with or without objects.
-        patch_size: largest patch in voxels, multiples of what the backbone needs; None: 128 per axis.
+        patch_size: largest patch in voxels, multiples of what the backbone needs; None: 128^3 voxels, see
+            `patch.shared_out`.
         backbone, detector: names of what will be trained: strides and memory are theirs.
         memory_gb: GiB of one GPU; None: of the GPU here, without one of this machine, on whose CPU it is then planned.
         batch_size: patches per optimiser step.
@@ -74,8 +75,12 @@ def make_plan(
     memory, device = (memory_gb, "named") if memory_gb is not None else device_memory_gb()
     cases = _pool(store, store.cases.values())
     shape = np.median([case.shape for case in cases], axis=0).tolist()
+    if patch_size is None:
+        budget = shared_out(budget, shape, need.multiple)
     first_fold = _first_fold(store)
     training = [case for case in cases if case.id in first_fold]
+    if not any(len(case.boxes) for case in training):  # few objects, all of them in the cases that fold 0 validates on
+        training = cases
     boxes = np.concatenate([case.boxes for case in training]) if training else np.zeros((0, 6), np.float32)
     sizes = torch.from_numpy(boxes[:, 3:] - boxes[:, :3])
     held = sizes.float().quantile(HELD, dim=0).tolist() if len(boxes) else (0, 0, 0)

@@ -16,6 +16,7 @@ from pretrain3d.data.readers import itk
 
 SUFFIXES = (".nii.gz", ".nii", *itk.SUFFIXES)
 ENDINGS = ", ".join(SUFFIXES)  # for messages
+ROUNDING = 1e-3  # by which a scaled or resaved label may miss its number
 MAX_SHIFT = 0.1  # voxels by which the corners of two files of one case may differ
 
 
@@ -96,13 +97,13 @@ def read_mask(path: Path, image_path: Path) -> np.ndarray:
     """
     voxels, affine = read_image(path)
     check_same_grid(path, affine, voxels.shape, image_path)
-    low, high = float(voxels.min()), float(voxels.max())
+    whole = np.rint(voxels) if voxels.dtype.kind == "f" else voxels
+    low, high = float(whole.min()), float(whole.max())
     if not (np.isfinite([low, high]).all() and low >= 0 and high < 2**16):
         raise UserError(f"{path}: labels must be 0..65535, found {low:g}..{high:g}")
-    labels = voxels.astype(np.uint8 if high < 2**8 else np.uint16, copy=False)
-    if voxels.dtype.kind == "f" and not np.array_equal(labels, voxels):
-        raise UserError(f"{path}: labels must be whole numbers, found {voxels[labels != voxels].flat[0]:g}")
-    return labels
+    if whole is not voxels and (off := np.abs(voxels - whole) > ROUNDING).any():
+        raise UserError(f"{path}: labels must be whole numbers, found {voxels[off][0]:g}")
+    return whole.astype(np.uint8 if high < 2**8 else np.uint16, copy=False)
 
 
 def check_same_grid(path: Path, affine: np.ndarray, shape: tuple[int, ...], image_path: Path) -> None:
