@@ -135,6 +135,22 @@ def test_a_speck_of_an_instance_keeps_its_box():
     np.testing.assert_allclose(found, frame.from_original(boxes_of_instances(mask)[1]), atol=0.7)
 
 
+@pytest.mark.parametrize("cached", [(14, 13, 60), (16, 16, 8), (9, 31, 24)])
+def test_what_is_thin_is_as_long_as_it_was(cached):
+    mask = np.zeros((32, 31, 24), dtype=np.int32)
+    mask[3:5, 4, 3:17] = 1  # covers less than half of each voxel of a grid that is twice as coarse
+    mask[9:30, 12, 20] = 2
+    x, y, z = np.ogrid[:32, :31, :24]
+    mask[(x - 20.0) ** 2 / 9 + (y - 20) ** 2 / 16 + (z - 10) ** 2 / 6 <= 1] = 3  # its poles do, too
+    frame = resampled_frame(mask.shape, cached)
+    found = boxes_of_instances(resample_labels(mask, frame, keep_all=True).astype(np.int32))[1]
+    exact = frame.from_original(boxes_of_instances(mask)[1])
+    off = np.abs(found - exact).reshape(-1, 2, 3)
+    thin = (exact[:, 3:] - exact[:, :3] < 1)[:, None]  # of these, one voxel that holds some of it
+    assert off.max(where=~thin, initial=0) <= 0.5 + 1e-6 and off.max(where=thin, initial=0) < 1
+    assert ((found[:, 3:] - found[:, :3] == 1) | ~thin[:, 0]).all()
+
+
 def test_a_lost_instance_takes_the_voxel_that_it_covers_most():
     mask = np.zeros((8, 8, 8), dtype=np.int32)
     mask[5, 2, 6] = 1

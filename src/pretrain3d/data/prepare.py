@@ -32,7 +32,7 @@ from pretrain3d.data.store import KINDS, StoreWriter, array_path, check_case, re
 from pretrain3d.geometry import Frame, boxes_of_instances
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-VERSION = 5  # of what is done to a case: goes up whenever the same input gives other arrays or records
+VERSION = 6  # of what is done to a case: goes up whenever the same input gives other arrays or records
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +10,8 @@ from scipy import ndimage, sparse
 
 from pretrain3d.config import UserError
 from pretrain3d.geometry import Frame
+
+TIE = 1e-6  # voxels; rounding of a box that ends in the middle of one
 
 
 def resample_image(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -29,7 +32,7 @@ def resample_labels(mask: np.ndarray, frame: Frame, keep_all: bool) -> np.ndarra
     Args:
         mask: (X, Y, Z) labels from 0, reoriented and cropped as ``frame`` says, not resampled.
         frame: its ``cached_shape`` is the result's.
-        keep_all: what would have no voxel left takes one that it covers: no instance vanishes, nor a speck of one.
+        keep_all: a label reaches as far along each axis as it did, to the nearest voxel, and none vanishes.
 
     Returns:
         (x, y, z) uint8, or uint16 for labels above 255.
@@ -59,41 +62,49 @@ def resample_labels(mask: np.ndarray, frame: Frame, keep_all: bool) -> np.ndarra
             out[crops[label]][better] = label
     out[best < 1 - total] = 0  # where the background covers more; ties go to the object
     if keep_all:
-        _restore_lost(out, mask, boxes, crops, weights)
+        _restore_ends(out, mask, boxes, crops, weights)
     return out
 
 
-def _restore_lost(
+def _restore_ends(
     out: np.ndarray,
     mask: np.ndarray,
     boxes: list[tuple[slice, ...]],
     crops: dict[int, tuple[slice, ...]],
     weights: list[sparse.csr_array],
 ) -> None:
-    """Gives each component of a label without a voxel the one it covers most, unless that is another label's last one.
+    """Where a label ends short of its box, it takes the voxel there that it covers most, unless it is another's last.
 
-    Of each component, not of each label: a box reaches to the specks of its mask, and the mask shall have the same box.
+    What is thin along one axis covers less than half of every voxel, however long it is along the others.
     """
     counts = np.bincount(out.reshape(-1), minlength=max(crops, default=0) + 1)
     for label, crop in crops.items():
-        box = boxes[label - 1]
-        components, number = ndimage.label(mask[box] == label, structure=np.ones((3, 3, 3)))
-        if number == 1 and counts[label]:
-            continue
-        for component in range(1, number + 1):
-            share = _coverage(components == component, box, weights, crop)
-            if ((out[crop] == label) & (share > 0)).any():
-                continue
-            for flat in np.argsort(-share, axis=None, kind="stable")[: np.count_nonzero(share)]:
-                place = np.unravel_index(flat, share.shape)
-                owner = int(out[crop][place])
-                if owner == 0 or counts[owner] > 1:
-                    out[crop][place] = label
-                    counts[label] += 1
-                    counts[owner] -= 1
-                    break
+        share: np.ndarray | None = None
+        for axis, part in enumerate(boxes[label - 1]):
+            for end in _ends(part, out.shape[axis] / mask.shape[axis]):
+                plane = tuple(slice(end, end + 1) if other == axis else crop[other] for other in range(3))
+                if (out[plane] == label).any():
+                    continue
+                if share is None:
+                    share = _coverage(mask[boxes[label - 1]] == label, boxes[label - 1], weights, crop)
+                here = share.take([end - crop[axis].start], axis)
+                for flat in np.argsort(-here, axis=None, kind="stable")[: np.count_nonzero(here)]:
+                    place = np.unravel_index(flat, here.shape)
+                    owner = int(out[plane][place])
+                    if owner == 0 or counts[owner] > 1:
+                        out[plane][place] = label
+                        counts[label] += 1
+                        counts[owner] -= 1
+                        break
         if not counts[label]:
             raise UserError(f"instance {label} has no voxel of its own at this spacing; use a finer spacing_mm")
+
+
+def _ends(part: slice, factor: float) -> tuple[int, int]:
+    """The first and the last voxel of the result that stand for voxels ``part`` of the input."""
+    low, high = part.start * factor, part.stop * factor
+    first, last = math.ceil(low - 0.5 - TIE), math.floor(high - 0.5 + TIE)  # whose centres lie between the ends
+    return (first, last) if first <= last else (math.floor((low + high) / 2),) * 2
 
 
 def _coverage(
