@@ -12,10 +12,10 @@ from pretrain3d.config import UserError
 from pretrain3d.data.readers import READERS
 from pretrain3d.data.readers.contract import Reader
 from pretrain3d.data.readers.images import Images
-from pretrain3d.data.readers.nifti import read_mask
 from pretrain3d.data.readers.nndetection import NnDetection
 from pretrain3d.data.readers.nnunet import NnUNet
 from pretrain3d.data.readers.openkbp import DETECTION, GRID, LEFT_OUT, ORGANS, OpenKbp
+from pretrain3d.data.readers.volumes import read_mask
 from pretrain3d.registry import resolve
 
 AFFINE = affine_of("LPS", (1.0, 1.0, 2.0))
