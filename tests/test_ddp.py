@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from pretrain3d.backbones.decoders import UNetDecoder
+from pretrain3d.backbones.decoders import UNetDecoder, image_decoder
 from pretrain3d.backbones.resenc import ResEnc
 from pretrain3d.objectives.simclr import SimCLR
+from pretrain3d.objectives.swin_mix import SwinMix
 from pretrain3d.objectives.voco import VoCo
 
 COMMON = [
@@ -95,13 +97,20 @@ class Contrast(nn.Module):
         self.backbone = ResEnc([4, 6], [1, 1], [1, 2])
         given = (self.backbone.levels, 1, (16, 8, 8), UNetDecoder)
         widths = {"hidden": 16, "embedding": 8}
-        self.method: nn.Module = SimCLR(*given, crop_size=8, **widths)
-        if name != "simclr":
+        self.method: nn.Module
+        if name == "simclr":
+            self.method = SimCLR(*given, crop_size=8, **widths)
+        elif name == "swin_mix":  # not mixed: partners are of the same process
+            self.method = SwinMix(self.backbone.levels, 1, (8, 8, 8), partial(image_decoder, self.backbone), drop=0.0)
+        else:
             self.method = VoCo(*given, grid=(2, 1, 1), targets=2, bases=name, feature_dropout=0.2, **widths)  # type: ignore[arg-type]
 
     def forward(self, image: Tensor, samples: list[int]) -> Tensor:
         draws = [torch.Generator().manual_seed(sample) for sample in samples]
-        prepared = self.method.prepare({"image": image}, draws)
+        if isinstance(self.method, SwinMix):
+            image = image[:, :, :8]
+        inside = torch.ones_like(image, dtype=torch.bool)
+        prepared = self.method.prepare({"image": image, "inside": inside}, draws)
         return self.method.loss(self.method(self.backbone, prepared), prepared)["loss"]
 
 
@@ -123,7 +132,7 @@ def work(rank: int, folder: str, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["simclr", "stop_gradient", "teacher"])
+@pytest.mark.parametrize("name", ["simclr", "stop_gradient", "teacher", "swin_mix"])
 def test_contrastive_gradients_are_those_of_one_process_with_the_whole_batch(name: str, tmp_path: Path) -> None:
     loss, expected = gradients(Contrast(name), 0, 1)
     torch.multiprocessing.spawn(work, (str(tmp_path), name), nprocs=2)

@@ -125,7 +125,7 @@ def losses(method: str, columns: Columns) -> list[tuple[str, np.ndarray, np.ndar
         return [("loss", loss, CLEARLY * np.minimum(columns["mean_predictor"], columns["copy"]))]
     if method == "swin_mix":
         levels = {"loss": columns["trivial"], "reconstruction": columns["mean_predictor"]}
-        levels["rotation"] = np.full_like(loss, math.log(4))
+        levels |= {"rotation": np.full_like(loss, math.log(4)), "contrast": np.full_like(loss, math.log(2 * 4 - 1))}
         return [(name, columns[name], CLEARLY * level) for name, level in levels.items()]
     level = columns["trivial"] if "trivial" in columns else columns["mean_predictor"]
     return [("loss", loss, CLEARLY * level)]

@@ -11,6 +11,7 @@ from method_checks import check_bf16_gradients, check_empty_batch, check_picture
 
 from pretrain3d.config import UserError, load
 from pretrain3d.objectives import corruptions
+from pretrain3d.objectives.swin_mix import by_patch
 
 SHAPE = (16, 16, 8)
 
@@ -90,8 +91,9 @@ def test_loss_by_loops():
     prepared = method.prepare(make_batch(SHAPE, channels=2), generators(0, 1))
     outputs = {
         "reconstruction": torch.randn(4, 2, *SHAPE),
-        "turns": torch.randn(4, 4),
-        "embeddings": torch.randn(4, 512),
+        "turns": torch.randn(2, 2, 4),
+        "embeddings": torch.randn(2, 2, 512),
+        "quarters": by_patch(prepared["quarters"]),
     }
     losses = method.loss(outputs, prepared)
     targets, inputs, inside = (prepared[key].numpy() for key in ("targets", "inputs", "inside"))
@@ -101,11 +103,11 @@ def test_loss_by_loops():
         mean = np.mean([inputs[b, c][v] for v in voxels])
         errors += [abs(outputs["reconstruction"][b, c][v].item() - targets[b, c][v]) for v in voxels]
         means += [abs(mean - targets[b, c][v]) for v in voxels]
-    turns = outputs["turns"].double().numpy()
+    turns = outputs["turns"].transpose(0, 1).flatten(0, 1).double().numpy()  # first views, then second ones
     rotation = []
     for row, quarters in enumerate(prepared["quarters"].tolist()):
         rotation.append(math.log(sum(math.exp(t) for t in turns[row])) - turns[row][quarters])
-    vectors = outputs["embeddings"].double().numpy()
+    vectors = outputs["embeddings"].transpose(0, 1).flatten(0, 1).double().numpy()
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     contrast = []
     for i in range(4):  # views 0, 1 are the first ones of both patches, 2, 3 the second ones
@@ -120,6 +122,30 @@ def test_loss_by_loops():
     assert losses["trivial"].item() == pytest.approx(trivial, rel=1e-4)
     right = np.mean(turns.argmax(1) == prepared["quarters"].numpy())
     assert losses["rotation_accuracy"].item() == pytest.approx(right)
+
+
+def smooth_batch(batch: int) -> dict[str, torch.Tensor]:
+    coarse = torch.randn(batch, 1, 4, 4, 2)
+    return {**make_batch(SHAPE, batch=batch), "image": torch.nn.functional.interpolate(coarse, size=SHAPE)}
+
+
+def test_patches_are_told_apart_from_the_start():
+    """Means of an untrained network share most of their length: as they are, no cosine would be below 0.9."""
+    backbone, method = make("swin_mix", SHAPE)
+    outputs = method(backbone, method.prepare(smooth_batch(6), generators(*range(6))))
+    assert outputs["embeddings"].shape == (6, 2, 512) and outputs["turns"].shape == (6, 2, 4)
+    vectors = torch.nn.functional.normalize(outputs["embeddings"].flatten(0, 1), dim=1)
+    cosines = (vectors @ vectors.T)[~torch.eye(12, dtype=torch.bool)]
+    assert cosines.mean() < 0.2 and cosines.min() < -0.3
+
+
+def test_without_contrast_a_patch_does_not_know_its_batch():
+    backbone, method = make("swin_mix", SHAPE, contrast=0.0, drop=0.0)
+    batch = smooth_batch(3)
+    together = method(backbone, method.prepare(batch, generators(0, 1, 2)))
+    fewer = method(backbone, method.prepare({key: value[:2] for key, value in batch.items()}, generators(0, 1)))
+    for key in ("turns", "embeddings", "quarters"):
+        torch.testing.assert_close(fewer[key], together[key][:2])
 
 
 def test_what_is_restored_comes_from_the_coarsest_level_alone():

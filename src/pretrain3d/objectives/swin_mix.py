@@ -46,7 +46,10 @@ class SwinMix(nn.Module):
 
     Source: Tang et al., "Self-supervised pre-training of Swin transformers for 3D medical image analysis" (2022), with
     weights 1, 1, 1 and temperature 0.5 as in its code and in nnssl. There the rotation is read from one corner token
-    and the embedding from its neighbour; here both from the mean of the coarsest level. There and here the image is
+    and the embedding from its neighbour; here both from the mean of the coarsest level, normalised over the views of
+    the batch where they are contrasted. Without that the large part that all means share stays, all cosines begin near
+    1, and the contrast was seen to stay at log(2 N - 1); with the embedding's input alone normalised, the rotation was
+    not learned instead. There and here the image is
     restored from that level alone. There the noise is made to span [0, 1] in images of [0, 1]; here it spans the range
     of the sample's normalised intensities. Voxels outside the volume do not count in L1.
     """
@@ -85,8 +88,10 @@ class SwinMix(nn.Module):
                 raise UserError(f"swin_mix: the weight {name} is {weight}; 0 or more")
         self.drop, self.temperature = drop, temperature
         self.decoder = decoder(levels, in_channels, skips=False)
-        self.turn_head = nn.Linear(levels[-1].channels, QUARTERS)
-        self.match_head = nn.Linear(levels[-1].channels, EMBEDDING)
+        channels = levels[-1].channels
+        self.norm = nn.BatchNorm1d(channels, affine=False, track_running_stats=False) if contrast else nn.Identity()
+        self.turn_head = nn.Linear(channels, QUARTERS)
+        self.match_head = nn.Linear(channels, EMBEDDING)
 
     def check_mirrors(self, flip_axes: Sequence[int]) -> None:
         """See `contract.Method`."""
@@ -145,12 +150,21 @@ class SwinMix(nn.Module):
         return swapped
 
     def forward(self, backbone: Backbone, prepared: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns: ``reconstruction`` (2 B, C, X, Y, Z); ``turns`` (2 B, 4) logits; ``embeddings`` (2 B, D) float32."""
+        """Restores this process' views, and looks at those of all processes in training.
+
+        Returns:
+            ``reconstruction`` (2 B, C, X, Y, Z); of N patches, B or in training those of all processes, both views:
+            ``turns`` (N, 2, 4) logits, ``embeddings`` (N, 2, D) float32, and their ``quarters`` (N, 2).
+        """
         features = backbone(prepared["inputs"], None)
-        summary = features[-1].float().mean((2, 3, 4))  # (2 B, channels)
+        summary, quarters = by_patch(features[-1].float().mean((2, 3, 4))), by_patch(prepared["quarters"])
+        if self.training:  # validation batches are not paired between processes
+            summary, quarters = all_gather(summary), all_gather(quarters)
         with torch.autocast(summary.device.type, enabled=False):  # cosines near 1 are to be told apart
+            summary = self.norm(summary.flatten(0, 1)).unflatten(0, (-1, 2))  # (N, 2, channels)
             turns, embeddings = self.turn_head(summary), self.match_head(summary)
-        return {"reconstruction": self.decoder(features)[0], "turns": turns, "embeddings": embeddings}
+        restored = self.decoder(features)[0]
+        return {"reconstruction": restored, "turns": turns, "embeddings": embeddings, "quarters": quarters}
 
     def loss(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weighted sum of the three losses, of the whole batch of all processes.
@@ -162,20 +176,19 @@ class SwinMix(nn.Module):
         """
         targets, inside = prepared["targets"].float(), prepared["inside"]
         guesses = (outputs["reconstruction"].float(), visible_mean(prepared["inputs"].float(), inside))
-        quarters, turns = prepared["quarters"], outputs["turns"].float()
         sums = [(guess - targets).abs().mul(inside).sum() for guess in guesses]
-        sums += [inside.sum().float() * targets.shape[1], F.cross_entropy(turns, quarters, reduction="sum")]
-        sums += [(turns.detach().argmax(1) == quarters).sum().float(), turns.new_full((), len(turns))]
-        totals, views = torch.stack(sums), outputs["embeddings"].float().unflatten(0, (2, -1)).movedim(0, 1)
-        if self.training:  # validation batches are not paired between processes
-            totals, views = all_sum(totals), all_gather(views)
+        totals = torch.stack([*sums, inside.sum().float() * targets.shape[1]])
+        if self.training:
+            totals = all_sum(totals)
+        turns, quarters = outputs["turns"].float().flatten(0, 1), outputs["quarters"].flatten()
+        views = outputs["embeddings"].float()
         if self.training and len(views) == 1 and self.weights["contrast"]:
             raise UserError(
                 "swin_mix tells the patches of a batch apart; data.batch_size is 1, take 2 or more, or contrast=0"
             )
-        voxels, samples = totals[2].detach().clamp(min=1.0), totals[5].detach()
+        voxels, rotation = totals[2].detach().clamp(min=1.0), F.cross_entropy(turns, quarters)
         contrast, top1 = nt_xent(views[:, 0], views[:, 1], self.temperature)
-        parts = {"reconstruction": totals[0] / voxels, "rotation": totals[3] / samples, "contrast": contrast}
+        parts = {"reconstruction": totals[0] / voxels, "rotation": rotation, "contrast": contrast}
         mean_predictor = (totals[1] / voxels).detach()
         levels = {
             "reconstruction": mean_predictor,
@@ -187,7 +200,7 @@ class SwinMix(nn.Module):
             **{name: part.detach() for name, part in parts.items()},
             "mean_predictor": mean_predictor,
             "trivial": self._total(levels),
-            "rotation_accuracy": totals[4].detach() / samples,
+            "rotation_accuracy": (turns.detach().argmax(1) == quarters).float().mean(),
             "top1": top1,
         }
 
@@ -203,3 +216,8 @@ class SwinMix(nn.Module):
         }
         middle = prepared["targets"].shape[-1] // 2
         return {name: array[0, 0, :, :, middle].detach().float().cpu().numpy() for name, array in arrays.items()}
+
+
+def by_patch(views: Tensor) -> Tensor:
+    """First views and then second ones, (2 B, ...), to both views of every patch, (B, 2, ...)."""
+    return views.unflatten(0, (2, -1)).movedim(0, 1)
