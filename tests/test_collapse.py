@@ -14,6 +14,8 @@ import torch
 from tiny_store import blocks, image_of, make_case, write_store
 
 from pretrain3d.__main__ import main
+from pretrain3d.backbones import BACKBONES
+from pretrain3d.backbones.resenc import ResEnc
 from pretrain3d.data.normalise import Normalisation
 from pretrain3d.data.probe import VOXELS, ProbePatches
 from pretrain3d.data.store import Store
@@ -57,6 +59,10 @@ def test_warning_names_what_collapsed_and_keeps_quiet_otherwise():
     assert "embeddings have collapsed onto a line" in (warning("embeddings", 64, 0.5, 1.1) or "")
     assert "collapsed" in (warning("features", 64, math.nan, 5.0) or "")
     assert warning("features", 4, 0.0, 1.0) is None  # too few to say
+    assert warning("features", 64, 5e-3, 3.0, min_std=1e-3) is None
+    assert "differ by 5.0e-04 of their length (healthy: above 0.001)" in (
+        warning("features", 64, 5e-4, 3.0, min_std=1e-3) or ""
+    )
 
 
 def test_votes_by_loops():
@@ -255,6 +261,23 @@ def test_a_collapsed_run_says_so(tmp_path, monkeypatch):
     texts, row = run("simclr", tmp_path, "collapsed", method, *steps)
     assert any("step 30: the features have collapsed" in text for text in texts)
     assert float(row["val/feature_std"]) < MIN_STD
+
+
+class DeadEnd(ResEnc):
+    """Whose coarsest level is the same for every image."""
+
+    def forward(self, image, *others, **more):
+        *fine, coarse = super().forward(image, *others, **more)
+        return [*fine, 0.0 * coarse + 1.0]
+
+
+def test_a_dead_level_beside_healthy_ones_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKBONES, "dead_end", f"{__name__}:DeadEnd")
+    wavy_store(tmp_path / "store")
+    backbone = "backbone={name: dead_end, channels: [4, 8], blocks: [1, 1], strides: [1, 2]}"
+    texts, row = run("mae", tmp_path, "dead", backbone, "trainer.max_steps=1", "trainer.val_every_n_steps=1")
+    assert len(texts) == 1 and "step 1: the features of level 2 of 2 have collapsed" in texts[0]
+    assert float(row["val/feature_std"]) > MIN_STD
 
 
 @pytest.mark.parametrize("config", ["mae", "simclr"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from pretrain3d.config import UserError
 from pretrain3d.data.probe import ProbePatches
 from pretrain3d.evaluation.probe import probe
-from pretrain3d.objectives.collapse import effective_rank, spread, warning
+from pretrain3d.objectives.collapse import MIN_LEVEL_STD, MIN_STD, effective_rank, spread, warning
 from pretrain3d.objectives.projection import pooled
 from pretrain3d.parallel import all_gather, rank, world_size
 
@@ -31,7 +31,8 @@ class FeatureMonitor(Callback):
     Of several stores it is the first one with maps of organs, else the first, of those that pass the backbone's stem.
 
     ``val/feature_std``: see `collapse.spread`; ``val/effective_rank``: see `collapse.effective_rank`; with a warning in
-    plain words when they, or those of a method's projected embeddings, say that the network has collapsed. Every few
+    plain words when they, those of a single level, or those of a method's projected embeddings say that the network has
+    collapsed; levels are counted from the finest, 1. Every few
     validations, where the store has maps of organs, ``val/probe_auroc``: how well the features at the nearest voxels of
     other patients tell which organ a voxel is of, 0.5 is chance. An organ counts where it was annotated, and supervised
     pretraining is asked about cases that it does not learn.
@@ -66,11 +67,13 @@ class FeatureMonitor(Callback):
             self.patches = self._choose(trainer, module)
         features, at_voxels, organs = self._look(trainer, module, self.patches)
         values = {"feature_std": float(spread(features)), "effective_rank": float(effective_rank(features))}
-        self._warn(trainer, "features", features, *values.values())
+        if not self._warn(trainer, "features", features):  # a dead level does not show beside healthy ones
+            parts = features.split([level.channels for level in module.backbone.levels], dim=1)
+            for number, part in enumerate(parts, start=1) if len(parts) > 1 else ():
+                self._warn(trainer, f"features of level {number} of {len(parts)}", part, MIN_LEVEL_STD)
         projector = getattr(module.best_networks()[1], "projector", None)
         if projector is not None:  # what a contrastive loss collapses first
-            embeddings = projector(features)
-            self._warn(trainer, "embeddings", embeddings, float(spread(embeddings)), float(effective_rank(embeddings)))
+            self._warn(trainer, "embeddings", projector(features))
         if self.probe_every and self.validations % self.probe_every == 0 and self.patches.has_organs:
             area = probe(*asked(at_voxels, organs, self.patches))
             if area is not None:
@@ -79,10 +82,12 @@ class FeatureMonitor(Callback):
             module.log(f"val/{name}", value, sync_dist=True, batch_size=1)
 
     @staticmethod
-    def _warn(trainer: Any, what: str, vectors: Tensor, std: float, rank: float) -> None:
-        text = warning(what, len(vectors), std, rank)
+    def _warn(trainer: Any, what: str, vectors: Tensor, min_std: float = MIN_STD) -> bool:
+        """Whether these have collapsed."""
+        text = warning(what, len(vectors), float(spread(vectors)), float(effective_rank(vectors)), min_std)
         if text and trainer.is_global_zero:
             warnings.warn(f"step {trainer.global_step}: {text}", stacklevel=3)
+        return text is not None
 
     def _choose(self, trainer: Any, module: Any) -> ProbePatches:
         data = trainer.datamodule

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MIN_STD = 0.01  # of the spread: below, all images look alike; untrained networks have 0.06 to 0.16
+MIN_LEVEL_STD = 0.001  # of a single level; the finest of untrained networks have 0.007 and more
 MIN_RANK = 1.5  # of effective_rank: below, all that differs lies on one line
 MIN_SAMPLES = 8  # fewer say nothing
 
@@ -48,21 +49,22 @@ def effective_rank(features: Tensor) -> Tensor:
     return torch.special.entr(shares).sum().exp().float()
 
 
-def warning(what: str, count: int, std: float, rank: float) -> str | None:
+def warning(what: str, count: int, std: float, rank: float, min_std: float = MIN_STD) -> str | None:
     """What to tell the user about some vectors; None while all is well.
 
     Args:
-        what: is looked at: "features", "embeddings".
+        what: is looked at: "features", "embeddings", "features of level 2 of 4".
         count: number of vectors, each of another patch.
         std, rank: their `spread` and `effective_rank`.
+        min_std: below, they are all the same.
     """
     if count < MIN_SAMPLES:
         return None
     advice = "Lower module.optimizer.lr, lengthen module.warmup_steps or use larger batches"
-    if not math.isfinite(std) or std < MIN_STD:
+    if not math.isfinite(std) or std < min_std:
         return (
             f"the {what} have collapsed: those of {count} different patches differ by {std:.1e} of their length "
-            f"(healthy: above {MIN_STD}), so the network gives the same answer to every image. {advice}"
+            f"(healthy: above {min_std}), so the network gives the same answer to every image. {advice}"
         )
     if rank < MIN_RANK:
         return (
