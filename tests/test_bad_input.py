@@ -20,6 +20,7 @@ from pretrain3d.data.prepare import prepare
 from pretrain3d.data.readers.contract import RawVolume
 from pretrain3d.data.readers.nndetection import NnDetection
 from pretrain3d.data.store import Store
+from pretrain3d.modules import pending
 from pretrain3d.modules.base import BaseModule
 
 NAN = float("nan")
@@ -85,3 +86,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_cases(value: floa
     with pytest.raises(UserError, match=rf"the training loss became {value} at step 7 \(cases a, b\)"):
         BaseModule.finish_losses(module, {"loss": torch.tensor(1.0)}, batch, "train")  # type: ignore[arg-type]
     assert logged.keys() == {"train/loss"}
+
+
+def test_a_loss_that_is_not_finite_on_another_process_stops_this_one_with_the_same_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pending, "all_sum", lambda own: own + NAN)
+    monkeypatch.setattr(pending, "gather_objects", lambda own: [own, (NAN, ("c", "d")), (2.0, ("e",)), (NAN, ("c",))])
+    module = SimpleNamespace(_pending=pending.PendingLoss.of(7, torch.tensor(1.0), ["a", "b"]))
+    with pytest.raises(UserError, match=r"the training loss became nan at step 7 \(cases c, d\)"):
+        BaseModule.check_pending(module)  # type: ignore[arg-type]

@@ -46,6 +46,14 @@ def all_sum(value: Tensor) -> Tensor:
     return _AllSum.apply(value)
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all processes, by rank; every process waits here for the others."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:

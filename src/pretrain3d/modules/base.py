@@ -247,7 +247,7 @@ class BaseModule(lightning.LightningModule):
         """Logs every part of the loss; stops on a non-finite one, one step late so that no step waits for the device.
 
         Raises:
-            UserError: the loss of the previous step was NaN or infinite; names its cases.
+            UserError: the loss of the previous step was NaN or infinite, on any process; names the cases it was of.
         """
         self.check_pending()
         total, size = losses["loss"], len(batch["case_ids"])
@@ -289,11 +289,10 @@ class BaseModule(lightning.LightningModule):
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        value = pending.value()
-        if not math.isfinite(value):
-            names = ", ".join(dict.fromkeys(pending.cases))
+        if not math.isfinite(pending.value()):
+            value, names = pending.culprits()
             raise UserError(
-                f"the training loss became {value} at step {pending.step} (cases {names}); "
+                f"the training loss became {value} at step {pending.step} (cases {', '.join(names)}); "
                 "look at these cases, lower module.optimizer.lr or set trainer.gradient_clip_val"
             )
 

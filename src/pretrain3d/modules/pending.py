@@ -4,30 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 
+from pretrain3d.parallel import all_sum, gather_objects
+
 
 @dataclass(frozen=True)
 class PendingLoss:
-    """A training loss that nobody looked at yet, on its way to the host."""
+    """A training loss that nobody looked at yet, on its way to the host.
+
+    What goes there is the sum over processes, which is not finite where one of them is not: so all of them stop, and
+    none waits for one that did.
+
+    Attributes:
+        step: of the optimiser.
+        total: of all processes.
+        copied: recorded after the copy from a GPU.
+        own: of this process.
+        cases: of this process' batch.
+    """
 
     step: int
-    loss: Tensor
+    total: Tensor
     copied: torch.cuda.Event | None
+    own: Tensor
     cases: tuple[str, ...]
 
     @classmethod
     def of(cls, step: int, loss: Tensor, cases: Sequence[str]) -> PendingLoss:
-        loss, copied = loss.detach(), None
-        if loss.is_cuda:
-            loss, copied = loss.to("cpu", non_blocking=True), torch.cuda.Event()
+        own, copied = loss.detach(), None
+        total = all_sum(own)
+        if total.is_cuda:
+            total, copied = total.to("cpu", non_blocking=True), torch.cuda.Event()
             copied.record()
-        return cls(step, loss, copied, tuple(cases))
+        return cls(step, total, copied, own, tuple(cases))
 
     def value(self) -> float:
-        """Waits for the copy alone, not for what the device was given to do since."""
+        """The sum; waits for the copy alone, not for what the device was given to do since."""
         if self.copied is not None:
             self.copied.synchronize()
-        return float(self.loss)
+        return float(self.total)
+
+    def culprits(self) -> tuple[float, list[str]]:
+        """Where `value` is not finite: the first loss that is not, and the cases of all such processes, once each."""
+        losses = gather_objects((float(self.own), self.cases))
+        found = [(loss, cases) for loss, cases in losses if not isfinite(loss)] or losses
+        return found[0][0], list(dict.fromkeys(case for _, cases in found for case in cases))
