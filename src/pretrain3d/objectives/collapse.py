@@ -64,11 +64,11 @@ def warning(what: str, count: int, std: float, rank: float, min_std: float = MIN
     if not math.isfinite(std) or std < min_std:
         return (
             f"the {what} have collapsed: those of {count} different patches differ by {std:.1e} of their length "
-            f"(healthy: above {min_std}), so the network gives the same answer to every image. {advice}"
+            f"(healthy: above {min_std}), so they are the same for every image. {advice}"
         )
     if rank < MIN_RANK:
         return (
             f"the {what} have collapsed onto a line: over {count} different patches their effective rank is {rank:.1f} "
-            f"(healthy: above {MIN_RANK}), so the network tells images apart in one way only. {advice}"
+            f"(healthy: above {MIN_RANK}), so they tell images apart in one way only. {advice}"
         )
     return None
