@@ -6,6 +6,7 @@
 #   SCALE=long          a longer demo, with a result of its own
 #   DATA=folder         the OpenKBP collection, for `make openkbp`, `make study` (SCALE=gpu, SEED=1) and `make gpu`
 #   ONLY="nms atss"     some of the benchmarks, for `make bench`
+#   WANDB=offline       the runs of demo, openkbp and study log to W&B, too; or online
 #
 # pip reads its own settings: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the small torch without CUDA.
 
@@ -47,13 +48,14 @@ endif
 	@touch $@
 
 demo: setup  ## the whole way on embedded data: table and report in runs/demo
-	$(PY) experiments/run.py experiments/demo.yaml $(if $(SCALE),scale=$(SCALE))
+	$(PY) experiments/run.py experiments/demo.yaml $(if $(SCALE),scale=$(SCALE)) $(if $(WANDB),wandb=$(WANDB))
 
 openkbp: data-named setup  ## the same on real CTs: make openkbp DATA=<folder>
-	$(PY) experiments/run.py experiments/openkbp.yaml data="$(DATA)"
+	$(PY) experiments/run.py experiments/openkbp.yaml data="$(DATA)" $(if $(WANDB),wandb=$(WANDB))
 
 study: data-named setup  ## every pretraining method, and a detector from each, on real CTs: make study DATA=<folder>
-	$(PY) experiments/run.py experiments/study.yaml data="$(DATA)" $(if $(SCALE),scale=$(SCALE)) $(if $(SEED),seed=$(SEED))
+	$(PY) experiments/run.py experiments/study.yaml data="$(DATA)" $(if $(SCALE),scale=$(SCALE)) $(if $(SEED),seed=$(SEED)) \
+	  $(if $(WANDB),wandb=$(WANDB))
 
 detr: setup  ## Deformable DETR on the data of the long demo
 	$(PY) experiments/run.py experiments/detr.yaml

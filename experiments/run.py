@@ -3,8 +3,9 @@
     python experiments/run.py experiments/demo.yaml [scale=long] [key=value ...]
 
 A stage is a pretrain3d command line. `{key}` in it is replaced by a value of the file's `values`, of the chosen entry
-of `scales`, or of the command line, in rising order. A stage with `each: LIST` runs once for every entry of that list
-of `lists`, with `{entry}` its name and `{options}` what it holds; elsewhere a word with `{LIST}` becomes one per entry.
+of `scales`, or of the command line, in rising order; values of the file may mention others. A stage with `each: LIST`
+runs once for every entry of that list of `lists`, with `{entry}` its name and `{options}` what it holds; elsewhere a
+word with `{LIST}` becomes one per entry.
 """
 
 from __future__ import annotations
@@ -20,12 +21,20 @@ import yaml
 from pretrain3d.__main__ import main as pretrain3d
 
 
+class Values(dict[str, Any]):
+    """Texts in which others are named as `{key}`, filled in when they are read."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        return value.format_map(self) if isinstance(value, str) else value
+
+
 def read(path: Path, options: dict[str, str]) -> list[tuple[str, list[str]]]:
     """(name, argument list) of every stage, placeholders filled."""
     if not path.is_file():
         sys.exit(f"{path}: no such experiment file")
     experiment = yaml.safe_load(path.read_text())
-    values: dict[str, Any] = dict(experiment.get("values") or {})
+    values = Values(experiment.get("values") or {})
     scales = experiment.get("scales") or {}
     scale = options.pop("scale", "") or next(iter(scales), "")
     if scale not in scales and (scale or scales):
@@ -34,21 +43,19 @@ def read(path: Path, options: dict[str, str]) -> list[tuple[str, list[str]]]:
     unknown = set(options) - set(values)
     if unknown:
         sys.exit(f"{path}: {', '.join(sorted(unknown))} is unknown; it takes scale, {', '.join(values)}")
-    values |= {key: shlex.quote(value) for key, value in options.items()}
+    values |= {key: shlex.quote(value).replace("{", "{{").replace("}", "}}") for key, value in options.items()}
     missing = [key for key, value in values.items() if value is None]
     if missing:
         sys.exit(f"{path} needs {missing[0]}=...")
-    for _ in range(3):  # values may mention values
-        values = {key: value.format(**values) if isinstance(value, str) else value for key, value in values.items()}
     lists = {
-        name: {entry: text.format(**values) for entry, text in entries.items()}
+        name: {entry: text.format_map(values) for entry, text in entries.items()}
         for name, entries in (experiment.get("lists") or {}).items()
     }
     lines = []
     for stage in experiment["stages"]:
         entries = lists[stage["each"]] if "each" in stage else {"": ""}
         for entry, text in entries.items():
-            known = {**values, "entry": entry, "options": text}
+            known = {**{key: values[key] for key in values}, "entry": entry, "options": text}
             words = [word for word in stage["run"].split() for word in _one_per_entry(word, lists)]
             line = shlex.split(" ".join(word.format(**known) for word in words))
             lines.append((stage["name"].format(**known), line))

@@ -200,6 +200,8 @@ def test_what_makes_a_row() -> None:
     assert rows(result("m-s0"), result("m-s1", 1), result("n-s0")) == {"m-s* (2 runs)": [0, 1], "n-s0": [2]}
     assert rows(result("m-s0"), result("m-s0")) == {"m-s0": [0], "m-s0 #2": [1]}  # the same seed again
     assert rows(result("m-s0"), result("m-s1", 1, backbone="other")) == {"m-s0": [0], "m-s1": [1]}
+    logged = result("m-s1", 1, logger={"wandb": {"mode": "offline"}}, trainer={"log_every_n_steps": 5})
+    assert rows(result("m-s0", logger={"wandb": None}), logged) == {"m-s* (2 runs)": [0, 1]}
     best = result("m-s1", 1) | {"asked": {"checkpoint": "best"}}
     assert rows(result("m-s0") | {"asked": {"checkpoint": "last"}}, best) == {"m-s0": [0], "m-s1": [1]}
 

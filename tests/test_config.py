@@ -375,7 +375,7 @@ def test_what_lightning_refuses(tmp_path: Path, override: str, expected: str) ->
 
     added = f"+trainer.{override[1:]}" if override.startswith("+") else f"trainer.{override}"
     values = load("configs/pretrain/base.yaml", ["data.store=x", "trainer.accelerator=cpu", added])
-    assert message(make_trainer, values, RunFolder(tmp_path / "run")).startswith(expected)
+    assert message(make_trainer, values, RunFolder(tmp_path / "run"), False).startswith(expected)
 
 
 def test_tasks_of_slurm_that_lightning_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,7 +385,7 @@ def test_tasks_of_slurm_that_lightning_refuses(tmp_path: Path, monkeypatch: pyte
     for key, value in {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": "4"}.items():
         monkeypatch.setenv(key, value)
     values = load("configs/pretrain/base.yaml", ["data.store=x", "trainer.accelerator=cpu"])
-    said = message(make_trainer, values, RunFolder(tmp_path / "run"))
+    said = message(make_trainer, values, RunFolder(tmp_path / "run"), False)
     assert said.startswith("trainer: You set `--ntasks=4`") and "HINT: Use `--ntasks-per-node=4` instead" in said
 
 

@@ -59,6 +59,13 @@ def test_every_stage_is_a_command_with_a_config_that_holds(path: Path, scale: st
             runs.update([words[0]] if words[0] in runs else [words[2].removeprefix("out=")])
 
 
+def test_values_of_the_command_line_are_taken_as_they_are() -> None:
+    odd = {"data": "/a b/{c}", "out": "/x {y}", "wandb": "offline"}
+    lines = [line for _, line in runner().read(Path("experiments/openkbp.yaml"), odd)]
+    assert lines[0][:3] == ["prepare", "/a b/{c}", "out=/x {y}/store"]
+    assert "data.store=/x {y}/store" in lines[1] and "+logger.wandb.mode=offline" in lines[1]
+
+
 def test_the_study_runs_every_method() -> None:
     lines = [line for _, line in runner().read(Path("experiments/study.yaml"), {"data": "DATA"}) if line[0] == "fit"]
     settings = [load(line[2], line[3:]) for line in lines]

@@ -89,9 +89,11 @@ def test_wandb_logs_offline_and_keeps_its_id(tmp_path):
     logger = make_wandb_logger(node, tmp_path, {"name": "run", "seed": 3})
     logger.log_metrics({"train/loss": 0.5, "epoch": 0}, step=9)
     logger.log_image("pictures/original", [np.zeros((4, 4), np.uint8)], step=9)
-    history = dict(logger.experiment.summary)
-    assert history["trainer/global_step"] == 10 and "epoch" not in history
     assert logger.experiment.config["seed"] == 3
+    logger.log_metrics({"lr/head": 0.1}, step=19)  # by which W&B knows that the step before is over
+    history = dict(logger.experiment.summary)
+    assert history["train/loss"] == 0.5 and "pictures/original" in history and "epoch" not in history
+    assert history["trainer/global_step"] == history["_step"] == 10
     run_id = logger.experiment.id
     logger.close()
     assert list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
@@ -101,6 +103,48 @@ def test_wandb_logs_offline_and_keeps_its_id(tmp_path):
         log_result(node, tmp_path, {"name": "run"}, RESULT)
     ids = [path.stem.removeprefix("run-") for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")]
     assert set(ids) == {run_id}  # a resumed run is the same run (W&B's folders have names by the second: one or two)
+
+
+def test_wandb_sums_up_by_the_best_value_and_counts_optimiser_steps(tmp_path):
+    pytest.importorskip("wandb")
+    logger = make_wandb_logger({"mode": "offline", "notes": "n", "job_type": "j"}, tmp_path, {"name": "run"})
+    for step, value in ((9, 0.25), (19, 0.5), (29, 0.375)):
+        logger.log_metrics({"train/loss": value}, step)
+        logger.log_metrics(dict.fromkeys(("val/mAP", "val/AP@0.10/nodule", "val/loss", "val/spread"), value), step)
+    run = logger.experiment
+    assert (run.step, run.notes, run.job_type) == (30, "n", "j")
+    logger.log_metrics({"val/mAP": 0.9}, 19)  # what a resumed run repeats
+    logger.log_metrics({"val/spread": 0.75}, 39)
+    logger.log_metrics({"val/spread": 0.5}, 49)
+    summary = dict(run.summary)
+    logger.close()
+    found = {key: dict(summary[key]) for key in ("val/mAP", "val/AP@0.10/nodule", "val/loss")}
+    assert found["val/mAP"] == found["val/AP@0.10/nodule"] == {"max": 0.5, "last": 0.375}
+    assert found["val/loss"] == {"min": 0.25, "last": 0.375}
+    assert (summary["train/loss"], summary["val/spread"], summary["trainer/global_step"]) == (0.375, 0.75, 40)
+
+
+def test_every_training_is_a_wandb_run_of_its_own(tmp_path):
+    wandb = pytest.importorskip("wandb")
+    ids = []
+    for name, resume in (("a", False), ("b", False), ("b", True), ("b", False)):  # in one process
+        logger = make_wandb_logger({"mode": "offline"}, tmp_path / name, {"name": name}, resume)
+        assert logger.experiment.name == name
+        ids.append(logger.experiment.id)
+        logger.finalize("failed")
+        assert wandb.run is None
+    assert ids[1] == ids[2] and len(set(ids)) == 3  # begun again, its first steps are not those of the one before
+
+
+def test_a_tested_run_is_summed_up_per_class(tmp_path):
+    pytest.importorskip("wandb")
+    result = RESULT | {"asked": {"step": 70}, "per_class": {"nodule": {"AP@0.10": {"value": 0.25}}, "empty": None}}
+    logger = make_wandb_logger({"mode": "offline"}, tmp_path, {"name": "run"}, resume=True)
+    logger.log_result(result)
+    summary = dict(logger.experiment.summary)
+    logger.close()
+    assert summary["test/AP@0.10/nodule"] == 0.25
+    assert summary["trainer/global_step"] == 70
 
 
 def test_curves_without_points_are_not_drawn():

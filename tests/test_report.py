@@ -254,6 +254,14 @@ def test_running_median_against_its_definition():
     values = np.random.default_rng(0).normal(size=300)
     expected = [np.median(values[max(i - 3, 0) : i + 4]) for i in range(300)]
     assert np.array_equal(figures.running_median(values), expected)
+    few = values[:80]  # as many as the demo logs
+    assert np.array_equal(figures.running_median(few), [np.median(few[max(i - 2, 0) : i + 3]) for i in range(80)])
+    assert np.array_equal(figures.running_median(values[:19]), values[:19])
+
+
+def test_the_runs_of_the_study_have_colours_of_their_own():
+    names = [str(number) for number in range(15)]  # two from scratch, twelve methods, a baseline
+    assert len(set(figures.palette(names).values())) == 15
 
 
 def test_durations_read_naturally():

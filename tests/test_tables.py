@@ -82,6 +82,14 @@ def test_runs_that_were_tested_otherwise_keep_their_rows(first, second, together
     assert list(by_seed(runs)) == (["x-s* (2 seeds)"] if together else ["x-s0", "x-s1"])
 
 
+def test_seeds_that_were_read_or_logged_otherwise_share_a_row():
+    first = result("x-s0", logger={"wandb": None}, trainer={"max_steps": 9, "log_every_n_steps": 1})
+    second = result("x-s1", seed=1, logger={"wandb": {"tags": ["s1"]}}, trainer={"max_steps": 9})
+    assert list(by_seed([first, second])) == ["x-s* (2 seeds)"]
+    second["config"]["trainer"]["max_steps"] = 10
+    assert list(by_seed([first, second])) == ["x-s0", "x-s1"]
+
+
 def test_trainings_that_end_by_their_time_share_a_row():
     asked = [{"checkpoint": "last", "step": step} for step in (9, 4)]
     runs = [result(f"x-s{s}", seed=s, trainer={"max_time": "00:01:00:00"}) | {"asked": asked[s]} for s in (0, 1)]

@@ -90,7 +90,7 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
         module.compile_networks()
     if resume:
         folder.check_same(read_checkpoint(folder.last)[NOTE], {key: module.note[key] for key in TAKEN})
-    trainer = make_trainer(settings, folder)
+    trainer = make_trainer(settings, folder, resume)
     if trainer.is_global_zero:
         folder.open(asked)
     folder.drop_requeued()
@@ -140,8 +140,11 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:
+def make_trainer(settings: dict[str, Any], folder: RunFolder, resume: bool) -> Any:
     """Lightning's Trainer with the callbacks and loggers of the framework; epochs play no part, steps count.
+
+    Args:
+        resume: whether the run of that folder goes on.
 
     Raises:
         UserError: what Lightning refuses, such as an accelerator that is not there.
@@ -163,7 +166,8 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:
         kind, ("val/loss", "min")
     )
     loggers: list[Any] = [MetricsCSV(folder.path)]
-    wandb_logger = make_wandb_logger((settings.get("logger") or {}).get("wandb"), folder.path, settings)
+    asked = None if node.get("fast_dev_run") else (settings.get("logger") or {}).get("wandb")  # a trial logs nothing
+    wandb_logger = make_wandb_logger(asked, folder.path, settings, resume)
     if wandb_logger is not None:
         loggers.append(wandb_logger)
     checkpoints = Checkpoints(folder.path, every_n_steps=own.checkpoint_every_n_steps, monitor=monitor, mode=mode)

@@ -129,6 +129,8 @@ def check_arguments(settings: dict[str, Any]) -> None:
 
 def check_sections(settings: dict[str, Any]) -> None:
     """Raises UserError for an unknown key of `transfer` or `logger`, or a value of another form."""
+    from pretrain3d.reporting.wandb_logger import check_node
+
     for section, known in SECTIONS.items():
         node = settings.get(section) or {}
         if not isinstance(node, dict):
@@ -143,6 +145,7 @@ def check_sections(settings: dict[str, Any]) -> None:
     wandb = (settings.get("logger") or {}).get("wandb")
     if not isinstance(wandb, dict | None):
         raise UserError(f"logger.wandb={wandb}: expected a section, such as {{mode: offline}}")
+    check_node(wandb or {})
 
 
 def check_method(settings: dict[str, Any]) -> None:

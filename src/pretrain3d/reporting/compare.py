@@ -17,6 +17,7 @@ from pretrain3d.evaluation.scorefile import groups_of, read_pair
 from pretrain3d.evaluation.statistics import SAMPLES, Groups, differences, holm, intervals, row_samples
 from pretrain3d.evaluation.strata import chosen_strata
 from pretrain3d.reporting.results import SCORE_FILES
+from pretrain3d.reporting.run_folder import AROUND, without
 from pretrain3d.reporting.tables import Result, how_tested, kind_of, read_results
 
 TOLERANCE = 1e-3  # voxels between the same box of two stores
@@ -130,9 +131,7 @@ def group_rows(results: Sequence[Result]) -> dict[str, list[int]]:
     """Row name -> places of its results; results that differ by seed or fold only share a row."""
     groups: dict[str, list[int]] = {}
     for index, result in enumerate(results):
-        config = {key: value for key, value in result["config"].items() if key not in ("seed", "name", "out", "fold")}
-        if isinstance(config.get("data"), Mapping):
-            config["data"] = {key: value for key, value in config["data"].items() if key != "fold"}
+        config = without(result["config"], ("seed", "name", "fold", "data.fold", *AROUND))
         key = json.dumps(_unnumbered([result["run"], config, how_tested(result)], result))
         groups.setdefault(key, []).append(index)
     rows: dict[str, list[int]] = {}

@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
+MORE = ("#332288", "#882255", "#117733", "#999933", "#661100", "#aa4499", "#44aa99", "#bbbbbb")  # of a long table
 TRUE, PREDICTED = "#3ddc62", "#ff9d2e"
 PLANES = ("sagittal", "coronal", "axial")  # perpendicular to x, y, z of RAS axes
 STYLE: Any = {
@@ -51,8 +52,9 @@ def png_address(content: bytes) -> str:
 
 
 def palette(runs: Sequence[str]) -> dict[str, str]:
-    """A colour for each run, the same in every figure of a report."""
-    return {run: COLOURS[index % len(COLOURS)] for index, run in enumerate(runs)}
+    """A colour for each run, the same in every figure of a report; of more than 16 runs some share one."""
+    colours = COLOURS + MORE
+    return {run: colours[index % len(colours)] for index, run in enumerate(runs)}
 
 
 def training_curves(panels: Mapping[str, Mapping[str, Mapping[str, Curve]]], colours: Mapping[str, str]) -> Figure:
@@ -101,8 +103,8 @@ def _legend(figure: Figure, runs: Sequence[str], colours: Mapping[str, str]) -> 
 
 
 def running_median(values: np.ndarray) -> np.ndarray:
-    """Median over a centred window of about a fiftieth of the curve."""
-    half = len(values) // 100
+    """Median over a centred window of about a fiftieth of the curve, five points or more where it has twenty."""
+    half = max(len(values) // 100, 2 if len(values) >= 20 else 0)
     return np.array([np.nanmedian(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))])
 
 

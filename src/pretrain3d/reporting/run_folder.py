@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,14 @@ from pretrain3d.config import UserError, read_yaml, to_yaml
 from pretrain3d.files import write_text
 from pretrain3d.reporting.results import read_json, write_json
 
-FREE = (  # of a config: how a run is read, written, logged and limited; `out` may be the same folder by another path
+AROUND = (  # of a config: how a run is read, written and logged; `out` may be the same folder by another path
     "out",
     "data.num_workers",
     "logger",
     "trainer.log_every_n_steps",
     "trainer.checkpoint_every_n_steps",
-    "trainer.max_time",
 )
+FREE = (*AROUND, "trainer.max_time")  # and limited
 
 
 class RunFolder:
@@ -99,7 +99,8 @@ class RunFolder:
         if not (self.path / "config.yaml").is_file() or not self.last.is_file():
             return "fresh"
         steps = settings["trainer"]["max_steps"]
-        differing = _differences(_fixed(self.config()), _fixed(settings), "asked")
+        free = (*FREE, "trainer.max_steps")
+        differing = _differences(without(self.config(), free), without(settings, free), "asked")
         if differing:
             raise UserError(f"{self.path} holds a run of another config ({differing}); give this run another name=")
         state = self.state()
@@ -134,12 +135,10 @@ class RunFolder:
             )
 
 
-def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that may not change when a run is resumed, by dotted key."""
-    free = (*FREE, "trainer.max_steps")
-    return {
-        key: value for key, value in _flat(settings).items() if not f"{key}.".startswith(tuple(f"{f}." for f in free))
-    }
+def without(settings: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """A config by dotted key, without some keys and what lies below them."""
+    left_out = tuple(f"{key}." for key in keys)
+    return {key: value for key, value in _flat(settings).items() if not f"{key}.".startswith(left_out)}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], word: str) -> str:
@@ -151,7 +150,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], word: str) -> str:
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
+    if not isinstance(node, Mapping):
         return {prefix: node}
     flat: dict[str, Any] = {}
     for key, value in node.items():

@@ -14,6 +14,7 @@ from typing import Any
 from pretrain3d.config import UserError
 from pretrain3d.reporting.cost import in_words
 from pretrain3d.reporting.results import read_result
+from pretrain3d.reporting.run_folder import AROUND, without
 
 KEYS = ("mAP", "AP@0.10", "AP@0.50", "FROC@0.10")
 CLASS_KEY = "AP@0.10"
@@ -238,9 +239,8 @@ def how_tested(result: Result) -> list[Any]:
 
 
 def _setting(result: Result) -> Any:
-    """The configuration without what a seed changes."""
-    config = {key: value for key, value in result["config"].items() if key not in ("seed", "name", "out")}
-    return _seedless(config, result["seed"])
+    """The configuration without what a seed changes, and what the weights do not depend on."""
+    return _seedless(without(result["config"], ("seed", "name", *AROUND)), result["seed"])
 
 
 def _seedless(value: Any, seed: int) -> Any:

@@ -15,17 +15,24 @@ from pretrain3d.config import UserError, suggestion
 from pretrain3d.files import write_text
 
 MODES = ("offline", "online", "disabled")
-KEYS = ("mode", "project", "entity", "group", "tags")
+KEYS = ("mode", "project", "entity", "group", "job_type", "tags", "notes")
+STEP = "trainer/global_step"  # the x axis
+BEST = {"val/mAP": "max", "val/AP@": "max", "val/FROC@": "max", "val/dice": "max", "val/loss": "min"}  # by prefix
+CLASS_KEYS = ("AP@0.10", "dice")  # of each class, in the summary of a tested run
 
 
-def make_wandb_logger(node: Mapping[str, Any] | None, run_folder: str | Path, config: Mapping[str, Any]) -> Any:
+def make_wandb_logger(
+    node: Mapping[str, Any] | None, run_folder: str | Path, config: Mapping[str, Any], resume: bool = False
+) -> Any:
     """The logger that ``logger.wandb`` of a config asks for.
 
     Args:
-        node: ``{"mode": "offline" | "online" | "disabled", "project", "entity", "group", "tags"}``, all optional;
-            None: no W&B.
-        run_folder: where ``wandb/`` goes; a run that is resumed there goes on as the same W&B run.
+        node: ``{"mode": "offline" | "online" | "disabled", ...}`` and what W&B calls by the other names of `KEYS`, all
+            optional; None: no W&B.
+        run_folder: where ``wandb/`` goes.
         config: the resolved configuration.
+        resume: whether to go on with the W&B run of that folder, if there is one. A training that begins again is
+            another run: its steps would come after those of the one before.
 
     Returns:
         A `RunLogger`, or None: not asked for, not the first process, or (with a warning) the package is missing or
@@ -36,12 +43,8 @@ def make_wandb_logger(node: Mapping[str, Any] | None, run_folder: str | Path, co
     """
     if node is None:
         return None
-    for key in node:
-        if key not in KEYS:
-            raise UserError(f"unknown key logger.wandb.{key}{suggestion(key, KEYS) or ';'} it takes {', '.join(KEYS)}")
+    check_node(node)
     mode = node.get("mode", "offline")
-    if mode not in MODES:
-        raise UserError(f"logger.wandb.mode is {mode!r}{suggestion(str(mode), MODES) or ';'} it is {', '.join(MODES)}")
     if mode == "disabled" or getattr(rank_zero_only, "rank", 0) > 0:  # one process logs
         return None
     folder = Path(run_folder)
@@ -52,7 +55,7 @@ def make_wandb_logger(node: Mapping[str, Any] | None, run_folder: str | Path, co
         logger = RunLogger(
             name=str(config.get("name") or folder.name),
             project=str(node.get("project") or "pretrain3d"),
-            id=_run_id(folder),
+            id=_run_id(folder, resume),
             save_dir=str(folder),
             config=dict(config),
             mode=mode,
@@ -66,6 +69,16 @@ def make_wandb_logger(node: Mapping[str, Any] | None, run_folder: str | Path, co
     return logger
 
 
+def check_node(node: Mapping[str, Any]) -> None:
+    """Raises UserError for an unknown key of ``logger.wandb``, or another mode than `MODES`."""
+    for key in node:
+        if key not in KEYS:
+            raise UserError(f"unknown key logger.wandb.{key}{suggestion(key, KEYS) or ';'} it takes {', '.join(KEYS)}")
+    mode = node.get("mode", "offline")
+    if mode not in MODES:
+        raise UserError(f"logger.wandb.mode is {mode!r}{suggestion(str(mode), MODES) or ';'} it is {', '.join(MODES)}")
+
+
 class RunLogger(WandbLogger):
     """Lightning's W&B logger with the steps of ``metrics.csv``; after a failure it warns once and stays silent."""
 
@@ -73,18 +86,31 @@ class RunLogger(WandbLogger):
         super().__init__(**arguments)
         self._wandb_init.pop("anonymous")  # wandb warns about the key itself
         self._broken = False
+        self._summed_up: set[str] = set()
 
     @rank_zero_only
     def start(self) -> None:
-        """Starts the W&B run and says which extreme of a metric sums up a run."""
-        run = self.experiment
-        for key, best in (("val/loss", "min"), ("train/loss", "min"), ("val/mAP", "max"), ("val/AP@*", "max")):
-            run.define_metric(key, step_metric="trainer/global_step", summary=best)
+        """Starts the W&B run."""
+        _ = self.experiment
 
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Logs at the number of optimiser steps taken (Lightning counts one less)."""
+        """Logs at the number of optimiser steps taken (Lightning counts one less).
+
+        It is W&B's own count of steps too, so that what a resumed run repeats is not there twice: W&B keeps the first.
+        """
+        assert step is not None, "a point of a curve needs a step"
         values = {key: value for key, value in metrics.items() if key != "epoch"}
-        self._try(super().log_metrics, values, None if step is None else step + 1)
+        self._try(self._log_metrics, values, step + 1)
+
+    def _log_metrics(self, values: dict[str, Any], step: int) -> None:
+        for key in values.keys() - self._summed_up:
+            self._summed_up.add(key)
+            best = next((best for prefix, best in BEST.items() if key.startswith(prefix)), None)
+            if best is not None:  # key by key: a pattern does not count beside Lightning's "*"
+                escaped = key.replace(".", "\\.")  # a dot would be the path to a part of a value
+                self.experiment.define_metric(escaped, step_metric=STEP, summary=f"{best},last")
+        self.experiment.log({**values, STEP: step}, step=step)
 
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
         self._try(super().log_image, key, images, step, **kwargs)
@@ -92,8 +118,13 @@ class RunLogger(WandbLogger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the resolved configuration was given to W&B at the start."""
 
+    @rank_zero_only
     def finalize(self, status: str) -> None:
-        self._try(super().finalize, status)
+        """Ends the W&B run at the end of training: the next run of this process is another one."""
+        try:
+            self.experiment.finish(exit_code=0 if status == "success" else 1)
+        except Exception as error:
+            self._fail(error)
 
     @rank_zero_only
     def log_result(self, result: Mapping[str, Any]) -> None:
@@ -102,8 +133,8 @@ class RunLogger(WandbLogger):
 
     @rank_zero_only
     def close(self) -> None:
-        """Ends the W&B run, so that another one can start in this process."""
-        self._try(self.experiment.finish)
+        """Ends the W&B run."""
+        self.finalize("success")
 
     def _log_result(self, result: Mapping[str, Any]) -> None:
         import wandb
@@ -121,9 +152,13 @@ class RunLogger(WandbLogger):
                 xs=[curve[x] for curve in curves.values()], ys=[curve[y] for curve in curves.values()],
                 keys=list(curves), title=name, xname=x.replace("_", " "),
             )  # fmt: skip
+        if (step := (result.get("asked") or {}).get("step")) is not None:
+            logged[STEP] = step
         self.experiment.log(logged)
-        for key, entry in result["metrics"].items():
-            self.experiment.summary[f"test/{key}"] = entry["value"]
+        summary = {f"test/{key}": entry["value"] for key, entry in result["metrics"].items()}
+        for name, keys in result["per_class"].items():
+            summary |= {f"test/{key}/{name}": keys[key]["value"] for key in CLASS_KEYS if key in (keys or {})}
+        self.experiment.summary.update({key: value for key, value in summary.items() if value is not None})
 
     def _try(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         if self._broken:
@@ -131,8 +166,12 @@ class RunLogger(WandbLogger):
         try:
             action(*args, **kwargs)
         except Exception as error:
-            self._broken = True
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if not self._broken:
             _warn("no more W&B log of this run", error)
+        self._broken = True
 
 
 def result_curves(result: Mapping[str, Any]) -> dict[str, tuple[dict[str, Any], str, str]]:
@@ -156,16 +195,16 @@ def log_result(
     node: Mapping[str, Any] | None, run_folder: str | Path, config: Mapping[str, Any], result: Mapping[str, Any]
 ) -> None:
     """Adds a result to the W&B run of a run folder, as far as its config asks for one."""
-    logger = make_wandb_logger(node, run_folder, config)
+    logger = make_wandb_logger(node, run_folder, config, resume=True)
     if logger is not None:
         logger.log_result(result)
         logger.close()
 
 
-def _run_id(folder: Path) -> str:
-    """The id that this run folder keeps."""
+def _run_id(folder: Path, keep: bool) -> str:
+    """The id of the W&B run of this folder: the one it has, or a new one."""
     path = folder / "wandb" / "run-id.txt"
-    if not path.is_file():
+    if not (keep and path.is_file()):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, secrets.token_hex(4) + "\n")
     return path.read_text().strip()
