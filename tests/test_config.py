@@ -378,6 +378,19 @@ def test_what_lightning_refuses(tmp_path: Path, override: str, expected: str) ->
     assert message(make_trainer, values, RunFolder(tmp_path / "run"), False).startswith(expected)
 
 
+def test_a_trial_leaves_no_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pretrain3d.commands.fit import make_trainer
+    from pretrain3d.reporting import wandb_logger
+    from pretrain3d.reporting.run_folder import RunFolder
+
+    asked: list[tuple[Any, bool]] = []
+    monkeypatch.setattr(wandb_logger, "make_wandb_logger", lambda node, _, __, resume: asked.append((node, resume)))
+    for added in ("+trainer.fast_dev_run=true", "seed=1"):
+        overrides = ["data.store=x", "trainer.accelerator=cpu", "+logger.wandb.mode=offline", added]
+        make_trainer(load("configs/pretrain/base.yaml", overrides), RunFolder(tmp_path / "run"), True)
+    assert asked == [(None, True), ({"mode": "offline"}, True)]
+
+
 def test_tasks_of_slurm_that_lightning_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pretrain3d.commands.fit import make_trainer
     from pretrain3d.reporting.run_folder import RunFolder

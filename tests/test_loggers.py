@@ -95,6 +95,7 @@ def test_wandb_logs_offline_and_keeps_its_id(tmp_path):
     assert history["train/loss"] == 0.5 and "pictures/original" in history and "epoch" not in history
     assert history["trainer/global_step"] == history["_step"] == 10
     run_id = logger.experiment.id
+    assert getattr(logger.experiment.settings, "finish_timeout", 600) == 600  # not for ever without a network
     logger.close()
     assert list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
 

@@ -93,9 +93,10 @@ def pretraining_run(folder):
     folder.mkdir(parents=True)
     config = {"name": "mae", "seed": 0, "module": {"name": "reconstruction", "method": {"name": "mae"}}}
     write_text(folder / "config.yaml", to_yaml(config))
-    lines = ["step,train/loss,val/loss"]
+    lines = ["step,train/loss,val/loss,val/dice,val/probe_auroc"]
     lines += [
-        f"{step},{1 / step + 0.1}," + (f"{1 / step + 0.12}" if step % 50 == 0 else "") for step in range(5, 301, 5)
+        f"{step},{1 / step + 0.1}," + (f"{1 / step + 0.12},0.5,0.75" if step % 50 == 0 else ",,")
+        for step in range(5, 301, 5)
     ]
     write_text(folder / "metrics.csv", "\n".join(lines) + "\n")
     (folder / "pictures").mkdir()
@@ -157,6 +158,7 @@ def test_the_page_holds_everything_and_needs_nothing_else(runs, tmp_path):
     assert "<script" not in text and "@import" not in text
     shown = " ".join(page.text)
     for expected in ("0.500 [0.420, 0.580]", "threshold", "FROC at IoU 0.10", "pretraining loss", "validation mAP",
+                     "validation Dice", "AUROC of the probe of frozen features",
                      "5 min 00 s", "liver lesion", "retina_unet", "Reconstruction", "6 test cases",
                      "0-500 (11 objects)", "0.250 [0.170, 0.330]"):  # fmt: skip
         assert expected in shown, expected

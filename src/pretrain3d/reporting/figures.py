@@ -75,7 +75,7 @@ def training_curves(panels: Mapping[str, Mapping[str, Mapping[str, Curve]]], col
             if "loss" in title:
                 axes.set_ylim(*_range_of_losses(lines))
             else:
-                axes.set_ylim(0, None)
+                axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # what varies little would touch the edge
         _legend(figure, [run for run in colours if any(run in lines for lines in panels.values())], colours)
     return figure
 

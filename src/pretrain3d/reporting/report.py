@@ -29,6 +29,10 @@ from pretrain3d.reporting.tables import (
 )
 
 CASES = 4  # with pictures
+VALIDATED = {  # title of a panel -> logged key
+    "validation mAP": "val/mAP", "validation AP@0.10": "val/AP@0.10", "validation Dice": "val/dice",
+    "AUROC of the probe of frozen features": "val/probe_auroc",
+}  # fmt: skip
 ORDER = ("original", "masked", "reconstructed")
 STYLE = """
 :root { color-scheme: light }
@@ -189,13 +193,12 @@ def _training(runs: Sequence[Run], colours: dict[str, str]) -> str:
     panels: dict[str, dict[str, dict[str, figures.Curve]]] = {}
     for run in runs:
         loss = f"{'detection' if run.is_detection else 'pretraining'} loss"
-        drawn = {loss: {"train": "train/loss", "val": "val/loss"}, "validation mAP": {"val": "val/mAP"},
-                 "validation AP@0.10": {"val": "val/AP@0.10"}}  # fmt: skip
-        for panel, keys in drawn.items():
+        drawn = {loss: {"train": "train/loss", "val": "val/loss"}}
+        for panel, keys in (drawn | {panel: {"val": key} for panel, key in VALIDATED.items()}).items():
             curves = {kind: run.curve(key) for kind, key in keys.items()}
             if curves := {kind: curve for kind, curve in curves.items() if curve[0]}:
                 panels.setdefault(panel, {})[run.label] = curves
-    order = sorted(panels, key=["pretraining loss", "detection loss", "validation mAP", "validation AP@0.10"].index)
+    order = sorted(panels, key=["pretraining loss", "detection loss", *VALIDATED].index)
     pairs = [order[i : i + 2] for i in range(0, len(order), 2)]
     drawings = [figures.training_curves({name: panels[name] for name in pair}, colours) for pair in pairs]
     caption = "Losses: solid is training (running median), dots are validation."

@@ -16,6 +16,7 @@ from pretrain3d.files import write_text
 
 MODES = ("offline", "online", "disabled")
 KEYS = ("mode", "project", "entity", "group", "job_type", "tags", "notes")
+LIMITS = {"init_timeout": 30, "finish_timeout": 600}  # seconds without a network; older W&B knows the first only
 STEP = "trainer/global_step"  # the x axis
 BEST = {"val/mAP": "max", "val/AP@": "max", "val/FROC@": "max", "val/dice": "max", "val/loss": "min"}  # by prefix
 CLASS_KEYS = ("AP@0.10", "dice")  # of each class, in the summary of a tested run
@@ -59,7 +60,9 @@ def make_wandb_logger(
             save_dir=str(folder),
             config=dict(config),
             mode=mode,
-            settings=wandb.Settings(init_timeout=30, silent=True),
+            settings=wandb.Settings(
+                silent=True, **{key: value for key, value in LIMITS.items() if key in wandb.Settings.model_fields}
+            ),
             **options,
         )
         logger.start()
