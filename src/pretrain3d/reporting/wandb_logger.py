@@ -53,6 +53,7 @@ def make_wandb_logger(
     try:
         import wandb
 
+        limits: dict[str, Any] = {key: value for key, value in LIMITS.items() if key in wandb.Settings.model_fields}
         logger = RunLogger(
             name=str(config.get("name") or folder.name),
             project=str(node.get("project") or "pretrain3d"),
@@ -60,9 +61,7 @@ def make_wandb_logger(
             save_dir=str(folder),
             config=dict(config),
             mode=mode,
-            settings=wandb.Settings(
-                silent=True, **{key: value for key, value in LIMITS.items() if key in wandb.Settings.model_fields}
-            ),
+            settings=wandb.Settings(silent=True, **limits),
             **options,
         )
         logger.start()
