@@ -6,7 +6,7 @@
 #   SCALE=long          a longer demo, with a result of its own
 #   DATA=folder         the OpenKBP collection, for `make openkbp`, `make study` (SCALE=gpu, SEED=1) and `make gpu`
 #   ONLY="nms atss"     some of the benchmarks, for `make bench`
-#   WANDB=offline       the runs of demo, openkbp and study log to W&B, too; or online
+#   WANDB=offline       the runs of demo, openkbp, study and detr log to W&B, too; or online
 #
 # pip reads its own settings: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the small torch without CUDA.
 
@@ -58,7 +58,7 @@ study: data-named setup  ## every pretraining method, and a detector from each, 
 	  $(if $(WANDB),wandb=$(WANDB))
 
 detr: setup  ## Deformable DETR on the data of the long demo
-	$(PY) experiments/run.py experiments/detr.yaml
+	$(PY) experiments/run.py experiments/detr.yaml $(if $(WANDB),wandb=$(WANDB))
 
 data-named:
 	@test -n "$(DATA)" || { echo "make $(MAKECMDGOALS) needs DATA=<folder of the OpenKBP collection>" >&2; exit 2; }
