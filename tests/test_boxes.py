@@ -116,6 +116,16 @@ def test_nms_over_several_chunks_of_long_chains():
     assert B.nms(boxes[shuffled], scores[shuffled], 0.3).tolist() == slow_nms(boxes[shuffled], scores[shuffled], 0.3)
 
 
+@pytest.mark.parametrize("small_is_better", [False, True])
+def test_nms_looks_as_far_along_an_axis_as_the_threshold_allows(small_is_better):
+    start = torch.arange(400.0)[:, None] * 20  # more than a chunk
+    rest = torch.tensor([[0.0, 0.0]]).expand(400, 2)
+    large = torch.cat([start, rest, start + 12, rest + 1], dim=1)
+    small = torch.cat([start + 5.9, rest, start + 12, rest + 1], dim=1)  # IoU 0.508: the half at the far end
+    boxes = torch.cat([small, large] if small_is_better else [large, small])
+    assert B.nms(boxes, torch.linspace(1, 0.1, 800), 0.5).tolist() == list(range(400))
+
+
 def test_an_equal_iou_survives():
     boxes = torch.tensor([[0.0, 0, 0, 4, 1, 1], [0, 0, 0, 2, 1, 1]])  # IoU exactly 0.5
     assert B.nms(boxes, torch.tensor([0.9, 0.8]), 0.5).tolist() == [0, 1]

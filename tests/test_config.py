@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import shlex
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +14,17 @@ from pretrain3d import config
 from pretrain3d.config import UserError, load
 from pretrain3d.options import REQUIRED, read_options
 from pretrain3d.registry import build, check, check_names, resolve
+from pretrain3d.signatures import hints
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+REGISTRIES = {
+    "BACKBONES": "pretrain3d.backbones",
+    "DETECTORS": "pretrain3d.detection",
+    "PRETRAINING": "pretrain3d.objectives",
+    "MODULES": "pretrain3d.modules",
+    "FINETUNE": "pretrain3d.modules",
+    "OPTIMIZERS": "pretrain3d.modules.optim",
+}
 BASE = """
 data: {store: stores/toy, fold: 1, patch_size: [32, 32, 32]}
 backbone: {name: resenc_xs, width: 8}
@@ -429,11 +440,7 @@ class Component:
         self.values = (levels, size, ratio, norm, names, deep, free)
 
 
-def variadic(width: int = 1, **rest: Any) -> tuple[int, dict[str, Any]]:
-    return width, rest
-
-
-REGISTRY = {"component": f"{__name__}:Component", "variadic": f"{__name__}:variadic", "torchless": "no.such:module"}
+REGISTRY = {"component": f"{__name__}:Component", "torchless": "no.such:module"}
 
 
 def test_build_binds_converts_and_supplies() -> None:
@@ -441,15 +448,14 @@ def test_build_binds_converts_and_supplies() -> None:
     built = build(REGISTRY, node, "part", levels=4)
     assert built.values == (4, (1, 2, 3), 1.0, "batch", ["a"], False, None) and type(built.values[2]) is float
     assert node["size"] == [1, 2, 3]
-    assert build(REGISTRY, {"name": "variadic", "depth": 3}, "part") == (1, {"depth": 3})
 
 
 def test_resolve() -> None:
     assert resolve(REGISTRY, "component", "part") is Component
     assert message(resolve, REGISTRY, "torchles", "part") == (  # no.such is not imported to say so
-        "unknown part 'torchles', did you mean 'torchless'? Known: component, torchless, variadic"
+        "unknown part 'torchles', did you mean 'torchless'? Known: component, torchless"
     )
-    assert message(resolve, REGISTRY, "zzz", "part") == "unknown part 'zzz'. Known: component, torchless, variadic"
+    assert message(resolve, REGISTRY, "zzz", "part") == "unknown part 'zzz'. Known: component, torchless"
 
 
 TAKES = "It takes: size, ratio, norm, names, deep, free"
@@ -480,13 +486,30 @@ def test_bad_arguments(arguments: dict[str, Any], text: str) -> None:
     )
 
 
+@pytest.mark.parametrize("where", ["BACKBONES", "DETECTORS", "PRETRAINING", "MODULES", "FINETUNE", "OPTIMIZERS"])
+def test_the_arguments_of_every_component_are_type_checked(where: str) -> None:
+    registry = getattr(importlib.import_module(REGISTRIES[where]), where)
+    for name in registry:
+        target = resolve(registry, name, where)
+        assert set(inspect.signature(target).parameters) <= set(hints(target)), name
+        assert not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values()), name
+
+
+def test_a_detector_of_another_type_of_argument() -> None:
+    node = {"name": "retina_unet", "num_convs": "two"}
+    registry, given = {"retina_unet": "pretrain3d.detection.retina:RetinaUNet"}, ("levels", "num_classes", "anchors")
+    assert message(check, registry, node, "detector", given) == (
+        "detector retina_unet: num_convs must be int, got 'two'"
+    )
+
+
 def test_check_accepts_what_build_accepts() -> None:
     check(REGISTRY, {"name": "component", "size": (1, 2, 3), "norm": None, "free": {"a": 1}}, "part", given=("levels",))
 
 
 def test_a_node_without_a_name() -> None:
     assert message(check, REGISTRY, {"size": 1}, "part") == (
-        "part needs a name, one of component, torchless, variadic; got {'size': 1}"
+        "part needs a name, one of component, torchless; got {'size': 1}"
     )
 
 

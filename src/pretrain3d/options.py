@@ -41,7 +41,7 @@ def read_options(options: Mapping[str, object], defaults: Mapping[str, Any]) -> 
 def _option(key: str, value: object, default: Any) -> Any:
     if default is REQUIRED or isinstance(default, str):
         return value
-    if isinstance(value, str) and not isinstance(default, Path):
+    if isinstance(value, str):
         value = parse_value(value)
     if default is None:
         return value

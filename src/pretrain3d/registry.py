@@ -116,18 +116,16 @@ def checked_arguments(
     arguments = {key: value for key, value in arguments.items() if key not in given or value is not None}
     parameters = inspect.signature(target).parameters
     hints = signatures.hints(target)
-    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = {key: p for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    assert free or set(given) <= set(named), f"{where} does not take {sorted(set(given) - set(named))}"
-    takes = [key for key in named if key not in given]
+    assert set(given) <= set(parameters), f"{where} does not take {sorted(set(given) - set(parameters))}"
+    takes = [key for key in parameters if key not in given]
     for key in arguments:
         if key in given:
             raise UserError(f"{where}: {key} follows from the rest of the configuration and cannot be set; remove it")
-        if key not in named and not free:
+        if key not in takes:
             known = ", ".join(takes) or "no arguments"
             raise UserError(f"{where}: unknown argument {key!r}{suggestion(str(key), takes) or '.'} It takes: {known}")
     for key in takes:
-        if named[key].default is inspect.Parameter.empty and key not in arguments:
+        if parameters[key].default is inspect.Parameter.empty and key not in arguments:
             raise UserError(f"{where}: argument {key!r} is missing; it takes: {', '.join(takes)}")
     return {key: fitted(value, hints.get(key, Any), f"{where}: {key}") for key, value in arguments.items()}
 

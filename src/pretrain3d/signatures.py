@@ -54,8 +54,7 @@ def fit(value: Any, hint: Any) -> Any:
 
 
 def _fit_any(value: Any, hints: tuple[Any, ...]) -> Any:
-    exact = [hint for hint in hints if hint is type(value)]  # `int | float` keeps an int
-    for hint in (*exact, *hints):
+    for hint in hints:
         try:
             return fit(value, hint)
         except TypeError:

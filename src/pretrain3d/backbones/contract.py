@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from pretrain3d.config import UserError
 
+Triple = tuple[int, int, int]
+
 
 @dataclass(frozen=True)
 class Level:
@@ -22,7 +24,7 @@ class Level:
     """
 
     channels: int
-    stride: tuple[int, int, int]
+    stride: Triple
     tokens: bool = False
 
 
@@ -46,7 +48,7 @@ class Backbone(Protocol):
 
     levels: tuple[Level, ...]
     in_channels: int
-    size_multiple: tuple[int, int, int]
+    size_multiple: Triple
     arguments: dict[str, Any]
     runtime_arguments: frozenset[str]
     input_weights: tuple[str, ...]
@@ -121,6 +123,12 @@ def check_drop_path(name: str, rate: float) -> None:
     """
     if not 0 <= rate < 1:
         raise UserError(f"{name}: drop_path is {rate}; it must be 0 or more and below 1")
+
+
+def triple(value: int | Sequence[int]) -> Triple:
+    """One number for all axes, or one per axis."""
+    x, y, z = (value,) * 3 if isinstance(value, int) else value
+    return int(x), int(y), int(z)
 
 
 def by_text(size: Sequence[int]) -> str:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain3d.backbones.contract import Level
+from pretrain3d.backbones.contract import Level, triple
 from pretrain3d.backbones.convolution import Conv3d, slice_axis
-from pretrain3d.backbones.stages import ConvBlock, triple
+from pretrain3d.backbones.stages import ConvBlock
 from pretrain3d.backbones.tokens import TokenBackbone, TokenStack
 
 NORM_EPS = 1e-6

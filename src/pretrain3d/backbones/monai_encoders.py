@@ -9,11 +9,10 @@ from monai.networks.nets.resnet import ResNet as MonaiResNet
 from monai.networks.nets.segresnet import SegResNet as MonaiSegResNet
 from torch import Tensor, nn
 
-from pretrain3d.backbones.contract import Level, by_text, check_image, check_sizes
+from pretrain3d.backbones.contract import Level, Triple, by_text, check_image, check_sizes
 from pretrain3d.backbones.convolution import Conv3d
 from pretrain3d.config import UserError
 
-Triple = tuple[int, int, int]
 GROUPS = 8  # of SegResNet's norms
 EXPANSION = 4  # of a bottleneck's width to its output
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from pretrain3d.backbones.stages import ConvBlock, StageBackbone, Triple, triple
+from pretrain3d.backbones.contract import Triple, triple
+from pretrain3d.backbones.stages import ConvBlock, StageBackbone
 from pretrain3d.config import UserError
 
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain3d.backbones.contract import Triple
 from pretrain3d.backbones.convolution import without
-from pretrain3d.backbones.stages import SLOPE, ConvBlock, StageBackbone, Triple
+from pretrain3d.backbones.stages import SLOPE, ConvBlock, StageBackbone
 
 
 class ResidualBlock(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain3d.backbones.contract import Level, by_text, check_image, check_sizes
+from pretrain3d.backbones.contract import Level, Triple, by_text, check_image, check_sizes, triple
 from pretrain3d.backbones.convolution import Conv3d, slice_axis, without
 from pretrain3d.config import UserError
 from pretrain3d.sparse import active_voxels, masked_instance_norm
@@ -19,13 +19,6 @@ from pretrain3d.sparse import active_voxels, masked_instance_norm
 NORM_EPS = 1e-5
 SLOPE = 0.01  # of LeakyReLU
 MASKING = ("zero", "sparse")
-Triple = tuple[int, int, int]
-
-
-def triple(value: int | Sequence[int]) -> Triple:
-    """One number for all axes, or one per axis."""
-    x, y, z = (value,) * 3 if isinstance(value, int) else value
-    return int(x), int(y), int(z)
 
 
 class ConvBlock(nn.Module):

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain3d.backbones.contract import Level, by_text, check_drop_path, check_image, check_sizes
+from pretrain3d.backbones.contract import Level, Triple, by_text, check_drop_path, check_image, check_sizes, triple
 from pretrain3d.config import UserError
 from pretrain3d.sparse import visible_cells
 
-Triple = tuple[int, int, int]
 Rotation = tuple[Tensor, Tensor]  # cosine and sine, (B or 1, 1, N, head_dim)
 TEMPERATURE = 10_000.0  # of the rotary frequencies
 
@@ -316,12 +315,6 @@ class TokenBackbone(nn.Module):
     def _as_grid(tokens: Tensor, like: Tensor) -> Tensor:
         """(B, N, C) -> (B, C, x, y, z), contiguous for the convolutions that follow."""
         return tokens.transpose(1, 2).contiguous().view(len(tokens), -1, *like.shape[2:])
-
-
-def triple(value: int | Sequence[int]) -> Triple:
-    """One number for all axes, or one per axis."""
-    x, y, z = (value,) * 3 if isinstance(value, int) else value
-    return int(x), int(y), int(z)
 
 
 def check_heads(name: str, dim: int, heads: int, multiple: int) -> None:

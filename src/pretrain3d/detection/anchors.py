@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pretrain3d.backbones.contract import Triple, triple
 from pretrain3d.config import UserError
-
-Triple = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Anchors:
         parts, shapes = [], []
         for stride, size in zip(self.strides, self.level_sizes(), strict=True):
             assert all(n % s == 0 for n, s in zip(image_shape, stride, strict=True)), f"{image_shape} / {stride}"
-            shape = tuple(n // s for n, s in zip(image_shape, stride, strict=True))
+            shape = triple([n // s for n, s in zip(image_shape, stride, strict=True)])
             axes = [(torch.arange(n) + 0.5) * s for n, s in zip(shape, stride, strict=True)]
             center = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 1, 3)  # (positions, 1, 3)
             parts.append(torch.cat([center - size / 2, center + size / 2], dim=-1).reshape(-1, 6))
@@ -82,7 +81,7 @@ class Anchors:
         # inference mode would mark the cached tensor as unusable in a later training step
         with torch.inference_mode(False):
             stacked = torch.cat(parts).to(device=device, dtype=torch.float32, copy=True)
-        return AnchorGrid(stacked, tuple(shapes), self.strides, self.per_position)  # type: ignore[arg-type]
+        return AnchorGrid(stacked, tuple(shapes), self.strides, self.per_position)
 
 
 def base_sizes(base: Mapping[str, Sequence[Sequence[float]]] | None) -> Tensor:

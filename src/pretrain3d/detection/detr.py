@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain3d import boxes as box_ops
+from pretrain3d.backbones.contract import Level, triple
 from pretrain3d.config import UserError
 from pretrain3d.detection.contract import Detections
 from pretrain3d.detection.necks import ChannelMapper, SimplePyramid, chosen_levels, pyramid_levels
 from pretrain3d.detection.queries import Denoising, denoising_queries, match, to_voxels
 from pretrain3d.detection.set_loss import Targets
 from pretrain3d.detection.transformer import BoxHead, Decoder, EncoderLayer, SineEmbedding, TokenGrid, TokenGrids
-
-if TYPE_CHECKING:
-    from pretrain3d.backbones.contract import Level
 
 PRIOR = 0.05  # probability of an object per query before training
 MOST_LEVELS = 4
@@ -218,10 +215,10 @@ class DeformableDETR(nn.Module):
     @torch.no_grad()
     def predict(self, outputs: dict[str, Tensor], image_shape: Sequence[int]) -> list[Detections]:
         """The best boxes of each image, in its voxels and inside it: the highest scores over queries and classes."""
-        x, y, z = (int(n) for n in image_shape)
+        shape = triple(image_shape)
         logits = outputs["logits"][-1].float().flatten(1)  # (B, Q * K)
         best = logits.topk(min(self.detections_per_patch, logits.shape[1]))
-        boxes = box_ops.clip(to_voxels(outputs["boxes"][-1], (x, y, z)), (x, y, z))
+        boxes = box_ops.clip(to_voxels(outputs["boxes"][-1], shape), shape)
         results = []
         for image, (values, index) in enumerate(zip(best.values, best.indices, strict=True)):
             found = Detections(boxes[image, index // self.num_classes], values.sigmoid(), index % self.num_classes)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain3d.backbones.contract import Level, by_text
+from pretrain3d.backbones.contract import Level, Triple, by_text, triple
 from pretrain3d.backbones.convolution import Conv3d
 from pretrain3d.config import UserError
 
@@ -169,12 +169,12 @@ def pyramid_levels(levels: Sequence[Level]) -> tuple[Level, ...]:
     if len(levels) > 1:
         return tuple(levels)
     (level,) = levels
-    result = [Level(level.channels, _triple(level.stride))]
+    result = [Level(level.channels, triple(level.stride))]
     while max(result[0].stride) > FINEST_STRIDE and any(s % 2 == 0 for s in result[0].stride):
-        stride = _triple([s // 2 if s % 2 == 0 else s for s in result[0].stride])
+        stride = triple([s // 2 if s % 2 == 0 else s for s in result[0].stride])
         result.insert(0, Level(_level_channels(result[0].channels, 1), stride))
     while max(result[-1].stride) < COARSEST_STRIDE:
-        result.append(Level(level.channels, _triple([2 * s for s in result[-1].stride])))
+        result.append(Level(level.channels, triple([2 * s for s in result[-1].stride])))
     return tuple(result)
 
 
@@ -200,12 +200,7 @@ def _level_channels(channels: int, halvings: int) -> int:
     return channels if halvings <= 0 else max(channels >> halvings, min(MIN_CHANNELS, channels))
 
 
-def _relative_stride(fine: Sequence[int], coarse: Sequence[int]) -> tuple[int, int, int]:
+def _relative_stride(fine: Sequence[int], coarse: Sequence[int]) -> Triple:
     """Per-axis factor between two levels; a backbone's strides divide each other."""
     assert all(c % f == 0 for f, c in zip(fine, coarse, strict=True)), f"strides {fine} do not divide {coarse}"
-    return _triple([c // f for f, c in zip(fine, coarse, strict=True)])
-
-
-def _triple(values: Sequence[int]) -> tuple[int, int, int]:
-    x, y, z = values
-    return x, y, z
+    return triple([c // f for f, c in zip(fine, coarse, strict=True)])

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain3d import boxes as box_ops
+from pretrain3d.backbones.contract import Level, Triple, triple
 from pretrain3d.backbones.convolution import Conv3d
 from pretrain3d.config import UserError
 from pretrain3d.detection.anchors import AnchorGrid, Anchors
@@ -31,9 +31,6 @@ from pretrain3d.detection.contract import Detections
 from pretrain3d.detection.losses import PositiveNormaliser, box_giou, box_l1, dice_and_cross_entropy, focal
 from pretrain3d.detection.necks import FPN, SimplePyramid, chosen_levels, pyramid_levels
 from pretrain3d.detection.sample import hard_negatives
-
-if TYPE_CHECKING:
-    from pretrain3d.backbones.contract import Level
 
 RECIPES: dict[str, dict[str, str | float]] = {
     "study": {"classification": "focal", "regression": "l1", "beta": 0.7, "smooth": 0.0},
@@ -118,7 +115,7 @@ class RetinaUNet(nn.Module):
         self.detections_per_patch = detections_per_patch
         single, levels = levels[0] if len(levels) == 1 else None, pyramid_levels(levels)
         self.detection_levels = chosen_levels(detection_levels, len(levels))
-        self.anchors = Anchors(anchors, [_triple(levels[index].stride) for index in self.detection_levels])
+        self.anchors = Anchors(anchors, [triple(levels[index].stride) for index in self.detection_levels])
 
         outputs = sorted({*self.detection_levels, *([] if segmentation == "none" else [0])})
         self.pyramid = None
@@ -223,13 +220,13 @@ class RetinaUNet(nn.Module):
     @torch.no_grad()
     def predict(self, outputs: dict[str, Tensor], image_shape: Sequence[int]) -> list[Detections]:
         """The best boxes of each image, in its voxels and inside it: class-wise NMS of the 10,000 highest scores."""
-        shape = _triple(image_shape)
+        shape = triple(image_shape)
         with torch.autocast(outputs["logits"].device.type, enabled=False):
             logits, deltas = outputs["logits"].float(), outputs["deltas"].float()
             grid = self.anchors.grid(shape, logits.device)
             return [self._decode(logits[i], deltas[i], grid.boxes, shape) for i in range(len(logits))]
 
-    def _decode(self, logits: Tensor, deltas: Tensor, anchors: Tensor, shape: tuple[int, int, int]) -> Detections:
+    def _decode(self, logits: Tensor, deltas: Tensor, anchors: Tensor, shape: Triple) -> Detections:
         best = logits.flatten().topk(min(CANDIDATES_PER_PATCH, logits.numel()))
         anchor, labels = best.indices // self.num_classes, best.indices % self.num_classes
         scores = best.values.sigmoid()
@@ -313,8 +310,3 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise UserError(f"detector.{name} is {value!r}; expected one of {', '.join(allowed)}")
     return value
-
-
-def _triple(values: Sequence[int]) -> tuple[int, int, int]:
-    x, y, z = (int(value) for value in values)
-    return x, y, z

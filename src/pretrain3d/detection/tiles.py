@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain3d import boxes as box_ops
+from pretrain3d.backbones.contract import Triple, triple
 from pretrain3d.config import UserError
 from pretrain3d.detection.contract import Detections
 from pretrain3d.detection.merge import Merging, TileDetections, center_weight, is_cut, merge, unflip
 from pretrain3d.devices import is_out_of_memory
 
-Triple = tuple[int, int, int]
 MIN_SIZE = 0.01  # voxels; less is left of a box only when it lay outside the volume
 LATERAL_AXIS = 0  # of RAS volumes: flipping it swaps left and right
 
@@ -93,9 +93,9 @@ def predict_views(
     """
     check_tiling(overlap, batch_size, mirror_axes)
     axes = tuple(sorted({int(axis) for axis in mirror_axes}))
-    patch = _triple(patch_size)
+    patch = triple(patch_size)
     padded, before = _pad(image, patch, pad_value)
-    shape = _triple(padded.shape[1:])
+    shape = triple(padded.shape[1:])
     starts = tile_starts(shape, patch, overlap)
     views = [subset for n in range(len(axes) + 1) for subset in itertools.combinations(axes, n)]
     parts: list[list[TileDetections]] = [[] for _ in views]
@@ -107,7 +107,7 @@ def predict_views(
                 flipped = tiles.flip([axis + 2 for axis in view]) if view else tiles
                 for start, found in zip(group, predict_patches(flipped), strict=True):
                     collected.append(_to_volume(found.cpu(), view, mirror_classes or {}, patch, start, shape))
-    return [_inside(_joined(collected), before, _triple(image.shape[1:])) for collected in parts]
+    return [_inside(_joined(collected), before, triple(image.shape[1:])) for collected in parts]
 
 
 def predict_volume(
@@ -158,7 +158,7 @@ def _memory_named(batch_size: int, patch: Triple) -> Iterator[None]:
 def _pad(image: Tensor, patch: Triple, value: float | Sequence[float]) -> tuple[Tensor, Triple]:
     """The image padded to at least the patch, and the voxels added before its first one."""
     missing = [max(p - n, 0) for p, n in zip(patch, image.shape[1:], strict=True)]
-    before = _triple([m // 2 for m in missing])
+    before = triple([m // 2 for m in missing])
     if not any(missing):
         return image, before
     widths = [w for m, b in zip(reversed(missing), reversed(before), strict=True) for w in (b, m - b)]
@@ -215,8 +215,3 @@ def _inside(view: TileDetections, before: Triple, shape: Triple) -> TileDetectio
     boxes = box_ops.clip(view.found.boxes - offset, shape)
     moved = replace(view, found=Detections(boxes, view.found.scores, view.found.labels), extents=view.extents - offset)
     return moved[(box_ops.sizes(boxes) >= MIN_SIZE).all(dim=-1)]
-
-
-def _triple(values: Sequence[int]) -> Triple:
-    x, y, z = (int(value) for value in values)
-    return x, y, z

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain3d.backbones.contract import Triple
 from pretrain3d.detection.deformable import DeformableAttention
 from pretrain3d.detection.queries import inverse_sigmoid
 
-Triple = tuple[int, int, int]
 TEMPERATURE = 10_000.0
 LARGEST = 0.95  # relative size of a proposal before it is refined
 

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pretrain3d.backbones.contract import Triple
 from pretrain3d.detection.anchors import mean_best_iou
 from pretrain3d.detection.necks import chosen_levels
-
-Triple = tuple[int, int, int]
 
 PER_AXIS = 3  # sizes per axis: 27 anchors per position
 DOUBLING: tuple[Triple, ...] = ((1, 1, 1), (2, 2, 2), (4, 4, 4), (8, 8, 8))  # four levels, as most backbones have them

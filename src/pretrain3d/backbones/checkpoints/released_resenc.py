@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pretrain3d.backbones.checkpoints.contract import Ledger, reported, shown, table
-from pretrain3d.backbones.stages import NORM_EPS, SLOPE, triple
+from pretrain3d.backbones.contract import triple
+from pretrain3d.backbones.stages import NORM_EPS, SLOPE
 from pretrain3d.config import UserError
 
 ENCODER, STEM = "encoder.stages", "encoder.stem"
