@@ -16,7 +16,8 @@ from harness import Target, interleave, report
 from torch import Tensor
 
 from pretrain3d.detection.contract import Detections
-from pretrain3d.detection.tiles import predict_volume, tile_starts
+from pretrain3d.detection.merge import Merging, merge
+from pretrain3d.detection.tiles import predict_views, tile_starts
 
 SHAPE, PATCH, OVERLAP = (300, 300, 300), (128, 128, 128), 0.5
 BOXES, CLASSES, OBJECTS = 100, 3, 60
@@ -75,7 +76,7 @@ def seconds(
             return found
 
         start = time.process_time()
-        predict_volume(timed, image, PATCH, OVERLAP, batch_size=4, mirror_axes=axes)
+        merge(predict_views(timed, image, PATCH, OVERLAP, batch_size=4, mirror_axes=axes), Merging())
         return time.process_time() - start - inside
 
     return measure

@@ -13,7 +13,7 @@ from pretrain3d.detection.sample import hard_negatives
 CPU = torch.device("cpu")
 
 
-def slow_atss(grid: AnchorGrid, boxes: torch.Tensor, num_candidates: int, center_in_box: bool) -> list[int]:
+def slow_atss(grid: AnchorGrid, boxes: torch.Tensor, num_candidates: int) -> list[int]:
     """Matched box per anchor, -1 for background, by the definition; loops over every box and every anchor."""
     overlap = box_ops.iou(boxes, grid.boxes)
     middle = box_ops.centers(grid.boxes)
@@ -30,8 +30,7 @@ def slow_atss(grid: AnchorGrid, boxes: torch.Tensor, num_candidates: int, center
         mean = math.fsum(values) / len(values)
         deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
         for m, value in zip(candidates, values, strict=True):
-            inside = bool(((middle[m] > box[:3]) & (middle[m] < box[3:])).all())
-            if value >= mean + deviation and value > 0 and (inside or not center_in_box):
+            if value >= mean + deviation and value > 0:
                 winner[m] = max(winner.get(m, (-1.0, 0)), (value, -n))
     return [-winner[m][1] if m in winner else -1 for m in range(len(grid.boxes))]
 
@@ -55,14 +54,13 @@ GRIDS = {
 
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("num_candidates", [1, 4, 9])
-@pytest.mark.parametrize("center_in_box", [False, True])
-def test_equals_the_definition(name, num_candidates, center_in_box):
+def test_equals_the_definition(name, num_candidates):
     anchors, shape = GRIDS[name]
     grid = anchors.grid(shape, CPU)
     for seed in range(2):
         boxes = random_boxes(9, shape, seed)
-        found = atss(grid, boxes[None], torch.ones(1, 9, dtype=torch.bool), num_candidates, center_in_box)
-        assert found.matches(len(grid.boxes))[0].tolist() == slow_atss(grid, boxes, num_candidates, center_in_box)
+        found = atss(grid, boxes[None], torch.ones(1, 9, dtype=torch.bool), num_candidates)
+        assert found.matches(len(grid.boxes))[0].tolist() == slow_atss(grid, boxes, num_candidates)
 
 
 def test_boxes_at_equal_distance_of_many_anchors():
@@ -70,7 +68,15 @@ def test_boxes_at_equal_distance_of_many_anchors():
     grid = anchors.grid(shape, CPU)
     boxes = torch.tensor([[4.0, 4, 4, 8, 8, 8], [6, 6, 6, 10, 10, 10], [5, 4, 4, 9, 8, 8], [5, 4, 4, 9, 8, 8]])
     found = atss(grid, boxes[None], torch.ones(1, 4, dtype=torch.bool))
-    assert found.matches(len(grid.boxes))[0].tolist() == slow_atss(grid, boxes, 4, False)
+    assert found.matches(len(grid.boxes))[0].tolist() == slow_atss(grid, boxes, 4)
+
+
+@pytest.mark.parametrize("side", [3.25, 4.75, 6.5])
+def test_equal_overlaps_reach_their_own_mean(side):
+    grid = Anchors({"boxes": [[5, 5, 5]] * 3}, [(4, 4, 4)]).grid((16, 16, 16), CPU)
+    box = torch.tensor([[8 - side / 2] * 3 + [8 + side / 2] * 3])  # in the middle of 8 positions of 3 equal anchors
+    found = atss(grid, box[None], torch.ones(1, 1, dtype=torch.bool), 8)
+    assert found.positive.sum() == 24 and len(found.iou.unique()) == 1
 
 
 def test_a_batch_with_padding_equals_its_images():
@@ -83,7 +89,7 @@ def test_a_batch_with_padding_equals_its_images():
         valid[image, :count] = True
     matches = atss(grid, boxes, valid).matches(len(grid.boxes))
     for image, count in enumerate((7, 3, 0)):
-        assert matches[image].tolist() == slow_atss(grid, boxes[image, :count], 4, False)
+        assert matches[image].tolist() == slow_atss(grid, boxes[image, :count], 4)
 
 
 def test_every_anchor_is_positive_at_most_once():
@@ -124,3 +130,9 @@ def test_hard_negative_counts(positives, negatives):
     again = hard_negatives(scores, positive, usable, torch.tensor(3))
     other = hard_negatives(scores, positive, usable, torch.tensor(4))
     assert torch.equal(sampled, again) and not torch.equal(sampled, other)
+
+
+def test_no_more_hard_negatives_than_there_are():
+    scores = torch.arange(12.0)[None]
+    positive, usable = scores < 4, scores < 8
+    assert torch.equal(hard_negatives(scores, positive, usable, torch.tensor(0)), usable)

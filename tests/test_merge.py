@@ -16,7 +16,6 @@ from pretrain3d.detection.merge import (
     merge,
     merge_tiles,
     merge_views,
-    unflip,
 )
 
 PATCH = (32, 32, 32)
@@ -44,16 +43,6 @@ LEFT, RIGHT = [0.0, 0, 0, 32, 32, 32], [16.0, 0, 0, 48, 32, 32]
 def test_center_weight_known_values(center, weight):
     box = torch.tensor([[c - 1.0 for c in center] + [c + 1.0 for c in center]])
     assert center_weight(box, (96, 96, 96)).item() == pytest.approx(weight, abs=1e-3)
-
-
-def test_unflip_is_the_exact_mirror():
-    volume = torch.zeros(8, 10, 12)
-    volume[1:4, 2:9, 5:6] = 1
-    flipped = volume.flip([0, 2])
-    where = flipped.nonzero()
-    box = torch.cat([where.amin(dim=0), where.amax(dim=0) + 1])[None].float()
-    assert unflip(box, (8, 10, 12), (0, 2)).tolist() == [[1, 2, 5, 4, 9, 6]]
-    assert torch.equal(unflip(unflip(box, (8, 10, 12), (1,)), (8, 10, 12), (1,)), box)
 
 
 def test_cut_means_an_inner_border():
@@ -87,6 +76,12 @@ def test_parts_that_disagree_stay_and_weak_ones_move_no_border():
     assert found.boxes.tolist() == [[4, 8, 8, 32, 20, 20]]
 
 
+def test_parts_seen_in_one_tile_are_two_objects():
+    boxes = [4.0, 8, 8, 32, 20, 20], [4.0, 8, 10, 32, 20, 22]  # IoU 0.71
+    rows = [(boxes[0], 0.9, 0, LEFT, True), (boxes[1], 0.8, 0, LEFT, True)]
+    assert merged(rows, tile_iou=0.8).boxes.tolist() == [*boxes]
+
+
 def test_boxes_of_the_tile_with_the_better_view_win_and_keep_their_score():
     rows = [([4.0, 4, 4, 10, 10, 10], 0.8, 0, LEFT, False), ([4.0, 4, 5, 10, 10, 10], 0.9, 0, RIGHT, False)]
     view = tile_detections(rows)
@@ -99,7 +94,7 @@ def test_boxes_of_the_tile_with_the_better_view_win_and_keep_their_score():
 def test_views_are_averaged_by_clustering_and_maximised_by_nms():
     box = torch.tensor([[4.0, 4, 4, 10, 10, 10]])
     label = torch.zeros(1, dtype=torch.long)
-    views = [Detections(box, torch.tensor([score]), label) for score in (0.9, 0.6)] + [Detections.concatenate([])] * 2
+    views = [Detections(box[:n], torch.tensor([s])[:n], label[:n]) for s, n in ((0.9, 1), (0.6, 1), (0, 0), (0, 0))]
     views = [ViewDetections(view, torch.ones(len(view))) for view in views]
     clustered = merge_views(views, Merging())
     assert clustered.scores.tolist() == pytest.approx([(0.9 + 0.6) / 4]) and torch.equal(clustered.boxes, box)

@@ -84,7 +84,7 @@ def test_dice_and_cross_entropy_equal_loops():
     logits = torch.randn(3, 3, 4, 4, 4, generator=generator)
     target = torch.randint(0, 3, (3, 4, 4, 4), generator=generator)
     use = torch.tensor([True, False, True])
-    dice, cross_entropy = dice_and_cross_entropy(logits, target, use, smooth=1e-5, synchronise=False)
+    dice, cross_entropy = dice_and_cross_entropy(logits, target, use, smooth=1e-5)
     p, kept = logits.softmax(dim=1)[use], target[use]
     per_class = []
     for k in (1, 2):
@@ -92,7 +92,7 @@ def test_dice_and_cross_entropy_equal_loops():
         per_class.append((2 * (p[:, k] * truth).sum() + 1e-5) / (p[:, k].sum() + truth.sum() + 1e-5))
     assert dice.item() == pytest.approx(1 - sum(per_class).item() / 2, abs=1e-6)
     assert cross_entropy.item() == pytest.approx(-p.gather(1, kept[:, None]).log().mean().item(), abs=1e-6)
-    nothing = dice_and_cross_entropy(logits, target, torch.zeros(3, dtype=torch.bool), 0.0, False)
+    nothing = dice_and_cross_entropy(logits, target, torch.zeros(3, dtype=torch.bool), 0.0)
     assert [part.item() for part in nothing] == [0, 0]
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,13 @@ import torch
 from pretrain3d import boxes as box_ops
 from pretrain3d.config import UserError
 from pretrain3d.detection.contract import Detections
-from pretrain3d.detection.merge import Merging
-from pretrain3d.detection.tiles import predict_volume, tile_starts
+from pretrain3d.detection.merge import Merging, merge
+from pretrain3d.detection.tiles import predict_views, tile_starts
+
+
+def predict_volume(*arguments: Any, merging: Merging = Merging(), **options: Any) -> Detections:  # noqa: B008
+    """The views of a volume, merged."""
+    return merge(predict_views(*arguments, **options), merging)
 
 
 @pytest.mark.parametrize(
@@ -103,10 +109,10 @@ def assert_found_exactly(found: Detections, boxes: torch.Tensor, labels: torch.T
     torch.testing.assert_close(found.scores, torch.full((len(boxes),), 0.9))
 
 
-@pytest.mark.parametrize("merge", ["clustering", "nms"])
+@pytest.mark.parametrize("method", ["clustering", "nms"])
 @pytest.mark.parametrize("mirror_axes", [(), (0,), (0, 1, 2)])
 @pytest.mark.parametrize("shape", [(70, 50, 41), (32, 20, 90), (20, 18, 25)])
-def test_a_perfect_detector_comes_back_perfect(shape, mirror_axes, merge):
+def test_a_perfect_detector_comes_back_perfect(shape, mirror_axes, method):
     boxes = spread_objects(shape, 3, 13, seed=sum(shape))
     labels = torch.arange(len(boxes)) % 3
     detector = PerfectDetector(boxes, labels, {0: 1, 1: 0})
@@ -119,7 +125,7 @@ def test_a_perfect_detector_comes_back_perfect(shape, mirror_axes, merge):
         pad_value=-1.0,
         mirror_axes=mirror_axes,
         mirror_classes={0: 1},
-        merging=Merging(method=merge),
+        merging=Merging(method=method),
     )
     assert_found_exactly(found, boxes, labels)
     assert max(detector.batches) <= 3
@@ -154,7 +160,7 @@ def test_padding_is_per_channel_and_detections_in_it_are_dropped():
 
 
 def test_a_volume_without_detections():
-    none = Detections.concatenate([])
+    none = Detections(torch.zeros(0, 6), torch.zeros(0), torch.zeros(0, dtype=torch.long))
     for axes in ((), (1, 2)):
         found = predict_volume(lambda p: [none] * len(p), torch.zeros(1, 40, 40, 40), (32, 32, 32), mirror_axes=axes)
         assert found.boxes.shape == (0, 6) and found.labels.dtype == torch.long

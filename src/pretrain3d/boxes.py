@@ -35,6 +35,11 @@ def area(boxes: Tensor) -> Tensor:
     return sizes(boxes).prod(dim=-1)
 
 
+def not_smaller(boxes: Tensor, edge: float) -> Tensor:
+    """(..., 6) boxes -> (...) bool: no edge is shorter than so many voxels."""
+    return (sizes(boxes) >= edge).all(dim=-1)
+
+
 def intersection(a: Tensor, b: Tensor) -> Tensor:
     """Shared volume of broadcastable (..., 6) boxes, axis by axis so that no (..., 3) intermediate is made."""
     # one contiguous tensor per coordinate: (N, 1) against (1, M) then runs vectorised, with a stride of 6 it would not
@@ -130,7 +135,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | Non
     while len(waiting) and count < wanted:
         chunk, waiting = waiting[:_CHUNK], waiting[_CHUNK:]
         alive[chunk] = False
-        chunk = chunk[_greedy_keep(rows[:, chunk], iou_threshold)]
+        chunk = chunk[greedy_keep(_above(rows[:, chunk], rows[:, chunk], iou_threshold), alive.new_ones(len(chunk)))]
         kept.append(chunk)
         count += len(chunk)
         by_start = by_start[alive[by_start]]
@@ -160,16 +165,23 @@ def _above(a: Tensor, b: Tensor, threshold: float) -> Tensor:
     return shared.div_(union) > threshold
 
 
-def _greedy_keep(rows: Tensor, threshold: float) -> Tensor:
-    """(n,) bool of the greedy survivors among (7, n) boxes sorted best first.
+def greedy_keep(suppresses: Tensor, present: Tensor) -> Tensor:
+    """Which boxes survive when each drops the worse ones that it suppresses, from the best one on.
 
     ``keep = not suppressed by a kept better box`` is iterated from "all kept". After n rounds the n best boxes are
     right for good, so it ends, and its only fixed point is the greedy solution.
+
+    Args:
+        suppresses: (..., n, n) bool, [i, j]: box j would drop i; boxes are sorted, the best first.
+        present: (..., n) bool, False = a filler, which neither drops a box nor survives.
+
+    Returns:
+        (..., n) bool.
     """
-    suppresses = _above(rows, rows, threshold).tril_(diagonal=-1).float()  # [i, j] = 1: better box j would drop i
-    keep = torch.ones(rows.shape[1], device=rows.device)
+    suppresses = suppresses.tril(diagonal=-1).float()
+    keep = present.float()
     while True:
-        updated = (suppresses @ keep == 0).float()
+        updated = ((suppresses @ keep[..., None])[..., 0] == 0).float() * present
         if torch.equal(updated, keep):
             return keep.bool()
         keep = updated

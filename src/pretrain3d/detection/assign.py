@@ -3,7 +3,7 @@
 Source: Zhang et al. 2020, "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training
 Sample Selection", algorithm 1, as used by nnDetection: per level the ``k * A`` anchors closest to a box are candidates
 (at most all anchors of the level; MONAI 1.6 stops at the number of *positions*), and those whose IoU reaches the mean
-plus the standard deviation of all candidates of that box are positive.
+plus the standard deviation of all candidates of that box are positive, wherever their centres lie.
 
 All A anchors of a position share its centre, so the ``k * A`` closest anchors are those of the k closest positions, and
 these lie in a window of k + 2 positions per axis around the box. Only that window is ever looked at: time and memory
@@ -44,9 +44,7 @@ class Assignment:
 
 
 @torch.no_grad()
-def atss(
-    grid: AnchorGrid, boxes: Tensor, valid: Tensor, num_candidates: int = 4, center_in_box: bool = False
-) -> Assignment:
+def atss(grid: AnchorGrid, boxes: Tensor, valid: Tensor, num_candidates: int = 4) -> Assignment:
     """Assigns the boxes of a batch without waiting for the device.
 
     Positions at equal distance are taken in their order on the grid, an anchor that several boxes claim goes to the one
@@ -57,20 +55,14 @@ def atss(
         boxes: (B, N, 6), padded.
         valid: (B, N) bool, False = padding.
         num_candidates: k, positions per level and box.
-        center_in_box: also require the anchor's centre inside the box; drops all anchors of very small objects.
     """
     batch, count = valid.shape
     boxes = boxes.float()
     anchor = torch.cat(_candidates(grid, box_ops.centers(boxes), num_candidates), dim=-1)  # (B, N, C)
-    candidates = grid.boxes[anchor]  # (B, N, C, 6)
-    overlap = box_ops.aligned_iou(boxes[:, :, None], candidates)
+    overlap = box_ops.aligned_iou(boxes[:, :, None], grid.boxes[anchor])
     # float64: equal IoUs, as of a box in the middle of its candidates, must reach their own mean
     threshold = overlap.double().mean(dim=-1) + _deviation(overlap.double())  # (B, N)
     positive = (overlap >= threshold[..., None]) & (overlap > 0) & valid[..., None]
-    if center_in_box:
-        middle = box_ops.centers(candidates)
-        inside = (middle > boxes[:, :, None, :3]) & (middle < boxes[:, :, None, 3:])
-        positive &= inside.all(dim=-1)
     index = torch.arange(count, device=boxes.device)[:, None].expand(positive.shape)
     anchor, index, overlap, positive = (x.reshape(batch, -1) for x in (anchor, index, overlap, positive))
     return Assignment(anchor, index, _resolve(anchor, index, overlap, positive, len(grid.boxes), count), overlap)

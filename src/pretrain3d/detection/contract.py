@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MIN_SIZE = 0.01  # voxels; only what clipping left of a box outside the image is smaller
+
 
 @dataclass
 class Detections:
@@ -39,9 +41,7 @@ class Detections:
 
     @classmethod
     def concatenate(cls, parts: list[Detections]) -> Detections:
-        """All detections in the given order; an empty list gives no detection."""
-        if not parts:
-            return cls(torch.zeros(0, 6), torch.zeros(0), torch.zeros(0, dtype=torch.long))
+        """All detections in the given order, of one part or more."""
         return cls(
             torch.cat([part.boxes for part in parts]),
             torch.cat([part.scores for part in parts]),

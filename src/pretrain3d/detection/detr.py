@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain3d import boxes as box_ops
 from pretrain3d.backbones.contract import Level, triple
 from pretrain3d.config import UserError
-from pretrain3d.detection.contract import Detections
+from pretrain3d.detection.contract import MIN_SIZE, Detections
 from pretrain3d.detection.necks import ChannelMapper, SimplePyramid, chosen_levels, pyramid_levels
 from pretrain3d.detection.queries import Denoising, denoising_queries, match, to_voxels
 from pretrain3d.detection.set_loss import Targets
@@ -25,7 +25,6 @@ from pretrain3d.detection.transformer import BoxHead, Decoder, EncoderLayer, Sin
 
 PRIOR = 0.05  # probability of an object per query before training
 MOST_LEVELS = 4
-MIN_SIZE = 0.01  # voxels; only what clipping left of a box outside the patch is smaller
 
 
 class DeformableDETR(nn.Module):
@@ -222,7 +221,7 @@ class DeformableDETR(nn.Module):
         results = []
         for image, (values, index) in enumerate(zip(best.values, best.indices, strict=True)):
             found = Detections(boxes[image, index // self.num_classes], values.sigmoid(), index % self.num_classes)
-            keep = (found.scores > 0) & (box_ops.sizes(found.boxes) >= MIN_SIZE).all(dim=-1)
+            keep = (found.scores > 0) & box_ops.not_smaller(found.boxes, MIN_SIZE)
             results.append(found[keep])
         return results
 

@@ -10,11 +10,11 @@ terms) is therefore made global, so that n processes train exactly like one with
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain3d import boxes as box_ops
+from pretrain3d.parallel import all_sum, world_size
 
 
 def focal(logits: Tensor, targets: Tensor, gamma: float, alpha: float) -> Tensor:
@@ -52,17 +52,14 @@ def box_giou(deltas: Tensor, boxes: Tensor, anchors: Tensor, positive: Tensor) -
     return (difference * positive).sum()
 
 
-def dice_and_cross_entropy(
-    logits: Tensor, target: Tensor, use: Tensor, smooth: float, synchronise: bool
-) -> tuple[Tensor, Tensor]:
-    """Soft Dice over the batch (foreground classes, softmax) and voxel-wise cross entropy.
+def dice_and_cross_entropy(logits: Tensor, target: Tensor, use: Tensor, smooth: float) -> tuple[Tensor, Tensor]:
+    """Soft Dice over the batch of all processes (foreground classes, softmax) and voxel-wise cross entropy.
 
     Args:
         logits: (B, K + 1, X, Y, Z), class 0 = background.
         target: (B, X, Y, Z) integer class indices.
         use: (B,) bool; images that are not completely annotated stay out.
         smooth: added to numerator and denominator; nnDetection 1e-5, the pretraining study 0 in the numerator.
-        synchronise: sum the Dice terms over processes.
 
     Returns:
         Dice loss in [0, 1] and cross entropy; both 0 when no image is used. With ``smooth`` a class that neither the
@@ -72,31 +69,17 @@ def dice_and_cross_entropy(
     weight = use.float()
     target = target.long()
     voxels = F.cross_entropy(logits, target, reduction="none").flatten(1).mean(dim=1)  # (B,)
-    used = over_processes(torch.stack([weight.sum(), torch.ones_like(weight[0])]), synchronise)
-    cross_entropy = (voxels * weight).sum() / (used[0] / used[1]).clamp(min=1e-6)
+    used = all_sum(weight.sum())
+    cross_entropy = (voxels * weight).sum() / (used / world_size()).clamp(min=1e-6)
     probabilities = logits.softmax(dim=1)
     terms = []
     for index in range(1, num_classes):  # a one-hot volume of all classes would be the largest tensor of the step
         p, t = probabilities[:, index].flatten(1), (target == index).flatten(1)
         sums = torch.stack([(p * t).sum(dim=1), p.sum(dim=1), t.sum(dim=1).float()])  # (3, B)
         terms.append((sums * weight).sum(dim=1))
-    shared, predicted, true = over_processes(torch.stack(terms), synchronise).unbind(dim=1)  # (K,) each
+    shared, predicted, true = all_sum(torch.stack(terms)).unbind(dim=1)  # (K,) each
     dice = 1.0 - ((2 * shared + smooth) / (predicted + true + smooth).clamp(min=1e-8)).mean()
-    return dice * (used[0] > 0), cross_entropy
-
-
-def over_processes(value: Tensor, synchronise: bool) -> Tensor:
-    """The sum of ``value`` over processes, with the gradient that survives averaging.
-
-    Every process computes the same loss from the sum; its gradient through its own part is scaled by the number of
-    processes, which the averaging of data parallelism takes back.
-    """
-    if not (synchronise and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return value
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    scaled = value * dist.get_world_size()
-    return scaled + (total - scaled.detach())
+    return dice * (used > 0), cross_entropy
 
 
 class PositiveNormaliser(nn.Module):
@@ -123,10 +106,7 @@ class PositiveNormaliser(nn.Module):
     def forward(self, positive: Tensor) -> Tensor:
         """Bool mask of positives -> () divisor."""
         if self.training:
-            count = positive.sum().float()
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                dist.all_reduce(count)
-                count = count / dist.get_world_size()
+            count = all_sum(positive.sum().float()) / world_size()
             self.mean.mul_(self.beta).add_(count, alpha=1 - self.beta)
             self.steps.add_(1)
         correction = 1 - torch.pow(torch.full_like(self.mean, self.beta), self.steps)

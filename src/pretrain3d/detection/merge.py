@@ -113,15 +113,6 @@ def is_cut(boxes: Tensor, patch_size: tuple[int, int, int], start: tuple[int, ..
     return cut
 
 
-def unflip(boxes: Tensor, patch_size: tuple[int, int, int], axes: tuple[int, ...]) -> Tensor:
-    """Boxes seen in a patch mirrored along ``axes``, in the patch as it was: [a, b) becomes [S - b, S - a)."""
-    columns = list(boxes.float().unbind(dim=-1))
-    for axis in axes:
-        low, high = columns[axis], columns[axis + 3]
-        columns[axis], columns[axis + 3] = patch_size[axis] - high, patch_size[axis] - low
-    return torch.stack(columns, dim=-1)
-
-
 def merge(views: list[TileDetections], merging: Merging) -> Detections:
     """The boxes of a volume from all its tiles and views; best first."""
     return merge_views([merge_tiles(view, merging) for view in views], merging)
@@ -169,7 +160,7 @@ def merge_views(views: list[ViewDetections], merging: Merging) -> Detections:
         )
     else:
         found = found[box_ops.batched_nms(found.boxes, found.scores, found.labels, merging.view_iou)]
-    found = found[(box_ops.sizes(found.boxes) >= merging.min_size).all(dim=-1)]
+    found = found[box_ops.not_smaller(found.boxes, merging.min_size)]
     rank_in_class = torch.zeros(len(found), dtype=torch.long)
     for label in found.labels.unique().tolist():
         members = found.labels == label
@@ -178,7 +169,7 @@ def merge_views(views: list[ViewDetections], merging: Merging) -> Detections:
 
 
 def _best_of_tiles(found: Detections, tile: Tensor, num_tiles: int, iou_threshold: float) -> Tensor:
-    """Indices that class-wise NMS by score keeps within each tile; all tiles at once, as in `boxes.nms`."""
+    """Indices that class-wise NMS by score keeps within each tile; many tiles at once."""
     order = torch.sort(found.scores, descending=True, stable=True).indices
     order = order[torch.sort(tile[order], stable=True).indices]  # by tile, best first
     counts = torch.bincount(tile, minlength=num_tiles)
@@ -193,14 +184,7 @@ def _best_of_tiles(found: Detections, tile: Tensor, num_tiles: int, iou_threshol
             continue
         boxes, labels = found.boxes[index], found.labels[index]
         suppresses = (box_ops.iou(boxes, boxes) > iou_threshold) & (labels[:, :, None] == labels[:, None])
-        suppresses = (suppresses & present[:, None]).tril_(diagonal=-1).float()  # [t, i, j]: better box j would drop i
-        keep = present.float()
-        while True:  # the greedy solution is the only fixed point, see `boxes.nms`
-            updated = ((suppresses @ keep[..., None])[..., 0] == 0).float() * present
-            if torch.equal(updated, keep):
-                break
-            keep = updated
-        kept.append(index[keep.bool()])
+        kept.append(index[box_ops.greedy_keep(suppresses, present)])
     return torch.cat(kept)
 
 

@@ -86,9 +86,11 @@ class ChannelMapper(nn.Module):
     def __init__(self, levels: Sequence[Level], outputs: Sequence[int], channels: int) -> None:
         super().__init__()
         self.outputs = tuple(outputs)
-        groups = max(n for n in range(1, max(channels // GROUP_CHANNELS, 1) + 1) if channels % n == 0)
         self.maps = nn.ModuleList(
-            nn.Sequential(Conv3d(levels[index].channels, channels, kernel_size=1), nn.GroupNorm(groups, channels))
+            nn.Sequential(
+                Conv3d(levels[index].channels, channels, kernel_size=1),
+                nn.GroupNorm(num_groups(channels, GROUP_CHANNELS), channels),
+            )
             for index in self.outputs
         )
 
@@ -193,6 +195,11 @@ def chosen_levels(wanted: Sequence[int] | None, num_levels: int) -> tuple[int, .
             f" (there are {num_levels} levels)"
         )
     return chosen
+
+
+def num_groups(channels: int, per_group: int) -> int:
+    """The most groups of at least ``per_group`` channels that divide them; one where there are fewer."""
+    return max(n for n in range(1, max(channels // per_group, 1) + 1) if channels % n == 0)
 
 
 def _level_channels(channels: int, halvings: int) -> int:

@@ -27,7 +27,8 @@ from pretrain3d.backbones.convolution import Conv3d
 from pretrain3d.config import UserError
 from pretrain3d.detection.anchors import AnchorGrid, Anchors
 from pretrain3d.detection.assign import Assignment, atss
-from pretrain3d.detection.contract import Detections
+from pretrain3d.detection.contract import MIN_SIZE, Detections
+from pretrain3d.detection.heads import Head, per_anchor
 from pretrain3d.detection.losses import PositiveNormaliser, box_giou, box_l1, dice_and_cross_entropy, focal
 from pretrain3d.detection.necks import FPN, SimplePyramid, chosen_levels, pyramid_levels
 from pretrain3d.detection.sample import hard_negatives
@@ -42,9 +43,7 @@ CLASSIFICATION_WEIGHT = {"focal": 0.3, "hard_negative": 1.0}
 SEGMENTATION_WEIGHT = 0.5
 PRIOR = 0.01  # probability of an object per anchor before training
 ATSS_CANDIDATES = 4
-GROUP_CHANNELS = 16
 CANDIDATES_PER_PATCH = 10_000
-MIN_SIZE = 0.01  # voxels; only what clipping left of a box outside the patch is smaller
 
 
 class RetinaUNet(nn.Module):
@@ -145,8 +144,8 @@ class RetinaUNet(nn.Module):
         maps = self.fpn(features if self.pyramid is None else self.pyramid(features, finest), finest)
         logits, deltas = [], []
         for scale, index in zip(self.scales, self.detection_levels, strict=True):
-            logits.append(_per_anchor(self.classifier(maps[index]), self.num_classes))
-            deltas.append(_per_anchor(self.regressor(maps[index]), 6) * scale)
+            logits.append(per_anchor(self.classifier(maps[index]), self.num_classes))
+            deltas.append(per_anchor(self.regressor(maps[index]), 6) * scale)
         outputs = {"logits": torch.cat(logits, dim=1), "deltas": torch.cat(deltas, dim=1)}
         if segment:
             segmentation = self.segmenter(maps[0])
@@ -215,7 +214,7 @@ class RetinaUNet(nn.Module):
 
     def _segmentation(self, logits: Tensor, mask: Tensor, annotated: Tensor) -> tuple[Tensor, Tensor]:
         target = mask > 0 if self.segmentation == "foreground" else mask
-        return dice_and_cross_entropy(logits, target, annotated.all(dim=1), self.smooth, self.training)
+        return dice_and_cross_entropy(logits, target, annotated.all(dim=1), self.smooth)
 
     @torch.no_grad()
     def predict(self, outputs: dict[str, Tensor], image_shape: Sequence[int]) -> list[Detections]:
@@ -231,7 +230,7 @@ class RetinaUNet(nn.Module):
         anchor, labels = best.indices // self.num_classes, best.indices % self.num_classes
         scores = best.values.sigmoid()
         boxes = box_ops.clip(box_ops.decode(deltas[anchor], anchors[anchor]), shape)
-        keep = (scores > 0) & (box_ops.sizes(boxes) >= MIN_SIZE).all(dim=-1)
+        keep = (scores > 0) & box_ops.not_smaller(boxes, MIN_SIZE)
         boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
         kept = box_ops.batched_nms(boxes, scores, labels, self.nms_iou, self.detections_per_patch)
         return Detections(boxes[kept], scores[kept], labels[kept])
@@ -254,45 +253,6 @@ def retinanet(
 ) -> RetinaUNet:
     """`RetinaUNet` without the segmentation head; pyramid levels finer than the detection levels are not computed."""
     return RetinaUNet(**locals(), segmentation="none")
-
-
-class Head(nn.Module):
-    """Convolutions with group norm and ReLU, then an output convolution; shared by all levels.
-
-    All weights start at N(0, 0.01), biases at 0.
-    """
-
-    def __init__(self, in_channels: int, channels: int, num_convs: int, out_channels: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for index in range(num_convs):
-            layers += [
-                Conv3d(channels if index else in_channels, channels, kernel_size=3, padding=1, bias=False),
-                nn.GroupNorm(_num_groups(channels), channels),
-                nn.ReLU(inplace=True),
-            ]
-        self.hidden = nn.Sequential(*layers)
-        self.output = Conv3d(channels if num_convs else in_channels, out_channels, kernel_size=3, padding=1)
-        for module in self.modules():
-            if isinstance(module, nn.Conv3d):
-                nn.init.normal_(module.weight, std=0.01)
-        nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.output(self.hidden(features))
-
-
-def _num_groups(channels: int) -> int:
-    """Groups of at least 16 channels that divide the width; one group for narrow heads."""
-    return max(groups for groups in range(1, max(channels // GROUP_CHANNELS, 1) + 1) if channels % groups == 0)
-
-
-def _per_anchor(output: Tensor, values: int) -> Tensor:
-    """(B, A * values, X, Y, Z) -> (B, X * Y * Z * A, values)."""
-    batch = len(output)
-    return (
-        output.flatten(2).view(batch, -1, values, output[0, 0].numel()).permute(0, 3, 1, 2).reshape(batch, -1, values)
-    )
 
 
 def _check(nms_iou: float, num_convs: int, **positive: int) -> None:

@@ -1,4 +1,4 @@
-"""A whole volume through a detector that sees patches: distinct tiles, mirrored views, one merged list of boxes."""
+"""A whole volume through a detector that sees patches: distinct tiles, mirrored views."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 from pretrain3d import boxes as box_ops
 from pretrain3d.backbones.contract import Triple, triple
 from pretrain3d.config import UserError
-from pretrain3d.detection.contract import Detections
-from pretrain3d.detection.merge import Merging, TileDetections, center_weight, is_cut, merge, unflip
+from pretrain3d.detection.contract import MIN_SIZE, Detections
+from pretrain3d.detection.merge import TileDetections, center_weight, is_cut
 from pretrain3d.devices import is_out_of_memory
+from pretrain3d.geometry import flip_boxes
 
-MIN_SIZE = 0.01  # voxels; less is left of a box only when it lay outside the volume
 LATERAL_AXIS = 0  # of RAS volumes: flipping it swaps left and right
 
 
@@ -110,35 +110,6 @@ def predict_views(
     return [_inside(_joined(collected), before, triple(image.shape[1:])) for collected in parts]
 
 
-def predict_volume(
-    predict_patches: Callable[[Tensor], list[Detections]],
-    image: Tensor,
-    patch_size: Sequence[int],
-    overlap: float = 0.5,
-    batch_size: int = 1,
-    pad_value: float | Sequence[float] = 0.0,
-    mirror_axes: Sequence[int] = (),
-    mirror_classes: Mapping[int, int] | None = None,
-    device: torch.device | str | None = None,
-    merging: Merging | None = None,
-) -> Detections:
-    """Detections of a whole volume: `predict_views`, each merged over its tiles, then with each other.
-
-    Args:
-        merging: None: the defaults of `Merging`. The rest as in `predict_views`.
-
-    Returns:
-        Boxes in voxels of ``image``, inside it, best first, on the CPU.
-
-    Raises:
-        UserError: as `predict_views`.
-    """
-    views = predict_views(
-        predict_patches, image, patch_size, overlap, batch_size, pad_value, mirror_axes, mirror_classes, device
-    )
-    return merge(views, merging or Merging())
-
-
 @contextmanager
 def _memory_named(batch_size: int, patch: Triple) -> Iterator[None]:
     """Running out of memory within it becomes a `UserError` that says what to lower."""
@@ -176,7 +147,7 @@ def _to_volume(
     found: Detections, view: tuple[int, ...], swap: Mapping[int, int], patch: Triple, start: Triple, shape: Triple
 ) -> TileDetections:
     """One tile's detections, mirrored back and moved to their place in the (padded) volume."""
-    boxes = unflip(found.boxes, patch, view)
+    boxes = flip_boxes(found.boxes, patch, view)
     labels = _swapped(found.labels, swap) if LATERAL_AXIS in view else found.labels
     offset = torch.tensor([*start, *start], dtype=torch.float32)
     return TileDetections(
@@ -214,4 +185,4 @@ def _inside(view: TileDetections, before: Triple, shape: Triple) -> TileDetectio
     offset = torch.tensor([*before, *before], dtype=torch.float32)
     boxes = box_ops.clip(view.found.boxes - offset, shape)
     moved = replace(view, found=Detections(boxes, view.found.scores, view.found.labels), extents=view.extents - offset)
-    return moved[(box_ops.sizes(boxes) >= MIN_SIZE).all(dim=-1)]
+    return moved[box_ops.not_smaller(boxes, MIN_SIZE)]
