@@ -70,14 +70,14 @@ def test_components_and_their_features() -> None:
 
 def test_thresholding_finds_what_a_threshold_can_find() -> None:
     training, held_out = [volume(seed) for seed in range(6)], [volume(seed) for seed in range(50, 56)]
-    baseline = ThresholdBaseline(2, search_cases=2).fit(training)
+    baseline = ThresholdBaseline(search_cases=2).fit(training)
     result = score(baseline.predict, held_out, ["bright", "dark"])
     assert result["per_class"]["bright"]["AP@0.10"] > 0.9 and result["per_class"]["dark"]["AP@0.10"] > 0.9
     boxes, scores, labels = baseline.predict(held_out[0][0])
     assert boxes.dtype == scores.dtype == np.float32 and labels.dtype == np.int64
     assert (scores > 0).all() and (scores < 1).all()
     assert (boxes[:, 3:] - boxes[:, :3]).max() < 16, "the slab is larger than any object"
-    again = ThresholdBaseline(2, search_cases=2).fit(training).predict(held_out[0][0])
+    again = ThresholdBaseline(search_cases=2).fit(training).predict(held_out[0][0])
     np.testing.assert_array_equal(again[0], boxes)
 
 
@@ -85,15 +85,15 @@ def test_thresholding_does_not_find_what_has_no_contrast() -> None:
     """Boxes of other cases: nothing to find, so nothing may be found."""
     volumes = [volume(seed) for seed in range(12)]
     shuffled = [(v[0], w[1], w[2]) for v, w in zip(volumes, volumes[1:] + volumes[:1], strict=True)]
-    baseline = ThresholdBaseline(2, search_cases=2).fit(shuffled[:6])
+    baseline = ThresholdBaseline(search_cases=2).fit(shuffled[:6])
     assert score(baseline.predict, shuffled[6:], ["bright", "dark"])["AP@0.10"] < 0.1
 
 
 def test_a_class_without_training_objects_is_not_predicted() -> None:
     image, boxes, labels = volume(0, bright=4, dark=0)
-    baseline = ThresholdBaseline(3, search_cases=2).fit([(image, boxes, labels), volume(1, bright=0, dark=0)])
+    baseline = ThresholdBaseline(search_cases=2).fit([(image, boxes, labels), volume(1, bright=0, dark=0)])
     assert set(baseline.predict(image)[2]) == {0}
-    empty = ThresholdBaseline(3).fit([volume(1, bright=0, dark=0)]).predict(image)
+    empty = ThresholdBaseline().fit([volume(1, bright=0, dark=0)]).predict(image)
     assert [len(part) for part in empty] == [0, 0, 0] and empty[0].shape == (0, 6)
 
 

@@ -306,7 +306,7 @@ def test_threshold_and_components_do_not_solve_the_set():
         boxes = [[s.start for s in found] + [s.stop for s in found] for found in ndimage.find_objects(instances)]
         return image, np.array(boxes, float).reshape(-1, 6), np.array(list(case.labels.values()), int)
 
-    baseline = ThresholdBaseline(len(CLASSES), (2.0, 2.0, 2.4)).fit([volume(index, "train") for index in range(16)])
+    baseline = ThresholdBaseline((2.0, 2.0, 2.4)).fit([volume(index, "train") for index in range(16)])
     predictions, targets = {}, {}
     for index in range(24):
         image, boxes, labels = volume(index, "test")

@@ -9,14 +9,14 @@ import pytest
 from test_matching import Case, random_cases
 
 from pretrain3d.config import UserError
-from pretrain3d.evaluation.matching import match
+from pretrain3d.evaluation.matching import Matches, match
 from pretrain3d.evaluation.protocol import KEYS, evaluate, values
 from pretrain3d.evaluation.sizes import Sizes
 from pretrain3d.evaluation.statistics import (
     bootstrap,
-    bootstrap_runs,
     evaluate_with_intervals,
     holm,
+    intervals,
     paired_difference,
     resample,
     row_samples,
@@ -84,7 +84,7 @@ def test_intervals_surround_the_value_and_are_percentiles() -> None:
 def test_a_single_patient_has_no_interval() -> None:
     predictions, targets = distinct(1, 6)
     one = dict.fromkeys(targets, "one")
-    together = evaluate_with_intervals(predictions, targets, CLASSES, samples=50, groups=one)
+    together = evaluate_with_intervals(match(predictions, targets, CLASSES), samples=50, groups=one)
     entry = together["metrics"]["mAP"]
     assert entry["value"] > 0 and entry["low"] is entry["high"] is None
     assert set(together) == {"metrics", "per_class", "curves", "cases"}
@@ -250,15 +250,20 @@ def shifted(predictions: dict[str, Case], share: float) -> dict[str, Case]:
     }
 
 
+def of_row(runs: list[Matches], samples: int, groups: dict[str, str] | None = None) -> dict[str, float | None]:
+    """The mAP of the mean over several runs, with its interval."""
+    return intervals(*row_samples([runs], samples, groups=groups)[0])["metrics"]["mAP"]
+
+
 def test_runs_of_one_method_are_averaged_and_drawn() -> None:
     """One patient, so that only the seeds vary: every sample holds one of the two."""
     predictions, targets = distinct(3, 6)
     a, b = (match(shifted(predictions, share), targets, CLASSES) for share in (0.0, 0.6))
     low, high = sorted(bootstrap(run, 0)["metrics"]["mAP"]["value"] for run in (a, b))
-    entry = bootstrap_runs([a, b], samples=200, groups=dict.fromkeys(targets, "one"))["metrics"]["mAP"]
+    entry = of_row([a, b], 200, groups=dict.fromkeys(targets, "one"))
     assert entry == pytest.approx({"value": (low + high) / 2, "low": low, "high": high}) and low < high
-    assert bootstrap_runs([a], 50)["metrics"]["mAP"] == bootstrap(a, 50)["metrics"]["mAP"]
-    twice = bootstrap_runs([a, a], 50)["metrics"]["mAP"]  # two equal runs know no more than one
+    assert of_row([a], 50) == bootstrap(a, 50)["metrics"]["mAP"]
+    twice = of_row([a, a], 50)  # two equal runs know no more than one
     assert twice == pytest.approx(bootstrap(a, 50)["metrics"]["mAP"])
 
 

@@ -32,6 +32,7 @@ from pretrain3d.detection.contract import Detections
 from pretrain3d.detection.merge import Merging, ViewDetections, merge, merge_tiles
 from pretrain3d.detection.sweep import GRID, SweepCase, measure_at, operating_points, sweep
 from pretrain3d.detection.tiles import predict_views
+from pretrain3d.evaluation.matching import match
 from pretrain3d.evaluation.protocol import evaluate
 from pretrain3d.files import replacing
 from pretrain3d.modules.base import NOTE
@@ -135,7 +136,7 @@ def slow_operating_point(found: dict[str, Any], targets: dict[str, Any], rate: f
     scores = sorted({score for each in found.values() for score in each["scores"].tolist()})
     cuts = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(scores)), 2.0]
     for cut in cuts:
-        measured = measure_at(cut, found, targets, ["a", "b"])
+        measured = measure_at(cut, match(found, targets, ["a", "b"]))
         if measured["false_positives_per_case"] <= rate:
             return measured["false_positives_per_case"], measured["sensitivity"]
     raise AssertionError("a cut above all scores keeps every rate")
@@ -150,15 +151,15 @@ def test_operating_points_keep_their_rate_and_no_less(rate: float) -> None:
         boxes = np.vstack([true[:3] + rng.normal(0, 0.3, (3, 6)), true[:3] + 40])
         found[case] = {"boxes": boxes, "scores": np.round(rng.random(6), 1), "labels": np.array([0, 0, 1, 0, 1, 1])}
         targets[case] = {"boxes": true, "labels": np.array([0, 0, 1, 1])}
-    (row,) = operating_points(found, targets, ["a", "b"], [rate])
-    measured = measure_at(row["threshold"], found, targets, ["a", "b"])
+    (row,) = operating_points(match(found, targets, ["a", "b"]), [rate])
+    measured = measure_at(row["threshold"], match(found, targets, ["a", "b"]))
     assert (row["measured"], row["sensitivity"]) == (measured["false_positives_per_case"], measured["sensitivity"])
     assert (row["measured"], row["sensitivity"]) == slow_operating_point(found, targets, rate)
 
 
 def test_operating_points_of_nothing() -> None:
     none = {"boxes": np.zeros((0, 6)), "scores": np.zeros(0), "labels": np.zeros(0, np.int64)}
-    (row,) = operating_points({"a": none}, {"a": none}, ["object"], [1.0])
+    (row,) = operating_points(match({"a": none}, {"a": none}, ["object"]), [1.0])
     assert row == {"false_positives_per_case": 1.0, "threshold": 0.0, "sensitivity": 0.0, "measured": 0.0}
 
 
@@ -400,9 +401,9 @@ def test_an_operating_point_that_finds_nothing_is_above_all_scores(top: float) -
     far = np.array([[40.0, 0, 0, 45, 5, 5], [0, 0, 0, 5, 5, 5]])
     found = {"x": {"boxes": far, "scores": np.array([top, 0.5]), "labels": np.zeros(2, np.int64)}}
     targets = {"x": {"boxes": far[1:], "labels": np.zeros(1, np.int64)}}
-    (row,) = operating_points(found, targets, ["a"], [0.5])
+    (row,) = operating_points(match(found, targets, ["a"]), [0.5])
     assert row["threshold"] > top and (row["sensitivity"], row["measured"]) == (0.0, 0.0)
-    measured = measure_at(row["threshold"], found, targets, ["a"])
+    measured = measure_at(row["threshold"], match(found, targets, ["a"]))
     assert (measured["sensitivity"], measured["false_positives_per_case"]) == (0.0, 0.0)
 
 

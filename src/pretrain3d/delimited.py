@@ -57,7 +57,7 @@ class Delimited:
         try:
             values = np.array(cells, np.float64)
         except ValueError:
-            values = np.array([_number(cell) for cell in cells])
+            values = np.array([number(cell) for cell in cells])
         for index in np.flatnonzero(~np.isfinite(values)):
             raise UserError(f"{self.path} line {self.lines[index]}: {name} is {cells[index]!r}, not a finite number")
         return values
@@ -119,7 +119,8 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}: not a text file (UTF-8)") from None
 
 
-def _number(cell: str) -> float:
+def number(cell: str) -> float:
+    """The number that a cell holds; nan where it holds none."""
     try:
         return float(cell)
     except ValueError:

@@ -66,6 +66,6 @@ def fit(baseline: str, data: Any, train: list[str]) -> Callable[[str], Predictio
         mean_box = MeanBoxBaseline(len(data.classes))
         mean_box.fit([c.shape for c in chosen], [c.boxes for c in chosen], [c.labels for c in chosen])
         return lambda case_id: mean_box.predict(data.cases[case_id].shape)
-    threshold = ThresholdBaseline(len(data.classes), data.spacing_mm)
+    threshold = ThresholdBaseline(data.spacing_mm)
     threshold.fit([(image_of(i), data.cases[i].boxes, data.cases[i].labels) for i in train])
     return lambda case_id: threshold.predict(image_of(case_id))

@@ -116,10 +116,10 @@ def score_cases(
     (folder / "result.json").unlink(missing_ok=True)  # no result may ever stand beside the boxes of another one
     write(folder / "predictions.json", data.classes, found)
     write(folder / "targets.json", data.classes, truth)
-    groups = groups_of(truth)
-    scored = evaluate_with_intervals(found, truth, data.classes, samples=samples, groups=groups)
-    sizes = by_size(match(found, truth, data.classes), found, truth, samples=samples, groups=groups)
-    operating = None if threshold is None else measure_at(threshold, found, truth, data.classes)
+    matches, groups = match(found, truth, data.classes), groups_of(truth)
+    scored = evaluate_with_intervals(matches, samples=samples, groups=groups)
+    sizes = by_size(matches, found, truth, samples=samples, groups=groups)
+    operating = None if threshold is None else measure_at(threshold, matches)
     write_result(
         folder,
         run=name,

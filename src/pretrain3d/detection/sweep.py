@@ -12,7 +12,7 @@ import numpy as np
 from pretrain3d.config import UserError, suggestion
 from pretrain3d.detection.merge import METHODS, Merging, TileDetections, ViewDetections, merge_tiles, merge_views
 from pretrain3d.evaluation.froc import FALSE_POSITIVES_PER_CASE
-from pretrain3d.evaluation.matching import Boxes, match
+from pretrain3d.evaluation.matching import Boxes, Matches, match
 from pretrain3d.evaluation.protocol import KEYS, values
 
 IOUS = (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -128,16 +128,11 @@ def sweep(
             break
     trials = [{**merging.to_dict(), metric: value} for merging, value in seen.items()]
     rates = [false_positives, *FALSE_POSITIVES_PER_CASE]
-    operating, *points = operating_points(_predictions(cases, best, tiled), targets, classes, rates)
+    operating, *points = operating_points(match(_predictions(cases, best, tiled), targets, classes), rates)
     return Sweep(metric, best, seen[best], evaluated(start), operating, points, trials)
 
 
-def operating_points(
-    predictions: Mapping[str, Boxes],
-    targets: Mapping[str, Boxes],
-    classes: Sequence[str],
-    rates: Sequence[float],
-) -> list[dict[str, float]]:
+def operating_points(matches: Matches, rates: Sequence[float]) -> list[dict[str, float]]:
     """For every rate of false positives per case the score from which on boxes are kept, and what is then found.
 
     Classes are pooled, a hit is an IoU of at least `HIT_IOU`. The threshold lies halfway between the last score that is
@@ -147,7 +142,6 @@ def operating_points(
         rows ``{"false_positives_per_case", "threshold", "sensitivity", "measured"}``, the last being the false
         positives per case that there really are.
     """
-    matches = match(predictions, targets, classes)
     pooled, column = matches.pooled(), matches.at(HIT_IOU)
     scores, hits = pooled.scores, pooled.hits[:, column]
     num_cases, num_objects = max(int(pooled.annotated.sum()), 1), int(pooled.objects.sum())
@@ -167,15 +161,12 @@ def operating_points(
     return rows
 
 
-def measure_at(
-    threshold: float, predictions: Mapping[str, Boxes], targets: Mapping[str, Boxes], classes: Sequence[str]
-) -> dict[str, float | None]:
+def measure_at(threshold: float, matches: Matches) -> dict[str, float | None]:
     """What the boxes from a score on find, classes pooled, a hit being an IoU of at least `HIT_IOU`.
 
     Returns:
         ``{"threshold", "sensitivity", "false_positives_per_case"}``; sensitivity None without objects.
     """
-    matches = match(predictions, targets, classes)
     pooled = matches.pooled()
     hits = pooled.hits[pooled.scores >= threshold, matches.at(HIT_IOU)]
     objects = int(pooled.objects.sum())

@@ -1,1 +1,1 @@
-"""From boxes to numbers: score files, matching, AP, FROC, intervals, baselines. Only `metric` imports torch."""
+"""From boxes to numbers: score files, matching, AP, FROC, intervals, baselines; torch in `metric`, `segmentation` only."""

@@ -28,7 +28,6 @@ class MeanBoxBaseline:
     """
 
     def __init__(self, num_classes: int) -> None:
-        self.num_classes = num_classes
         self.fractions = np.zeros((num_classes, 6))
         self.frequency = np.zeros(num_classes)  # share of the training cases with the class; the score
 
@@ -87,13 +86,11 @@ class ThresholdBaseline:
     not used.
 
     Args:
-        num_classes: K.
         spacing_mm: voxel spacing of all volumes; smoothing is isotropic in mm.
         search_cases: training cases, evenly spread, on which settings are compared.
     """
 
-    def __init__(self, num_classes: int, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0), search_cases: int = 12) -> None:
-        self.num_classes = num_classes
+    def __init__(self, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0), search_cases: int = 12) -> None:
         self.relative_spacing = np.asarray(spacing_mm, np.float64) / min(spacing_mm)
         self.search_cases = search_cases
         self.models: dict[int, _ClassModel] = {}

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
 from pretrain3d.evaluation.matching import match
 from pretrain3d.evaluation.protocol import KEYS, values
+from pretrain3d.parallel import rank
 
 REPORTED = ("mAP", "AP@0.10", "AP@0.50", "FROC@0.10")
 # columns of the states; every row starts with its case and the number of the update that brought it
@@ -75,8 +75,7 @@ class DetectionMetric(Metric):
         if not (torch.isfinite(found.boxes).all() and torch.isfinite(found.scores).all()):
             raise ValueError(f"case {case}: a predicted box or score is not finite")
         known = range(len(self.classes)) if annotated is None else annotated
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        stamp = torch.tensor([case, rank * 2**32 + self._update_count], dtype=torch.float64, device=self.device)
+        stamp = torch.tensor([case, rank() * 2**32 + self._update_count], dtype=torch.float64, device=self.device)
         self._append("cases", stamp, torch.zeros(1, 0))
         self._append("predictions", stamp, found.boxes, found.scores[:, None], found.labels[:, None])
         self._append("targets", stamp, target_boxes.reshape(-1, 6), target_labels[:, None])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pretrain3d.config import UserError
-from pretrain3d.evaluation.matching import Boxes, Matches, match
+from pretrain3d.evaluation.matching import Matches
 from pretrain3d.evaluation.protocol import as_number, summarise, values
 
 SAMPLES = 1000
@@ -24,15 +24,9 @@ Groups = Mapping[str, str]  # case id -> patient
 
 
 def evaluate_with_intervals(
-    predictions: Mapping[str, Boxes],
-    targets: Mapping[str, Boxes],
-    classes: Sequence[str],
-    samples: int = SAMPLES,
-    seed: int = 0,
-    groups: Groups | None = None,
+    matches: Matches, samples: int = SAMPLES, seed: int = 0, groups: Groups | None = None
 ) -> dict[str, Any]:
     """What `result.json` holds of a set of cases: {"metrics", "per_class"} of `bootstrap`, {"curves", "cases"}."""
-    matches = match(predictions, targets, classes)
     summary = summarise(matches)
     return bootstrap(matches, samples, seed, groups) | {key: summary[key] for key in ("curves", "cases")}
 
@@ -78,13 +72,6 @@ def bootstrap(
     """
     samples = samples if _num_patients(matches.case_ids, groups) > 1 else 0
     return intervals(*numbers(matches, sample_weights(matches, samples, seed, groups)))
-
-
-def bootstrap_runs(
-    runs: Sequence[Matches], samples: int = SAMPLES, seed: int = 0, groups: Groups | None = None
-) -> dict[str, dict[str, Any]]:
-    """`bootstrap` of the mean over several trainings of one method; see `row_samples`."""
-    return intervals(*row_samples([runs], samples, seed, groups)[0])
 
 
 def paired_difference(

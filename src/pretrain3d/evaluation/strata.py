@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pretrain3d.config import UserError
-from pretrain3d.delimited import read_table
+from pretrain3d.delimited import number, read_table
 from pretrain3d.evaluation.matching import Matches
 from pretrain3d.evaluation.statistics import SAMPLES, Groups, bootstrap
 
@@ -74,7 +74,7 @@ def read_strata(path: str | Path, column: str, case_ids: Sequence[str]) -> dict[
 
 def _cut(value_of: Mapping[str, str]) -> dict[str, list[str]]:
     """Cases by value; numbers in their order, many numbers in thirds."""
-    numbers = {case_id: number for case_id, value in value_of.items() if (number := _number(value)) is not None}
+    numbers = {case_id: each for case_id, value in value_of.items() if np.isfinite(each := number(value))}
     distinct = sorted(set(numbers.values()))
     strata: dict[str, list[str]] = {}
     if len(numbers) < len(value_of) or len(distinct) <= MOST_NUMBERS:
@@ -82,21 +82,13 @@ def _cut(value_of: Mapping[str, str]) -> dict[str, list[str]]:
             strata.setdefault(value_of[case_id] or "(blank)", []).append(case_id)
         return strata
     edges = np.quantile(list(numbers.values()), [1 / 3, 2 / 3])
-    third = {case_id: int(np.searchsorted(edges, number, side="left")) for case_id, number in numbers.items()}
+    third = {case_id: int(np.searchsorted(edges, each, side="left")) for case_id, each in numbers.items()}
     for part in range(3):
         cases = [case_id for case_id in value_of if third[case_id] == part]
         if cases:
             inside = [numbers[case_id] for case_id in cases]
             strata[f"{min(inside):g}..{max(inside):g}"] = cases
     return strata
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if np.isfinite(value) else None
 
 
 def by_stratum(
