@@ -96,7 +96,7 @@ def test_convolution_gradients_are_those_of_float32(channels, size, dtype):
 def test_parameter_counts():
     with torch.device("meta"):
         large, others = resenc_l(), (resenc_s(), resenc_xs(), resenc_xxs())
-        decoder = UNetDecoder(large.levels, 1, deep_supervision=True)
+        decoder = UNetDecoder(large.levels, 1, outputs=5)
         plain = PlainConv()
     assert parameters(plain) == 14_022_880
     assert parameters(large) == 90_296_576
@@ -127,8 +127,8 @@ def test_released_weights_give_the_official_features(testdata):
     plan = checkpoint["nnssl_adaptation_plan"]["architecture_plans"]["arch_kwargs"]
     backbone = ResEnc(plan["features_per_stage"], plan["n_blocks_per_stage"], plan["strides"], plan["kernel_sizes"])
     backbone.load_state_dict({name: weights[released_name(name)] for name in backbone.state_dict()})
-    decoder = UNetDecoder(backbone.levels, 1, deep_supervision=True)
     count = len(backbone.levels) - 1
+    decoder = UNetDecoder(backbone.levels, 1, outputs=count)
     renames = {"ups": "decoder.transpconvs.{}", "blocks": "decoder.stages.{}.convs.0", "heads": "decoder.seg_layers.{}"}
     state = {}
     for name in decoder.state_dict():
@@ -146,13 +146,12 @@ def test_released_weights_give_the_official_features(testdata):
     np.testing.assert_allclose(output[..., ::4, ::4, ::4].numpy(), expected["unet_output_every4"], atol=1e-4, rtol=0)
 
 
-def test_decoder_outputs_every_level_with_deep_supervision():
+def test_decoder_outputs_as_many_levels_as_asked_for():
     levels = (Level(4, (1, 1, 1)), Level(6, (1, 2, 2)), Level(8, (2, 4, 4)))
     features = [torch.randn(1, 4, 4, 8, 12), torch.randn(1, 6, 4, 4, 6), torch.randn(1, 8, 2, 2, 3)]
-    plain, deep = UNetDecoder(levels, 5), UNetDecoder(levels, 5, kernels=[[1, 3, 3], 3, 3], deep_supervision=True)
+    plain, deep = UNetDecoder(levels, 5), UNetDecoder(levels, 5, outputs=2)
     assert [tuple(o.shape) for o in plain(features)] == [(1, 5, 4, 8, 12)]
     assert [tuple(o.shape) for o in deep(features)] == [(1, 5, 4, 8, 12), (1, 5, 4, 4, 6)]
-    assert deep.blocks[0].conv.kernel_size == (1, 3, 3)
     sum(o.pow(3).sum() for o in plain(features)).backward()
     assert all(p.grad is not None for p in plain.parameters())
 

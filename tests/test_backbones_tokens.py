@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from backbone_variants import VARIANTS, half_hidden
 from torch import nn
 
+from pretrain3d.backbones.attention import DropPath, rotate, rotation_table
 from pretrain3d.backbones.checkpoints.released_primus import ours
 from pretrain3d.backbones.decoders import PatchDecoder, image_decoder, prime_factors
 from pretrain3d.backbones.primus import Primus, primus_b, primus_l, primus_m, primus_s
-from pretrain3d.backbones.tokens import DropPath, PatchEmbedding, rotate, rotation_table, visible_first
+from pretrain3d.backbones.tokens import PatchEmbedding, visible_first
 from pretrain3d.backbones.vit import ViT, vit_b
 from pretrain3d.config import UserError
 

@@ -95,7 +95,7 @@ def test_hundreds_of_objects_and_broken_costs(monkeypatch: pytest.MonkeyPatch) -
     boxes, labels, valid = random_targets(2, 200)
     logits, predicted = torch.randn(2, 150, 3), torch.rand(2, 150, 6)
     tokens, token_boxes = torch.randn(2, 600, 3), torch.rand(2, 600, 6)
-    tokens[0, :50] = torch.nan
+    tokens[0, :50], tokens[1] = torch.nan, torch.nan
     rest = (boxes, labels, valid, SHAPE, 1.0, 0.75)
     at_once = candidates(tokens, token_boxes, *rest)
     monkeypatch.setattr(queries, "PAIRS", 1)  # image by image, as when there are many tokens

@@ -58,6 +58,8 @@ def test_maps_have_the_promised_shapes_and_no_parameter_is_dead() -> None:
     sum(m.square().mean() for m in maps[1:]).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pyramid.parameters())
     assert pyramid([feature], finest=2)[1] is None
+    kinds = [[type(layer).__name__ for layer in up] for up in SimplePyramid(level, finest=0, coarsest=3).up.values()]
+    assert kinds == [["ConvTranspose3d"], ["GroupNorm", "GELU", "ConvTranspose3d"]]
 
 
 def test_a_map_that_cannot_be_halved_is_named() -> None:

@@ -23,6 +23,7 @@ from pretrain3d.detection.retina import RetinaUNet
 from pretrain3d.devices import GIB, is_out_of_memory
 from pretrain3d.planning import memory
 from pretrain3d.planning.anchors import plan_levels, relative_strides
+from pretrain3d.planning.counting import GpuAutocast
 from pretrain3d.planning.memory import (
     Footprint,
     footprint,
@@ -53,7 +54,7 @@ def test_a_gpu_keeps_what_its_autocast_makes() -> None:
     """Group norms in float32, whose results and inputs are then four bytes a voxel; pooling in bf16."""
     on_cpu, on_gpu = (footprint("resenc_xxs", on_gpu=on_gpu) for on_gpu in (False, True))
     assert on_gpu.per_voxel > 1.5 * on_cpu.per_voxel and on_gpu.fixed == on_cpu.fixed  # wide heads at a fine stride
-    with FakeTensorMode(), memory.GpuAutocast():
+    with FakeTensorMode(), GpuAutocast():
         x = torch.empty(1, 4, 4, 4, 4)
         half = x.bfloat16()
         with torch.autocast("cpu", torch.bfloat16):

@@ -69,7 +69,7 @@ def test_held_out_errors_by_loops(out: Path, capsys: pytest.CaptureFixture[str])
     assert main(["test", str(run), "split=val", "patches=3", "samples=20"]) == 0
     assert "mae, mean squared error: network " in capsys.readouterr().out
     result = read_result(run)
-    module, data = reconstruction.load(RunFolder(run), "last", "reconstruction")
+    module, data = reconstruction.load_run(RunFolder(run), "last", "reconstruction")
     assert [row["case"] for row in result["cases"]] == data.val_ids and not set(data.val_ids) & set(data.train_ids)
     assert result["leakage"] == [] and result["asked"]["patches"] == 3 and result["data"]["cases"] == len(data.val_ids)
     for number, row in enumerate(result["cases"]):
@@ -169,14 +169,14 @@ def test_mistakes(out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
                             ("pictures=1", "unknown option 'pictures'")):  # fmt: skip
         assert main(["test", run, option]) == 2
         assert message in capsys.readouterr().err
-    loaded: Any = reconstruction.load
+    loaded: Any = reconstruction.load_run
 
     def without_test(*arguments: Any) -> tuple[Any, Any]:
         module, data = loaded(*arguments)
         data.test_ids = []
         return module, data
 
-    monkeypatch.setattr(reconstruction, "load", without_test)
+    monkeypatch.setattr(reconstruction, "load_run", without_test)
     assert main(["test", run, "patches=1"]) == 2
     assert "hold no test case; split=val" in capsys.readouterr().err
 

@@ -58,8 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
         The exit status: the command's own (0 done, 1 done in part), 2 for a user's mistake or a file that the system
-        refuses, 130 when interrupted, 141
-        when the reader of the output has gone (``pretrain3d ... | head``).
+        refuses, 130 when interrupted, 141 when the reader of the output has gone (``pretrain3d ... | head``).
     """
     try:
         status = _run(list(argv))

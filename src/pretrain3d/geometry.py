@@ -80,8 +80,7 @@ class Frame:
     @property
     def spacing_mm(self) -> np.ndarray:
         """(3,) size of a cached voxel in mm along each cached axis."""
-        edge = np.linalg.norm(self.affine[:3, :3], axis=0)[list(self.permutation)]
-        return edge / self.factor
+        return self.input_spacing_mm / self.factor
 
     @property
     def input_spacing_mm(self) -> np.ndarray:

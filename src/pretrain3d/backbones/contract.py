@@ -94,6 +94,17 @@ def check_image(image: Tensor, in_channels: int, size_multiple: Sequence[int]) -
         )
 
 
+def check_more_than_a_voxel(image: Tensor, size_multiple: Sequence[int]) -> None:
+    """Refuses an image that an instance norm of the coarsest level would have nothing to compare with.
+
+    Raises:
+        UserError: (B, C, X, Y, Z) is a single voxel there.
+    """
+    if tuple(image.shape[2:]) == tuple(size_multiple):
+        size = by_text(size_multiple)
+        raise UserError(f"an image or patch of {size} is one voxel on the coarsest level; double at least one axis")
+
+
 def check_sizes(name: str, **sizes: Any) -> None:
     """Refuses a size below 1 and an empty list among the arguments of a backbone.
 

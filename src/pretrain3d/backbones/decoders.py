@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain3d.backbones.contract import Level, triple
+from pretrain3d.backbones.contract import Level
 from pretrain3d.backbones.convolution import Conv3d, slice_axis
 from pretrain3d.backbones.stages import ConvBlock
 from pretrain3d.backbones.tokens import TokenBackbone, TokenStack
@@ -24,40 +24,29 @@ class UNetDecoder(nn.Module):
     Args:
         levels: of the backbone, finest first.
         out_channels: of the output.
-        kernels: of the convolution block at each level, finest first (the coarsest level's is not used); one number
-            for all levels.
-        deep_supervision: an output at every level but the coarsest; a number: at so many of the finest levels. The
-            released networks have all these heads, and their 102,348,965 parameters count them, although pretraining
-            uses only the finest.
+        outputs: at so many of the finest levels, less than there are levels. The released networks have a head at
+            every level but the coarsest, and their 102,348,965 parameters count them, although pretraining uses only
+            the finest.
 
     Raises:
         AssertionError: a level's stride is no multiple of the next finer one's.
     """
 
-    def __init__(
-        self,
-        levels: Sequence[Level],
-        out_channels: int,
-        kernels: int | Sequence[int | Sequence[int]] = 3,
-        deep_supervision: bool | int = False,
-    ) -> None:
+    def __init__(self, levels: Sequence[Level], out_channels: int, outputs: int = 1) -> None:
         super().__init__()
-        kernels = [kernels] * len(levels) if isinstance(kernels, int) else kernels
-        self.levels = tuple(levels)
         ups, blocks, heads = [], [], []
-        for (fine, coarse), kernel in zip(pairwise(levels), kernels, strict=False):
+        for fine, coarse in pairwise(levels):
             assert all(c % f == 0 for c, f in zip(coarse.stride, fine.stride, strict=True)), (fine, coarse)
             x, y, z = (c // f for c, f in zip(coarse.stride, fine.stride, strict=True))
             ups.append(nn.ConvTranspose3d(coarse.channels, fine.channels, (x, y, z), (x, y, z)))
-            blocks.append(ConvBlock(2 * fine.channels, fine.channels, triple(kernel), (1, 1, 1)))
+            blocks.append(ConvBlock(2 * fine.channels, fine.channels, (3, 3, 3), (1, 1, 1)))
             heads.append(Conv3d(fine.channels, out_channels, 1))
         self.ups = nn.ModuleList(ups)  # finest first, like the levels
         self.blocks = nn.ModuleList(blocks)
-        count = len(heads) if deep_supervision is True else max(1, deep_supervision)
-        self.heads = nn.ModuleList(heads[:count])
+        self.heads = nn.ModuleList(heads[:outputs])
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """From the features of each level to the outputs, finest first: one, or with deep supervision one per level.
+        """From the features of each level to the outputs, finest first.
 
         Args:
             features: per level (B, channels, X / stride x, Y / stride y, Z / stride z); of single slices (see
@@ -205,7 +194,7 @@ def image_decoder(
         return TokenDecoder(backbone.make_stack(blocks), finest, out_channels)
     if len(levels) == 1:
         return PatchDecoder(finest.channels, finest.stride, out_channels)
-    pyramid: Callable[..., nn.Module] = partial(UNetDecoder, deep_supervision=outputs) if skips else LightDecoder
+    pyramid: Callable[..., nn.Module] = partial(UNetDecoder, outputs=outputs) if skips else LightDecoder
     if set(finest.stride) == {1}:
         return pyramid(levels, out_channels)
     coarse = pyramid(levels, finest.channels)

@@ -9,7 +9,7 @@ from monai.networks.nets.resnet import ResNet as MonaiResNet
 from monai.networks.nets.segresnet import SegResNet as MonaiSegResNet
 from torch import Tensor, nn
 
-from pretrain3d.backbones.contract import Level, Triple, by_text, check_image, check_sizes
+from pretrain3d.backbones.contract import Level, Triple, check_image, check_more_than_a_voxel, check_sizes
 from pretrain3d.backbones.convolution import Conv3d
 from pretrain3d.config import UserError
 
@@ -103,9 +103,7 @@ class ResNet(nn.Module):
             UserError: channels or size do not fit.
         """
         check_image(image, self.in_channels, self.size_multiple)
-        if tuple(image.shape[2:]) == self.size_multiple:
-            size = by_text(self.size_multiple)
-            raise UserError(f"an image or patch of {size} is one voxel on the coarsest level; double at least one axis")
+        check_more_than_a_voxel(image, self.size_multiple)
         if keep is not None:
             image = image.masked_fill(~keep, 0.0)
         x = self.act(self.bn1(self.conv1(image)))  # (B, c0, X / 2, Y / 2, Z / 2)

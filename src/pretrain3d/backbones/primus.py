@@ -6,12 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain3d.backbones.tokens import (
-    DropPath,
-    Rotation,
-    TokenBackbone,
-    attend,
-)
+from pretrain3d.backbones.attention import DropPath, Rotation, attend
+from pretrain3d.backbones.tokens import TokenBackbone
 
 NORM_EPS = 1e-5  # as the released networks
 LAYER_SCALE = 0.1
@@ -30,7 +26,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None) -> Tensor:
-        """(B, N, C) -> (B, N, C); see `tokens.attend`."""
+        """(B, N, C) -> (B, N, C); see `attention.attend`."""
         x = attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, rotation, mask)
         return self.proj(self.norm(x))
 
@@ -69,7 +65,7 @@ class Block(nn.Module):
         return self.attn.proj, self.mlp.fc2
 
     def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None) -> Tensor:
-        """(B, N, C) -> (B, N, C); see `tokens.attend`."""
+        """(B, N, C) -> (B, N, C); see `attention.attend`."""
         x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), rotation, mask))
         return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
 

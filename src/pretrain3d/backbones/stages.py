@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain3d.backbones.contract import Level, Triple, by_text, check_image, check_sizes, triple
+from pretrain3d.backbones.contract import Level, Triple, check_image, check_more_than_a_voxel, check_sizes, triple
 from pretrain3d.backbones.convolution import Conv3d, slice_axis, without
 from pretrain3d.config import UserError
 from pretrain3d.sparse import active_voxels, masked_instance_norm
@@ -156,9 +156,7 @@ class StageBackbone(nn.Module):
         flat = slice_axis(image)
         multiple = without(self.size_multiple, flat)
         check_image(image, self.in_channels, multiple)
-        if tuple(image.shape[2:]) == multiple:
-            size = by_text(multiple)
-            raise UserError(f"an image or patch of {size} is one voxel on the coarsest level; double at least one axis")
+        check_more_than_a_voxel(image, multiple)
         masks: list[Tensor | None] = [None] * len(self.levels)
         active = None
         if keep is not None:

@@ -206,7 +206,8 @@ def transfer_into(backbone: nn.Module, path: str | PathLike[str], adapt: Sequenc
 
 
 def meta_backbone(node: Mapping[str, Any]) -> Any:
-    with torch.device("meta"):  # names and shapes only
+    """The backbone of a node without numbers: its arguments, and the names and shapes of its weights."""
+    with torch.device("meta"):
         return build(BACKBONES, node, "backbone")
 
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain3d.backbones.tokens import (
-    DropPath,
-    Rotation,
-    TokenBackbone,
-    attend,
-)
+from pretrain3d.backbones.attention import DropPath, Rotation, attend
+from pretrain3d.backbones.tokens import TokenBackbone
 
 NORM_EPS = 1e-6
 MLP_RATIO = 4
@@ -35,7 +31,7 @@ class Block(nn.Module):
         return self.proj, self.fc2
 
     def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None) -> Tensor:
-        """(B, N, C) -> (B, N, C); see `tokens.attend`."""
+        """(B, N, C) -> (B, N, C); see `attention.attend`."""
         query, key, value = self.qkv(self.norm1(x)).chunk(3, -1)
         x = x + self.drop_path(self.proj(attend(query, key, value, self.heads, rotation, mask)))
         return x + self.drop_path(self.fc2(F.gelu(self.fc1(self.norm2(x)))))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain3d.commands.tested import held_out, say_what_is_replaced
-from pretrain3d.commands.trained import about_run, data_of, log_to_wandb
+from pretrain3d.commands.trained import about_run, log_to_wandb
 from pretrain3d.config import UserError
 from pretrain3d.files import check_writable
 from pretrain3d.reporting.run_folder import RunFolder
@@ -31,26 +31,6 @@ class Measured:
     text: str
 
 
-def load(folder: RunFolder, checkpoint: str, kind: str) -> tuple[Any, Any]:
-    """The trained module of a run, and the data that it was trained and validated on.
-
-    Args:
-        folder, checkpoint: which weights.
-        kind: a key of `MODULES`.
-
-    Raises:
-        UserError: no run, no such checkpoint, or its store is gone or has changed.
-    """
-    weights = folder.checkpoint(checkpoint)
-
-    import torch
-
-    from pretrain3d.modules.checkpoint import load_module
-
-    module: Any = load_module(weights, kind, "cuda" if torch.cuda.is_available() else "cpu")
-    return module, data_of(folder, module.note)
-
-
 def write_held_out(
     folder: RunFolder,
     module: Any,
@@ -62,7 +42,7 @@ def write_held_out(
 
     Args:
         folder: of the run.
-        module, datamodule: as `load` gives them.
+        module, datamodule: as `trained.load_run` gives them.
         asked: what decides the result, ``split`` among it.
         measure: case ids -> numbers; called only where they are not known.
 

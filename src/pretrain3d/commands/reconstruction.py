@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain3d.commands.pretrained import Measured, load, write_held_out
+from pretrain3d.commands.pretrained import Measured, write_held_out
+from pretrain3d.commands.trained import load_run
 from pretrain3d.config import UserError
 from pretrain3d.options import read_options
 from pretrain3d.reporting.run_folder import RunFolder
@@ -30,10 +31,10 @@ def test(folder: RunFolder, checkpoint: str, split: str, samples: int, patches: 
     all voxels that it predicts there; what is said of all cases is `evaluation.reconstruction.summarise`.
 
     Raises:
-        UserError: the method restores no intensities, or as `load` and `write_held_out`.
+        UserError: the method restores no intensities, or as `load_run` and `write_held_out`.
     """
     name = folder.config()["module"]["method"]["name"]
-    module, datamodule = load(folder, checkpoint, "reconstruction")
+    module, datamodule = load_run(folder, checkpoint, "reconstruction")
     if not hasattr(module.method, "measure"):
         raise UserError(f"{folder.path} was pretrained with {name}, which restores no intensities")
 

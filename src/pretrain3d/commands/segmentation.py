@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from pretrain3d.commands.pretrained import Measured, load, write_held_out
+from pretrain3d.commands.pretrained import Measured, write_held_out
+from pretrain3d.commands.trained import load_run
 from pretrain3d.config import UserError
 from pretrain3d.options import read_options
 from pretrain3d.reporting.run_folder import RunFolder
@@ -15,9 +16,8 @@ DEFAULTS = {"checkpoint": "last", "split": "test", "samples": 1000, "tile_batch"
 def run(folder: RunFolder, options: dict[str, object]) -> int:
     """Tests a run folder; returns the exit status."""
     given = read_options(options, DEFAULTS)
-    for key, least in (("samples", 0), ("tile_batch", 1)):
-        if given[key] is not None and (type(given[key]) is not int or given[key] < least):
-            raise UserError(f"{key}={given[key]}: expected a whole number from {least} on")
+    if given["samples"] < 0:
+        raise UserError(f"samples={given['samples']}: expected a whole number from 0 on")
     test(folder, **given)
     return 0
 
@@ -28,10 +28,9 @@ def test(folder: RunFolder, checkpoint: str, split: str, samples: int, tile_batc
     Whole cases are predicted. Of each the classes count that were annotated in it; cases without a map are left out.
 
     Raises:
-        UserError: as `load` and `write_held_out`.
+        UserError: as `load_run` and `write_held_out`.
     """
-    module, datamodule = load(folder, checkpoint, "segmentation")
-    module.tile_batch = module.tile_batch if tile_batch is None else tile_batch
+    module, datamodule = load_run(folder, checkpoint, "segmentation", tile_batch)
 
     from tqdm import tqdm
 

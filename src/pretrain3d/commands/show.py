@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 from pretrain3d.config import UserError
@@ -34,10 +32,5 @@ def run(paths: list[str], options: dict[str, object]) -> int:
         raise UserError("show takes at least one path; see pretrain3d show --help")
     overrides = [f"{key}={value}" for key, value in options.items()]
     for index, path in enumerate(paths):
-        lines = describe(Path(path), overrides)
-        try:
-            print("\n" * bool(index) + "\n".join(lines), flush=True)
-        except BrokenPipeError:  # `show ... | head` has read enough; nothing may be flushed into that pipe at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+        print("\n" * bool(index) + "\n".join(describe(Path(path), overrides)), flush=True)
     return 0

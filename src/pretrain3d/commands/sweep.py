@@ -60,7 +60,7 @@ def sweep_runs(
     from pretrain3d.reporting.results import write_json
 
     check_metric(metric)
-    runs = [load_run(folder, checkpoint, tile_batch) for folder in folders]
+    runs = [load_run(folder, checkpoint, tile_batch=tile_batch) for folder in folders]
     classes, start = runs[0][0].classes, runs[0][0].unswept
     for folder, (module, _) in zip(folders, runs, strict=True):
         if module.classes != classes:

@@ -99,7 +99,7 @@ def test_run(
     tile_batch: int | None,
 ) -> None:
     """Predicts with the run's weights; skips what `result.json` already holds for the same weights and options."""
-    module, datamodule = load_run(folder, checkpoint, tile_batch)
+    module, datamodule = load_run(folder, checkpoint, tile_batch=tile_batch)
 
     from pretrain3d.backbones.transfer import fingerprint
     from pretrain3d.data.leakage import find, warning

@@ -10,11 +10,14 @@ from pretrain3d.registry import build
 from pretrain3d.reporting.run_folder import RunFolder
 
 
-def load_run(folder: RunFolder, checkpoint: str, tile_batch: int | None) -> tuple[Any, Any]:
-    """The trained detector of a run, and the data that it was trained and validated on.
+def load_run(
+    folder: RunFolder, checkpoint: str, kind: str = "detection", tile_batch: int | None = None
+) -> tuple[Any, Any]:
+    """The trained module of a run, and the data that it was trained and validated on.
 
     Args:
         folder, checkpoint: which weights.
+        kind: a key of `MODULES`.
         tile_batch: tiles predicted at once; None: as configured.
 
     Raises:
@@ -28,8 +31,9 @@ def load_run(folder: RunFolder, checkpoint: str, tile_batch: int | None) -> tupl
 
     from pretrain3d.modules.checkpoint import load_module
 
-    module: Any = load_module(weights, "detection", "cuda" if torch.cuda.is_available() else "cpu")
-    module.tile_batch = tile_batch or module.tile_batch
+    module: Any = load_module(weights, kind, "cuda" if torch.cuda.is_available() else "cpu")
+    if tile_batch is not None:
+        module.tile_batch = tile_batch
     return module, data_of(folder, module.note)
 
 

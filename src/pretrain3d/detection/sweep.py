@@ -28,7 +28,7 @@ GAIN = 1e-6  # what a setting must win by to replace the one that stands
 HIT_IOU = 0.10  # of the operating points
 DEFAULT = Merging()
 
-Tiled = dict[tuple[float, float, int], dict[str, list[ViewDetections]]]  # by what tiles depend on, by case
+Tiled = dict[tuple[float, float], dict[str, list[ViewDetections]]]  # by what tiles depend on, by case
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ def measure_at(threshold: float, matches: Matches) -> dict[str, float | None]:
 
 
 def _predictions(cases: Mapping[str, SweepCase], merging: Merging, tiled: Tiled) -> dict[str, Boxes]:
-    """What `merge.merge` gives. Nearly all of its time goes into the tiles, once for what their merging depends on."""
-    key = (merging.tile_iou, merging.min_score, merging.max_per_class)
+    """What `merge.merge` gives. Nearly all of its time goes into the tiles, once for what of `GRID` they need."""
+    key = (merging.tile_iou, merging.min_score)
     if key not in tiled:
         tiled[key] = {case_id: [merge_tiles(view, merging) for view in case.views] for case_id, case in cases.items()}
     merged = {case_id: merge_views(views, merging) for case_id, views in tiled[key].items()}

@@ -1,1 +1,1 @@
-"""From boxes to numbers: score files, matching, AP, FROC, intervals, baselines; torch in `metric`, `segmentation` only."""
+"""From boxes to numbers: score files, matching, AP, FROC, intervals, baselines; torch in `metric`, `segmentation`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pretrain3d.config import UserError
 from pretrain3d.objectives import inpainting
-from pretrain3d.objectives.masking import block_size, hidden_cells
+from pretrain3d.objectives.masking import block_mask, block_size, hidden_cells
 from pretrain3d.parallel import all_sum
 
 
@@ -47,6 +47,24 @@ def checked_block(
     return x, y, z
 
 
+def hide_blocks(
+    batch: dict[str, Any], block: Sequence[int], ratio: float, generator: Sequence[torch.Generator]
+) -> dict[str, Tensor]:
+    """What `contract.Method.prepare` gives of a method that hides blocks: the image, and which of it is visible.
+
+    Args:
+        batch: see `contract.Method.prepare`.
+        block, ratio, generator: see `masking.block_mask`.
+
+    Returns:
+        ``inputs`` and ``targets`` (B, C, X, Y, Z), the whole image (the backbone hides what ``keep`` says); ``keep``
+        and ``inside`` (B, 1, X, Y, Z) bool, True = visible, True = inside the volume.
+    """
+    image = batch["image"]
+    keep = block_mask(image.shape[2:], block, ratio, generator).to(image.device)
+    return {"inputs": image, "targets": image, "keep": keep, "inside": batch["inside"]}
+
+
 def hidden_losses(
     prediction: Tensor,
     prepared: dict[str, Any],
@@ -75,6 +93,24 @@ def hidden_losses(
     if not training:
         guesses["inpainting_linear"] = in_paint(targets, visible)
     scored = ~prepared["keep"] & prepared["inside"]  # (B, 1, X, Y, Z)
+    return mean_errors(guesses, targets, scored, training, error)
+
+
+def mean_errors(
+    guesses: dict[str, Tensor],
+    targets: Tensor,
+    scored: Tensor,
+    training: bool,
+    error: Callable[[Tensor], Tensor] = torch.square,
+) -> dict[str, Tensor]:
+    """The mean error of each guess over the scored voxels: in training one mean for the batch of all processes.
+
+    Args:
+        guesses: (B, C, X, Y, Z) or what broadcasts to it, by name; only that of ``loss`` keeps its gradient.
+        targets: (B, C, X, Y, Z) float32.
+        scored: (B, 1, X, Y, Z) bool.
+        training, error: see `hidden_losses`.
+    """
     sums = [error(guess - targets).mul(scored).sum() for guess in guesses.values()]
     totals = torch.stack([*sums, scored.sum().float() * targets.shape[1]])
     if training:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pretrain3d.config import UserError
 from pretrain3d.objectives import corruptions
 from pretrain3d.objectives.contract import Backbone, Decoder, PyramidLevel
+from pretrain3d.objectives.hidden import mean_errors
 from pretrain3d.objectives.inpainting import visible_mean
-from pretrain3d.parallel import all_sum
 
 SAMPLED = 65536  # voxels that percentiles are taken from
 
@@ -149,12 +149,7 @@ class ModelsGenesis(nn.Module):
             "mean_predictor": visible_mean(targets, inside),
             "copy": prepared["inputs"].float(),
         }
-        sums = [(guess - targets).square().mul(inside).sum() for guess in guesses.values()]
-        totals = torch.stack([*sums, inside.sum().float() * targets.shape[1]])
-        if self.training:  # validation batches are not paired between processes
-            totals = all_sum(totals)
-        means = totals[:-1] / totals[-1].clamp(min=1.0)
-        return {name: mean if name == "loss" else mean.detach() for name, mean in zip(guesses, means, strict=True)}
+        return mean_errors(guesses, targets, inside, self.training)
 
     def pictures(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """Central slices along z of the first sample's first channel: ``original``, ``corrupted``, ``restored``."""

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from pretrain3d.config import UserError
 from pretrain3d.objectives.contract import Backbone, Decoder, PyramidLevel
-from pretrain3d.objectives.hidden import checked_block, hidden_losses, hidden_pictures
-from pretrain3d.objectives.masking import block_mask
+from pretrain3d.objectives.hidden import checked_block, hidden_losses, hidden_pictures, hide_blocks
 from pretrain3d.sparse import active_voxels, masked_instance_norm
 
 
@@ -93,10 +92,8 @@ class S3D(nn.Module):
             )
 
     def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        """Draws the mask; see `mae.MAE.prepare`."""
-        image = batch["image"]
-        keep = block_mask(image.shape[2:], self.block, self.ratio, generator).to(image.device)
-        return {"inputs": image, "targets": image, "keep": keep, "inside": batch["inside"]}
+        """Draws the mask; see `hidden.hide_blocks`."""
+        return hide_blocks(batch, self.block, self.ratio, generator)
 
     def forward(self, backbone: Backbone, prepared: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns: ``reconstruction`` (B, C, X, Y, Z), in normalised intensities."""

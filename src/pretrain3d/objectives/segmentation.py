@@ -150,7 +150,7 @@ class Segmentation(nn.Module):
         }
 
     def _sums(self, logits: Tensor, prepared: dict[str, Any]) -> Tensor:
-        """(outputs, 5): per output the `SUMS` over the batch, from which every loss is made."""
+        """(outputs, 5): per output the `voxel_sums` of the batch, from which every loss is made."""
         steps = [full // size for full, size in zip(prepared["inputs"].shape[2:], logits.shape[2:], strict=True)]
         middle = tuple(slice(step // 2, None, step) for step in steps)
         targets, inside = prepared["targets"][(..., *middle)], prepared["inside"][(..., *middle)][:, 0]

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from pretrain3d.config import UserError
 from pretrain3d.objectives.contract import Decoder, Embedding, PyramidLevel
-from pretrain3d.objectives.hidden import checked_block, hidden_losses, hidden_pictures
-from pretrain3d.objectives.masking import block_mask
+from pretrain3d.objectives.hidden import checked_block, hidden_losses, hidden_pictures, hide_blocks
 from pretrain3d.sparse import visible_cells
 
 ERRORS = {"l1": torch.abs, "l2": torch.square}
@@ -72,15 +71,8 @@ class SimMIM(nn.Module):
             )
 
     def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        """Draws the mask; see `contract.Method.prepare`.
-
-        Returns:
-            ``inputs`` and ``targets`` (B, C, X, Y, Z), the whole image; ``keep`` and ``inside`` (B, 1, X, Y, Z) bool,
-            True = visible, True = inside the volume.
-        """
-        image = batch["image"]
-        keep = block_mask(image.shape[2:], self.block, self.ratio, generator).to(image.device)
-        return {"inputs": image, "targets": image, "keep": keep, "inside": batch["inside"]}
+        """Draws the mask; see `hidden.hide_blocks`."""
+        return hide_blocks(batch, self.block, self.ratio, generator)
 
     def forward(self, backbone: Embedding, prepared: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns: ``reconstruction`` (B, C, X, Y, Z), in normalised intensities."""

@@ -80,8 +80,8 @@ class SliceMAE(nn.Module):
         """Draws axis and masks; see `contract.Method.prepare`.
 
         Returns:
-            ``inputs``, ``targets``, ``keep`` and ``inside`` as `mae.MAE.prepare`, of volumes; ``axes``, for each sample
-            the axis along which its slices are stacked.
+            ``inputs``, ``targets``, ``keep`` and ``inside`` as `hidden.hide_blocks`, of volumes; ``axes``, for each
+            sample the axis along which its slices are stacked.
         """
         image = batch["image"]
         axes = [int(host_rng(draws).integers(3)) for draws in generator]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,19 +18,16 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from pretrain3d.backbones import BACKBONES
-from pretrain3d.backbones.convolution import Conv3d
 from pretrain3d.config import UserError
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.necks import pyramid_levels
 from pretrain3d.devices import GIB
+from pretrain3d.planning.counting import GpuAutocast, LiveMemory, without_ways_of_a_cpu
 from pretrain3d.registry import build, takes
 
 CONTEXT_BYTES = GIB // 2  # of a CUDA process before its first tensor
@@ -101,7 +97,7 @@ def _measured(nodes: str, in_channels: int, num_classes: int, precision: str, on
         for net in (backbone, detector):
             _without_numbers(net, mode)
             if on_gpu:
-                _without_ways_of_a_cpu(net)
+                without_ways_of_a_cpu(net)
         with GpuAutocast() if on_gpu else nullcontext():
             small, large = (_peak(backbone, detector, _batch(size, in_channels), precision) for size in sizes)
     casts = weights // 2 if "mixed" in precision else 0  # autocast keeps them for the backward pass
@@ -170,8 +166,7 @@ def _networks(
 
 def _outputs(backbone: nn.Module, detector: Any, batch: dict[str, Any], precision: str) -> Any:
     targets = {"targets": batch} if getattr(detector, "needs_targets", False) else {}
-    half = {"bf16": torch.bfloat16, "16-": torch.float16}.get(precision[:4], torch.bfloat16)
-    with torch.autocast(batch["image"].device.type, half, enabled="mixed" in precision):
+    with torch.autocast(batch["image"].device.type, torch.bfloat16, enabled="mixed" in precision):  # fp16 is as large
         return detector(backbone(batch["image"]), batch["image"].shape[2:], **targets)
 
 
@@ -184,37 +179,6 @@ def _without_numbers(network: nn.Module, mode: FakeTensorMode) -> None:
     for parameter in network.parameters():  # gradients are counted apart: only activations shall live here
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-
-
-def _without_ways_of_a_cpu(network: nn.Module) -> None:
-    """Every convolution is computed as on a GPU."""
-    for module in network.modules():
-        if type(module) is Conv3d:
-            module.__class__ = _PlainConv3d
-
-
-class _PlainConv3d(Conv3d):
-    def forward(self, x: Tensor, flat: int | None = None) -> Tensor:
-        return nn.Conv3d.forward(self, x)
-
-
-class GpuAutocast(TorchFunctionMode):
-    """Within it `torch.autocast("cpu")` gives the types of `torch.autocast("cuda")`.
-
-    Only of what the networks here do that is on one list of PyTorch's ``autocast_mode`` and not on the other.
-    """
-
-    FULL = (F.group_norm, F.layer_norm, F.interpolate, F.softmax, Tensor.softmax)  # in float32 on a GPU
-    AS_IT_IS = (F.avg_pool3d,)  # in float32 on a CPU
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not torch.is_autocast_enabled("cpu") or func not in (*self.FULL, *self.AS_IT_IS):
-            return func(*args, **kwargs)
-        if func in self.FULL:
-            args, kwargs = tree_map(lambda value: value.float() if isinstance(value, Tensor) else value, (args, kwargs))
-        with torch.autocast("cpu", enabled=False):
-            return func(*args, **kwargs)
 
 
 def _batch(size: Sequence[int], channels: int) -> dict[str, Any]:
@@ -239,39 +203,6 @@ def _peak(backbone: nn.Module, detector: Any, batch: dict[str, Any], precision: 
         del outputs
         loss.backward()
     return memory.peak
-
-
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, while they live.
-
-    Attributes:
-        live: now.
-        peak: the most so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        size = storage.nbytes()
-        self._known[storage] = size
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, size)
-
-    def _free(self, size: int) -> None:
-        self.live -= size
 
 
 def usable_bytes(memory_gb: float) -> int:

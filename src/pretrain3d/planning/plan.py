@@ -73,7 +73,7 @@ def make_plan(
     need = footprint(backbone, detector, **data)
     budget = patch_budget(patch_size, need.multiple)
     memory, device = (memory_gb, "named") if memory_gb is not None else device_memory_gb()
-    cases = _pool(store, store.cases.values())
+    cases = _pool(store)
     shape = np.median([case.shape for case in cases], axis=0).tolist()
     if patch_size is None:
         budget = shared_out(budget, shape, need.multiple)
@@ -230,11 +230,10 @@ def patch_budget(
     return tuple(patch_size)
 
 
-def _pool(store: Store, cases: Any) -> list[Case]:
+def _pool(store: Store) -> list[Case]:
     """The annotated cases that are not for testing; without any, all that are not; without any, all."""
-    cases = list(cases)
     for splits in (("train", "val"), ("pretrain",), ("test",)):
-        pool = [case for case in cases if case.split in splits]
+        pool = [case for case in store.cases.values() if case.split in splits]
         if pool:
             return pool
     raise UserError(f"{store.path} has no case")
@@ -242,12 +241,11 @@ def _pool(store: Store, cases: Any) -> list[Case]:
 
 def _first_fold(store: Store) -> set[str]:
     """The training cases of fold 0; all of them where there are too few patients to fold."""
-    if any(case.split == "val" for case in store.cases.values()):
+    cases = store.cases.values()
+    patients = {case.group for case in cases if case.split == "train"}
+    if len(patients) >= 5 or any(case.split == "val" for case in cases):
         return set(fold_cases(store, 0)["train"])
-    patients = {case.group for case in store.cases.values() if case.split == "train"}
-    if len(patients) >= 5:
-        return set(fold_cases(store, 0)["train"])
-    return {case.id for case in store.cases.values() if case.split == "train"}
+    return {case.id for case in cases if case.split == "train"}
 
 
 def channels_of(store: Store) -> int:

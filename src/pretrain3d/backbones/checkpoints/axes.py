@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from pretrain3d.backbones import BACKBONES
 from pretrain3d.backbones.checkpoints.contract import Imported
 from pretrain3d.backbones.checkpoints.released_primus import exchanged, turned
 from pretrain3d.backbones.primus import Primus
 from pretrain3d.backbones.stages import StageBackbone
+from pretrain3d.backbones.transfer import meta_backbone
 from pretrain3d.config import UserError
-from pretrain3d.registry import build
 
 REVERSED = (2, 1, 0)  # its own inverse
 
@@ -29,8 +26,7 @@ def permuted(imported: Imported, order: Sequence[int]) -> Imported:
     Raises:
         UserError: another backbone; those come from frameworks whose arrays are x, y, z already.
     """
-    with torch.device("meta"):
-        backbone: Any = build(BACKBONES, imported.backbone, "backbone")
+    backbone = meta_backbone(imported.backbone)
     if not isinstance(backbone, (StageBackbone, Primus)):
         raise UserError(f"axes=zyx is for ResEnc, PlainConv and Primus; a {imported.backbone['name']} saw x, y, z")
     spatial = [2 + axis for axis in order]

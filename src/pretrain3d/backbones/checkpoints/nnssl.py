@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from pretrain3d.backbones import BACKBONES
 from pretrain3d.backbones.checkpoints import released_plainconv, released_primus, released_resenc
 from pretrain3d.backbones.checkpoints.axes import REVERSED, permuted
 from pretrain3d.backbones.checkpoints.contract import (
@@ -24,9 +23,9 @@ from pretrain3d.backbones.checkpoints.contract import (
 )
 from pretrain3d.backbones.primus import Primus
 from pretrain3d.backbones.resenc import ResEnc
+from pretrain3d.backbones.transfer import meta_backbone
 from pretrain3d.config import UserError, suggestion
 from pretrain3d.files import replacing
-from pretrain3d.registry import build
 
 PLAN = "nnssl_adaptation_plan"
 OURS = "pretrain3d"  # where a file that we wrote keeps what the format has no place for
@@ -105,8 +104,7 @@ def write(path: str | Path, export: Mapping[str, Any], axes: str = "xyz") -> Non
     imported = Imported(export["backbone"], export["weights"], export["preprocessing"], export["source"])
     if axes == "zyx":
         imported = permuted(imported, REVERSED)
-    with torch.device("meta"):
-        backbone: Any = build(BACKBONES, imported.backbone, "backbone")
+    backbone = meta_backbone(imported.backbone)
     if not isinstance(backbone, (ResEnc, Primus)):
         raise UserError(f"format=nnssl holds a ResEnc or a Primus, not a {imported.backbone['name']}")
     patch = imported.preprocessing.get("patch_size") or [160, 160, 160]
