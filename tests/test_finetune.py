@@ -20,6 +20,7 @@ from pretrain3d.modules import FINETUNE
 from pretrain3d.modules.averaging import Average, StochasticAveraging
 from pretrain3d.modules.base import BaseModule
 from pretrain3d.modules.finetune import Timetable
+from pretrain3d.modules.wrapping import wrap_anew
 from pretrain3d.registry import build
 
 
@@ -135,7 +136,7 @@ def test_a_gpu_is_idle_while_it_is_wrapped_anew(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(strategy, "configure_ddp", lambda: calls.append("wrapped"))
     module: Any = Tiny({"name": "frozen"})
     module._trainer, module._device = SimpleNamespace(strategy=strategy), torch.device("cuda", 1)
-    module._rebuild_ddp()
+    wrap_anew(module, "this")
     assert calls == ["cuda:1", "wrapped", "cuda:1"] and strategy.model is module
 
 

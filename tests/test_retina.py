@@ -257,6 +257,13 @@ def test_predict_finds_what_perfect_outputs_say():
         assert (found[image].boxes >= 0).all() and (found[image].boxes <= torch.tensor([*SHAPE, *SHAPE])).all()
 
 
+def test_a_score_that_is_zero_is_no_detection():
+    detector = RetinaUNet(LEVELS, 3, ANCHORS, **SMALL)
+    count = len(detector.anchors.grid(SHAPE, torch.device("cpu")).boxes)
+    outputs = {"logits": torch.full((2, count, 3), -200.0), "deltas": torch.zeros(2, count, 6)}
+    assert [len(found) for found in detector.predict(outputs, SHAPE)] == [0, 0]
+
+
 class TinyBackbone(nn.Module):
     levels = (Level(8, (1, 1, 1)), Level(12, (2, 2, 2)), Level(16, (4, 4, 4)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +9,6 @@ from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
 from pretrain3d.config import UserError
@@ -20,6 +18,7 @@ from pretrain3d.modules.finetune import Timetable
 from pretrain3d.modules.flop import ModelFlop
 from pretrain3d.modules.optim import OPTIMIZERS, parameter_groups, schedule
 from pretrain3d.modules.pending import PendingLoss
+from pretrain3d.modules.wrapping import wrap_anew
 from pretrain3d.parallel import all_sum, world_size
 from pretrain3d.registry import build, checked_arguments, fitted
 
@@ -154,7 +153,7 @@ class BaseModule(lightning.LightningModule):
         if phase.frozen != bool(self._frozen):
             self._freeze(phase.frozen)
             self.flop_per_sample = None  # another step from here on
-            self._rebuild_ddp()
+            wrap_anew(self, f"module.finetune {self.finetune_node['name']} freezes the backbone")
 
     def _freeze(self, frozen: bool) -> None:
         """Takes the backbone out of learning, or puts back what was taken out."""
@@ -164,34 +163,6 @@ class BaseModule(lightning.LightningModule):
         self._frozen = chosen if frozen else []
         if chosen:
             self.backbone.train(self.training and not frozen)
-
-    def _rebuild_ddp(self) -> None:
-        """Wraps the module in a new `DistributedDataParallel`.
-
-        A wrapper reduces exactly the parameters that required a gradient when it was made: one that is frozen later
-        keeps it waiting for ever (or costs a search of the graph in every step with ``find_unused_parameters``), and
-        one that is freed later is never reduced, so that the processes drift apart unnoticed. All processes come here
-        at the same step, whether they trained up to it or resumed there.
-
-        Raises:
-            UserError: the strategy shards the parameters.
-        """
-        strategy = self.trainer.strategy
-        if type(strategy) is DDPStrategy:  # DeepSpeed's is one of its heirs
-            strategy.model = self
-            gc.collect()  # the old wrapper's buckets are as large as all gradients
-            self._finish_device()  # the new one sends weights on a stream of its own: not before the last step is over
-            strategy.configure_ddp()
-            self._finish_device()
-        elif not isinstance(strategy, SingleDeviceStrategy):
-            raise UserError(
-                f"module.finetune {self.finetune_node['name']} freezes the backbone, which works on one device and "
-                f"with trainer.strategy=ddp, not with {type(strategy).__name__}"
-            )
-
-    def _finish_device(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def train(self, mode: bool = True) -> BaseModule:
         """A frozen backbone stays in evaluation mode."""
