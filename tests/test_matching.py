@@ -122,3 +122,11 @@ def test_counts_before_counts_predictions_of_each_case() -> None:
         for column, end in enumerate(ends):
             assert one.counts_before(ends)[index, column] == (one.case[:end] == index).sum()
             assert one.counts_before(ends, chosen)[index, column] == (chosen & (one.case == index))[:end].sum()
+
+
+def test_of_equally_good_objects_the_last_is_found() -> None:
+    objects = np.array([[0.0, 0, 0, 4, 1, 1], [2, 0, 0, 6, 1, 1]])  # IoU 0.6 each
+    targets = {"x": {"boxes": objects, "labels": np.zeros(2, int)}}
+    found = {"x": {"boxes": np.array([[1.0, 0, 0, 5, 1, 1]]), "scores": np.ones(1), "labels": np.zeros(1, int)}}
+    matches = match(found, targets, ["a"])
+    assert matches.per_class[0].found[0, matches.at(0.5)] == 1

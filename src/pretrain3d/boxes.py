@@ -123,9 +123,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | Non
     wanted = len(scores) if max_keep is None else max_keep
     order = torch.sort(scores, descending=True, stable=True).indices
     boxes = boxes.detach().float()[order]
-    rows = torch.cat(
-        [boxes.T, area(boxes)[None]]
-    )  # (7, N), best first: one contiguous row per coordinate and the volume
+    # (7, N), best first: one contiguous row per coordinate and the volume
+    rows = torch.cat([boxes.T, area(boxes)[None]])
     axis = _widest_axis(boxes)
     waiting = torch.arange(len(boxes), device=boxes.device)
     by_start = rows[axis].argsort()
@@ -166,7 +165,7 @@ def _above(a: Tensor, b: Tensor, threshold: float) -> Tensor:
 
 
 def greedy_keep(suppresses: Tensor, present: Tensor) -> Tensor:
-    """Which boxes survive when each drops the worse ones that it suppresses, from the best one on.
+    """(..., n) bool: which boxes survive when each drops the worse ones that it suppresses, from the best one on.
 
     ``keep = not suppressed by a kept better box`` is iterated from "all kept". After n rounds the n best boxes are
     right for good, so it ends, and its only fixed point is the greedy solution.
@@ -174,9 +173,6 @@ def greedy_keep(suppresses: Tensor, present: Tensor) -> Tensor:
     Args:
         suppresses: (..., n, n) bool, [i, j]: box j would drop i; boxes are sorted, the best first.
         present: (..., n) bool, False = a filler, which neither drops a box nor survives.
-
-    Returns:
-        (..., n) bool.
     """
     suppresses = suppresses.tril(diagonal=-1).float()
     keep = present.float()
