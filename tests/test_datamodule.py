@@ -15,7 +15,8 @@ import torch
 from tiny_store import blocks, image_of, make_case, tiny_store, write_store
 
 from pretrain3d.config import UserError
-from pretrain3d.data.module import NO_CASE, DataModule, GlobalBatches
+from pretrain3d.data.batch import GlobalBatches
+from pretrain3d.data.module import NO_CASE, DataModule
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,10 @@ from pretrain3d.commands import table
 from pretrain3d.config import UserError, to_yaml
 from pretrain3d.reporting import figures
 from pretrain3d.reporting.callbacks import as_images
+from pretrain3d.reporting.case_pictures import case_figure, save_case_picture
 from pretrain3d.reporting.cost import duration
-from pretrain3d.reporting.report import is_pretraining, write_report
+from pretrain3d.reporting.report import write_report
+from pretrain3d.reporting.reported import is_pretraining
 from pretrain3d.reporting.results import write_result, write_text
 
 CLASSES = ["lung nodule", "liver lesion", "bone lesion"]
@@ -76,7 +78,7 @@ def detection_run(folder, name, level, seed=0, trained=True, cases=6):
     image, boxes = volume(seed=seed)
     found = boxes + np.array([[1, -1, 0, 1, 0, 1]], np.float32)
     extra = np.array([[8, 24, 20, 16, 30, 28]], np.float32)
-    figures.save_case_picture(
+    save_case_picture(
         folder / "pictures" / "test_c0.npz",
         image,
         boxes,
@@ -218,14 +220,14 @@ def test_mistakes_are_named(runs, tmp_path):
 def test_a_case_picture_holds_planes_through_its_objects(tmp_path):
     image, boxes = volume()
     two = np.concatenate([boxes, [[4, 4, 4, 6, 6, 6]]])
-    figures.save_case_picture(tmp_path / "test_a.npz", image, two, [1, 0], np.zeros((0, 6)), [], [], CLASSES, (1, 1, 2))
+    save_case_picture(tmp_path / "test_a.npz", image, two, [1, 0], np.zeros((0, 6)), [], [], CLASSES, (1, 1, 2))
     with np.load(tmp_path / "test_a.npz", allow_pickle=False) as file:
         assert file["points"].tolist() == [[30, 20, 28], [5, 5, 5]]  # centres, the largest object first
         axial = file["slice_0_2"]
         assert axial.shape == image.shape[:2] and axial.dtype == np.uint8
         assert axial[30, 20] > axial[24, 35] > axial[0, 0]  # ball, body, air
         assert np.array_equal(file["slice_0_0"][20], file["slice_0_1"][30])  # the line both planes share
-    assert figures.to_png(figures.case_figure(tmp_path / "test_a.npz")).startswith("data:image/png;base64,iVBOR")
+    assert figures.to_png(case_figure(tmp_path / "test_a.npz")).startswith("data:image/png;base64,iVBOR")
 
 
 def test_a_case_without_objects_shows_its_best_prediction_or_its_middle(tmp_path):
@@ -233,18 +235,18 @@ def test_a_case_without_objects_shows_its_best_prediction_or_its_middle(tmp_path
     none = np.zeros((0, 6))
     for found, expected in ((boxes, [30, 20, 28]), (none, [24, 24, 24])):
         scores = np.full(len(found), 0.4)
-        figures.save_case_picture(tmp_path / "a.npz", image, none, [], found, scores * 0, scores, CLASSES)
+        save_case_picture(tmp_path / "a.npz", image, none, [], found, scores * 0, scores, CLASSES)
         with np.load(tmp_path / "a.npz") as file:
             assert file["points"].tolist() == [expected]
-        figures.to_png(figures.case_figure(tmp_path / "a.npz"))
+        figures.to_png(case_figure(tmp_path / "a.npz"))
 
 
 def test_boxes_are_drawn_where_the_plane_cuts_them(tmp_path):
     image, boxes = volume()
     far = boxes + np.array([0, 0, 12, 0, 0, 12], np.float32)  # above the axial plane through the ball
     found = np.concatenate([boxes, far])
-    figures.save_case_picture(tmp_path / "a.npz", image, boxes, [0], found, [0, 0], [0.9, 0.8], CLASSES)
-    sagittal, coronal, axial = figures.case_figure(tmp_path / "a.npz").axes
+    save_case_picture(tmp_path / "a.npz", image, boxes, [0], found, [0, 0], [0.9, 0.8], CLASSES)
+    sagittal, coronal, axial = case_figure(tmp_path / "a.npz").axes
     texts = [[text.get_text() for text in axes.texts] for axes in (sagittal, coronal, axial)]
     both = ["lung nodule", "lung nodule 0.90", "lung nodule 0.80"]
     assert texts == [both, both, both[:2]]

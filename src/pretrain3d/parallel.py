@@ -75,7 +75,7 @@ def all_gather(value: Tensor) -> Tensor:
 
     Args:
         value: (B, ...), the same shape on every process; sample i of process r is sample i * processes + r of the
-            global batch, as `data.module.GlobalBatches` deals them out.
+            global batch, as `data.batch.GlobalBatches` deals them out.
 
     Returns:
         (B * processes, ...).

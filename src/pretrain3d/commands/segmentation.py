@@ -34,7 +34,7 @@ def test(folder: RunFolder, checkpoint: str, split: str, samples: int, tile_batc
 
     from tqdm import tqdm
 
-    from pretrain3d.data.prepare import inputs_hash
+    from pretrain3d.data.prepared import inputs_hash
     from pretrain3d.evaluation.protocol import as_number
     from pretrain3d.evaluation.segmentation import KEYS, summarise
 

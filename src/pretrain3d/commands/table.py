@@ -28,7 +28,7 @@ def run(paths: list[str], options: dict[str, object]) -> int:
         if given[key]:
             output_file(key, given[key])
     from pretrain3d.files import write_text
-    from pretrain3d.reporting.report import read_runs, tables_of
+    from pretrain3d.reporting.reported import read_runs, tables_of
 
     tables = tables_of(read_runs(paths))
     print("\n\n".join(table.as_text() for table in tables))

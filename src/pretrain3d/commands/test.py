@@ -104,7 +104,7 @@ def test_run(
     from pretrain3d.backbones.transfer import fingerprint
     from pretrain3d.data.leakage import find, warning
     from pretrain3d.evaluation.strata import chosen_strata
-    from pretrain3d.reporting.figures import save_case_picture
+    from pretrain3d.reporting.case_pictures import save_case_picture
 
     settings = folder.config()
     case_ids = held_out({"test": datamodule.test_ids, "val": datamodule.val_ids}, split)

@@ -1,9 +1,9 @@
-"""Random numbers as pure functions of (seed, index, purpose), and the raw batch that workers hand to the device."""
+"""Random numbers as pure functions of (seed, index, purpose), raw batches for the device, their order."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,3 +70,21 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def is_raw(batch: Any) -> bool:
     """Whether this is what `collate` returns (and not, say, the name of a whole case)."""
     return isinstance(batch, dict) and "geometry" in batch
+
+
+class GlobalBatches:
+    """Endless sample indices for one process: of every global batch, each ``world_size``-th sample from ``rank`` on.
+
+    The order is that of the natural numbers, so a run is continued by starting at the number of samples it has seen,
+    and the union over processes is what one process with the global batch would see. Has no length on purpose.
+    """
+
+    def __init__(self, first: int, batch_size: int, rank: int = 0, world_size: int = 1):
+        self.first, self.batch_size, self.rank, self.world_size = first, batch_size, rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        index = self.first
+        while True:
+            stop = index + self.batch_size * self.world_size
+            yield list(range(index + self.rank, stop, self.world_size))
+            index = stop

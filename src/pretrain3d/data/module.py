@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain, zip_longest
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from pretrain3d.config import UserError
 from pretrain3d.data import intensity as intensities
 from pretrain3d.data.augment import Augmentation
-from pretrain3d.data.batch import collate, is_raw
+from pretrain3d.data.batch import GlobalBatches, collate, is_raw
 from pretrain3d.data.case import Case
 from pretrain3d.data.identity import data_hash
 from pretrain3d.data.patches import PatchDataset
@@ -22,27 +22,7 @@ from pretrain3d.data.sets import DataSet, LabelMap, Labels, PatchMixture, Pool, 
 from pretrain3d.data.spatial import SpatialSettings
 
 STILL = SpatialSettings(flip_axes=(), rotation_p=0.0, scale_p=0.0)  # patches as they lie in the volume
-
-
 NO_CASE = ""  # name of the case of a process that has none: Lightning wants something of each
-
-
-class GlobalBatches:
-    """Endless sample indices for one process: of every global batch, each ``world_size``-th sample from ``rank`` on.
-
-    The order is that of the natural numbers, so a run is continued by starting at the number of samples it has seen,
-    and the union over processes is what one process with the global batch would see. Has no length on purpose.
-    """
-
-    def __init__(self, first: int, batch_size: int, rank: int = 0, world_size: int = 1):
-        self.first, self.batch_size, self.rank, self.world_size = first, batch_size, rank, world_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        index = self.first
-        while True:
-            stop = index + self.batch_size * self.world_size
-            yield list(range(index + self.rank, stop, self.world_size))
-            index = stop
 
 
 class _CaseNames(Dataset[dict[str, str]]):

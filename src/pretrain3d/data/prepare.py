@@ -1,8 +1,7 @@
 """Raw cases -> store: reoriented to RAS, cropped to the body, resampled; in parallel, and continued after a kill.
 
-Intensities stay as they are. A case is done when the note ``prepared/<case>.json`` says so, which is written last and
-holds a hash of the case's input files and of the settings: what it covers is not done again. The index is taken away
-while there is work to do, so that a store that is half of one kind and half of another is never read.
+Intensities stay as they are. What the note of a case covers (`data.prepared`) is not done again. The index is taken
+away while there is work to do, so that a store that is half of one kind and half of another is never read.
 """
 
 from __future__ import annotations
@@ -11,24 +10,24 @@ import errno
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from pretrain3d.config import UserError
 from pretrain3d.data.cached import image_histograms, prepare_volume
-from pretrain3d.data.case import Case, case_path, write_json
+from pretrain3d.data.case import Case, write_json
 from pretrain3d.data.fingerprint import target_spacing
-from pretrain3d.data.identity import content_hash, files_hash
+from pretrain3d.data.identity import content_hash
+from pretrain3d.data.prepared import claim, forget, is_done, is_indexed, new_note, note_path
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
 from pretrain3d.data.splits import SPLITS, Folds, read_folds
-from pretrain3d.data.store import KINDS, StoreWriter, array_path, check_case, read_index
+from pretrain3d.data.store import StoreWriter
 from pretrain3d.geometry import Frame, boxes_of_instances
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -86,7 +85,7 @@ def prepare(
     """
     cases = _checked_cases(reader)
     folds, said = (reader.folds(), []) if folds_file is None else read_folds(folds_file, cases)
-    old = _claim(out, reader)
+    old = claim(out, reader)
     if spacing_mm is None:
         spacing_mm = old["spacing_mm"] if keep_spacing and old.get("spacing_mm") else _computed_spacing(reader, cases)
     spacing_mm = tuple(float(value) for value in spacing_mm)
@@ -97,18 +96,18 @@ def prepare(
     summary = Summary(spacing_mm, folds=len(folds), said=[*reader.remarks(), *said])
     todo = []
     for case in tqdm(cases, desc="check", unit="case", disable=not progress, leave=False, delay=1):
-        if _is_done(job, case):
+        if is_done(out, case, job.settings(case)):
             summary.reused.append(case.id)
         else:
             todo.append(case)
     known = {case.id for case in cases}
     summary.removed = sorted(p.stem for p in (out / "prepared").glob("*.json") if p.stem not in known)
-    if not todo and not summary.removed and _is_indexed(job.writer, known):
+    if not todo and not summary.removed and is_indexed(job.writer, known):
         return summary
     summary.indexed = True
     (out / "index.json").unlink(missing_ok=True)
     for case_id in [*summary.removed, *(case.id for case in todo)]:
-        _forget(out, case_id)
+        forget(out, case_id)
     for case_id, problem in tqdm(
         _run(job, todo, workers), total=len(todo), desc="prepare", unit="case", disable=not (progress and todo)
     ):
@@ -204,19 +203,10 @@ def _run(job: _Job, cases: list[RawCase], workers: int) -> Iterator[tuple[str, s
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def inputs_hash(store: Path, case_ids: Iterable[str]) -> str:
-    """A short hash of the files that cases of a store were prepared from: it changes with an image and with a label."""
-    notes = [_note_path(store, case_id) for case_id in sorted(case_ids)]
-    known = [
-        [path.stem, json.loads(path.read_text(encoding="utf-8"))["hash"] if path.is_file() else ""] for path in notes
-    ]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
-
-
 def _work(job: _Job, case: RawCase) -> str | None:
     """Prepares a case and notes it; the problem if it cannot be prepared. Raises OSError if the store takes no more."""
     try:
-        note = {"settings": job.settings(case), "files": _stat(case), "hash": files_hash(case.sources)}
+        note = new_note(case, job.settings(case))
         prepare_case(job.reader, case, job.spacing_mm, job.writer)
     except UserError as error:
         return str(error)
@@ -226,53 +216,8 @@ def _work(job: _Job, case: RawCase) -> str | None:
         if isinstance(error, FileNotFoundError):
             return f"{error.filename}: no such file"
         return f"{case.files[0]}: {type(error).__name__}: {' '.join(str(error).split())}"
-    write_json(_note_path(job.writer.path, case.id), note)
+    write_json(note_path(job.writer.path, case.id), note)
     return None
-
-
-def _is_done(job: _Job, case: RawCase) -> bool:
-    """Whether the store holds what these files and settings give; files are read only if they were touched."""
-    path = _note_path(job.writer.path, case.id)
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        settings, files, content = note["settings"], note["files"], note["hash"]
-        stat = _stat(case)
-        check_case(job.writer.path, case.id)
-    except (UserError, OSError, ValueError, KeyError, TypeError):  # the note, an input or the case's part of the store
-        return False
-    if settings != job.settings(case):
-        return False
-    if files == stat:
-        return True
-    if content != files_hash(case.sources):
-        return False
-    write_json(path, {**note, "files": stat})
-    return True
-
-
-def _is_indexed(writer: StoreWriter, case_ids: set[str]) -> bool:
-    """Whether the index can be read and says what it would say if it was written now."""
-    try:
-        index = read_index(writer.path)
-    except UserError:
-        return False
-    expected = {**writer.index, "cases": sorted(case_ids)}
-    return "data_hash" in index and {key: value for key, value in index.items() if key != "data_hash"} == expected
-
-
-def _stat(case: RawCase) -> list[list[Any]]:
-    stats = [(path, path.stat()) for path in case.sources]
-    return [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-
-
-def _note_path(out: Path, case_id: str) -> Path:
-    return out / "prepared" / f"{case_id}.json"
-
-
-def _forget(out: Path, case_id: str) -> None:
-    """Takes a case out of the store, the note first: what is left after a kill is not taken for a case."""
-    for path in (_note_path(out, case_id), case_path(out, case_id), *(array_path(out, k, case_id) for k in KINDS)):
-        path.unlink(missing_ok=True)
 
 
 def _checked_cases(reader: Reader) -> list[RawCase]:
@@ -284,26 +229,6 @@ def _checked_cases(reader: Reader) -> list[RawCase]:
             raise UserError(f"{case.files[0]}: case id {case.id!r} occurs twice; rename one of its files")
         seen.add(case.id)
     return sorted(cases, key=lambda case: case.id)
-
-
-def _claim(out: Path, reader: Reader) -> dict[str, Any]:
-    """The note of an earlier call; leftovers of a killed one are removed."""
-    note = out / "prepare.json"
-    if not note.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"out={out} exists and is not a store; choose a new or empty folder")
-        return {}
-    try:
-        old = json.loads(note.read_text(encoding="utf-8"))
-        name = old["name"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{note} is damaged; delete {out} and prepare it again") from None
-    if name != reader.name:
-        raise UserError(f"out={out} is the store of {name!r}, not of {reader.name!r}; choose another folder")
-    for folder in (out, *(out / name for name in (*KINDS, "cases", "prepared"))):
-        for path in folder.glob(".*.tmp*"):
-            path.unlink(missing_ok=True)
-    return old
 
 
 def _computed_spacing(reader: Reader, cases: list[RawCase]) -> tuple[float, ...]:

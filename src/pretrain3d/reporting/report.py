@@ -5,26 +5,20 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import read_yaml, to_yaml
+from pretrain3d.config import to_yaml
 from pretrain3d.files import write_text
 from pretrain3d.reporting import figures
-from pretrain3d.reporting.cost import cost_of, duration, in_words
-from pretrain3d.reporting.results import read_result, read_rows
-from pretrain3d.reporting.run_folder import RunFolder
+from pretrain3d.reporting.case_pictures import case_figure
+from pretrain3d.reporting.cost import duration, in_words
+from pretrain3d.reporting.reported import Run, read_runs, tables_of
 from pretrain3d.reporting.tables import (
     CLASS_KEY,
     Table,
     by_cases,
-    check_paths,
-    cost_table,
     describe_cases,
-    kind_of,
-    leakage_table,
-    make_tables,
     part_tables,
 )
 
@@ -59,46 +53,6 @@ pre { background: #f5f5f4; padding: 12px; border-radius: 6px; overflow-x: auto; 
 details { margin: 8px 0 } summary { cursor: pointer }
 .true { color: #1c9a3c } .predicted { color: #d9780a }
 """
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a report reads of a run: a folder, or (a baseline somewhere else) a result file alone.
-
-    Attributes:
-        label: its name, unlike that of every other run of the report.
-        folder: where pictures and metrics may lie.
-        result: of a tested detector, of a baseline, or of a tested reconstruction.
-        config: resolved.
-        rows: of ``metrics.csv``.
-        cost: of its training, see `reporting.cost`; empty for a baseline.
-    """
-
-    label: str
-    folder: Path
-    result: dict[str, Any] | None
-    config: dict[str, Any]
-    rows: list[dict[str, str]]
-    cost: dict[str, Any]
-
-    def curve(self, key: str) -> figures.Curve:
-        """Steps and values of a logged key; empty when it was not logged."""
-        points = [(int(row["step"]), float(row[key])) for row in self.rows if key in row]
-        return [step for step, _ in points], [value for _, value in points]
-
-    @property
-    def is_detection(self) -> bool:
-        if self.result is not None:
-            return kind_of(self.result) == "detection"
-        return _module(self.config) == "detection"
-
-
-def is_pretraining(path: str | Path) -> bool:
-    """Whether ``path`` is the folder of a run that is no detector and was not tested: it has curves but no result."""
-    path = Path(path)
-    if not path.is_dir() or (path / "result.json").exists() or not (path / "config.yaml").exists():
-        return False
-    return _module(read_yaml(path / "config.yaml")) != "detection"
 
 
 def write_report(path: str | Path, runs: Sequence[str | Path], title: str = "Results", pictures: bool = True) -> None:
@@ -136,37 +90,6 @@ def write_report(path: str | Path, runs: Sequence[str | Path], title: str = "Res
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body><main>'
         f'<h1>{html.escape(title)}</h1><p class="about">{html.escape(about)}</p>{body}</main></body></html>\n',
     )
-
-
-def tables_of(runs: Sequence[Run]) -> list[Table]:
-    """The results of runs, tested cases that their pretraining had seen, and what their training cost."""
-    results = {run.label: run.result for run in runs if run.result is not None}
-    further = (leakage_table(results), cost_table({run.label: run.cost for run in runs}))
-    return make_tables(list(results.values())) + [table for table in further if table is not None]
-
-
-def read_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """What tables and reports need of run folders or ``result.json`` files.
-
-    Raises:
-        UserError: none is given, one is given twice, is not there, or is a detector without a result.
-    """
-    check_paths(paths)
-    runs: list[Run] = []
-    for path in map(Path, paths):
-        folder = path if path.is_dir() else path.parent
-        result = None if is_pretraining(path) else read_result(path)
-        config = read_yaml(folder / "config.yaml") if result is None else result["config"]
-        rows = read_rows(folder / "metrics.csv") if path.is_dir() and (folder / "metrics.csv").exists() else []
-        name = result["run"] if result is not None else str(config.get("name") or folder.name)
-        again = sum(re.sub(r" #\d+$", "", run.label) == name for run in runs)
-        cost = cost_of(RunFolder(folder)) if result is None else result.get("cost") or {}
-        runs.append(Run(f"{name} #{again + 1}" if again else name, folder, result, config, rows, cost))
-    return runs
-
-
-def _module(config: dict[str, Any]) -> str | None:
-    return (config.get("module") or {}).get("name")
 
 
 def _tables(tables: Sequence[Table]) -> str:
@@ -247,7 +170,7 @@ def _cases(tested: Sequence[Run]) -> str:
     for case, of_case in shown:
         parts.append(f"<h3>{html.escape(case)}</h3>")
         for run, path in of_case:
-            source = figures.to_png(figures.case_figure(path))
+            source = figures.to_png(case_figure(path))
             label = html.escape(run.label)
             parts.append(
                 f'<figure><img class="case" src="{source}" alt="{label}"><figcaption>{label}</figcaption></figure>'
