@@ -14,6 +14,7 @@ It takes a process of its own, because a backend cannot be unregistered.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import sys
 import traceback
@@ -346,6 +347,7 @@ def _train_on(device: torch.device) -> None:
         precision = {"plugins": MixedPrecision("bf16-mixed", device="sim"), "precision": None}
         return trainer(**{**kwargs, **on_device, **precision, "devices": 1, "callbacks": callbacks})
 
+    train.__signature__ = inspect.signature(trainer)  # type: ignore[attr-defined]  # of what a config may say
     lightning.Trainer = train  # type: ignore[misc, assignment]
     load = checkpoint.load_module
 
