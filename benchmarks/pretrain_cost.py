@@ -90,6 +90,8 @@ def tflop(work: Workload) -> tuple[float, float, int]:
             prepared = {"inputs": torch.empty(1, 20, 1, 64, 64, 64), "labels": torch.empty(1, 4, 16)}
     else:  # these networks see whole patches; what was done to them before does not change the cost
         prepared = {"inputs": views, "keep": inside.expand(work.views, *inside.shape[1:])}
+        if work.method == "swin_mix":
+            prepared["quarters"] = torch.empty(work.views, dtype=torch.long, device="meta")
     no_autocast = mock.patch("torch.autocast", lambda *_, **__: nullcontext())  # not to be had on the meta device
     with no_autocast, FlopCounterMode(display=False) as counter:
         outputs = backbone(prepared["inputs"]) if method is None else method(backbone, prepared)
