@@ -16,9 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pretrain3d.__main__ import main as pretrain3d
+from pretrain3d.config import UserError, read_yaml
 
 
 class Values(dict[str, Any]):
@@ -30,23 +29,25 @@ class Values(dict[str, Any]):
 
 
 def read(path: Path, options: dict[str, str]) -> list[tuple[str, list[str]]]:
-    """(name, argument list) of every stage, placeholders filled."""
-    if not path.is_file():
-        sys.exit(f"{path}: no such experiment file")
-    experiment = yaml.safe_load(path.read_text())
+    """(name, argument list) of every stage, placeholders filled.
+
+    Raises:
+        UserError: there is no such file, scale or value, or one is missing.
+    """
+    experiment = read_yaml(path)
     values = Values(experiment.get("values") or {})
     scales = experiment.get("scales") or {}
     scale = options.pop("scale", "") or next(iter(scales), "")
     if scale not in scales and (scale or scales):
-        sys.exit(f"{path}: scale={scale} is unknown; it is one of {', '.join(scales)}")
+        raise UserError(f"{path}: scale={scale} is unknown; it is one of {', '.join(scales)}")
     values |= {"scale": scale, **(scales.get(scale) or {})}
     unknown = set(options) - set(values)
     if unknown:
-        sys.exit(f"{path}: {', '.join(sorted(unknown))} is unknown; it takes scale, {', '.join(values)}")
+        raise UserError(f"{path}: {', '.join(sorted(unknown))} is unknown; it takes scale, {', '.join(values)}")
     values |= {key: shlex.quote(value).replace("{", "{{").replace("}", "}}") for key, value in options.items()}
     missing = [key for key, value in values.items() if value is None]
     if missing:
-        sys.exit(f"{path} needs {missing[0]}=...")
+        raise UserError(f"{path} needs {missing[0]}=...")
     lists = {
         name: {entry: text.format_map(values) for entry, text in entries.items()}
         for name, entries in (experiment.get("lists") or {}).items()
@@ -68,11 +69,15 @@ def _one_per_entry(word: str, lists: dict[str, dict[str, str]]) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs all stages; stops at the first that fails and returns its status."""
+    """Runs all stages; stops at the first that fails and returns its status, 2 for a mistake in the arguments."""
     if not arguments or arguments[0].startswith("-") or not all("=" in argument for argument in arguments[1:]):
-        sys.exit(__doc__)
-    options = dict(argument.split("=", 1) for argument in arguments[1:])
-    stages = read(Path(arguments[0]), options)
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        stages = read(Path(arguments[0]), dict(argument.split("=", 1) for argument in arguments[1:]))
+    except UserError as error:
+        print(f"experiments/run.py: error: {error}", file=sys.stderr)
+        return 2
     took: list[tuple[str, float]] = []
     for index, (name, line) in enumerate(stages, 1):
         print(f"\n[{index}/{len(stages)}] {name}: pretrain3d {' '.join(line)}", flush=True)

@@ -15,9 +15,10 @@ from pretrain3d.__main__ import main
 from pretrain3d.evaluation.matching import match
 from pretrain3d.evaluation.scorefile import write
 from pretrain3d.evaluation.statistics import bootstrap, holm, paired_difference
-from pretrain3d.reporting.compare import compare, group_rows
+from pretrain3d.reporting.compare import compare
 from pretrain3d.reporting.differences import HEADER, comparison_tables
 from pretrain3d.reporting.results import write_result
+from pretrain3d.reporting.rows import rows_of
 from pretrain3d.reporting.tables import KEYS
 
 CLASSES = ["a", "b"]
@@ -110,18 +111,18 @@ def test_seeds_are_one_row(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:
         transfer = {"path": f"runs/mae-s{seed}/backbone.pt"}
         runs.append(run_folder(tmp_path / name, worse(predictions, limit), targets, seed=seed, transfer=transfer))
     comparison = compare(runs, samples=40)
-    assert comparison.num_runs == {"x-s* (2 runs)": 2, "y-s* (2 runs)": 2}
+    assert comparison.num_runs == {"x-s* (2 seeds)": 2, "y-s* (2 seeds)": 2}
     means = []
     for of_row in (("x-s0", "x-s1"), ("y-s0", "y-s1")):
         alone = [bootstrap(match(worse(predictions, limits[name]), targets, CLASSES), 0) for name in of_row]
         means.append(np.mean([each["metrics"]["mAP"]["value"] for each in alone]))
     table = comparison_tables(comparison)[0]
-    inside = comparison.values["y-s* (2 runs)"]["metrics"]["mAP"]
+    inside = comparison.values["y-s* (2 seeds)"]["metrics"]["mAP"]
     assert table.rows[1][1] == f"{means[1]:.3f} [{inside['low']:.3f}, {inside['high']:.3f}]"
     assert "means over runs, drawn too" in table.title and "another seed" not in table.title
     assert "the runs are few" in table.title
     assert "another seed" in comparison_tables(compare([runs[0], runs[2]], samples=5))[0].title
-    entry = comparison.differences["y-s* (2 runs)"]["metrics"]["mAP"]
+    entry = comparison.differences["y-s* (2 seeds)"]["metrics"]["mAP"]
     assert [entry["a"], entry["b"], entry["difference"]] == pytest.approx([*means, means[1] - means[0]])
     assert entry["low"] < entry["difference"] < entry["high"]
 
@@ -136,8 +137,8 @@ def test_folds_are_one_row(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:
             true = {name: targets[name] for name in part}
             runs.append(run_folder(tmp_path / f"{row}-f{fold}-s0", found, true, fold=fold))
     comparison = compare(runs, samples=40)
-    assert list(comparison.num_runs) == ["x-f*-s* (2 runs)", "y-f*-s* (2 runs)"] and comparison.num_cases == 10
-    assert comparison.differences["y-f*-s* (2 runs)"]["metrics"]["AP@0.10"]["difference"] > 0
+    assert list(comparison.num_runs) == ["x-f*-s* (2 folds)", "y-f*-s* (2 folds)"] and comparison.num_cases == 10
+    assert comparison.differences["y-f*-s* (2 folds)"]["metrics"]["AP@0.10"]["difference"] > 0
 
 
 def test_by_a_column_of_a_table(tmp_path: Path, cases: tuple[Cases, Cases], capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,14 +195,14 @@ def result(run: str, seed: int = 0, fold: int = 0, **config: Any) -> dict[str, A
 
 def test_what_makes_a_row() -> None:
     def rows(*results: dict[str, Any]) -> dict[str, list[int]]:
-        return group_rows(results)
+        return rows_of(results)
 
     assert rows(result("m-f0-s0"), result("m-f0-s1", 1), result("m-f1-s0", 0, 1)) == {"m-f*-s* (3 runs)": [0, 1, 2]}
-    assert rows(result("m-s0"), result("m-s1", 1), result("n-s0")) == {"m-s* (2 runs)": [0, 1], "n-s0": [2]}
+    assert rows(result("m-s0"), result("m-s1", 1), result("n-s0")) == {"m-s* (2 seeds)": [0, 1], "n-s0": [2]}
     assert rows(result("m-s0"), result("m-s0")) == {"m-s0": [0], "m-s0 #2": [1]}  # the same seed again
     assert rows(result("m-s0"), result("m-s1", 1, backbone="other")) == {"m-s0": [0], "m-s1": [1]}
     logged = result("m-s1", 1, logger={"wandb": {"mode": "offline"}}, trainer={"log_every_n_steps": 5})
-    assert rows(result("m-s0", logger={"wandb": None}), logged) == {"m-s* (2 runs)": [0, 1]}
+    assert rows(result("m-s0", logger={"wandb": None}), logged) == {"m-s* (2 seeds)": [0, 1]}
     best = result("m-s1", 1) | {"asked": {"checkpoint": "best"}}
     assert rows(result("m-s0") | {"asked": {"checkpoint": "last"}}, best) == {"m-s0": [0], "m-s1": [1]}
 
@@ -229,7 +230,7 @@ def test_mistakes_are_one_line(tmp_path: Path, cases: tuple[Cases, Cases], capsy
         ([a, untested], "holds no predictions.json; run `pretrain3d test"),
         ([a, pretrained], "mae is a pretraining, tested on reconstruction; compare takes detectors"),
         ([a, tmp_path], "holds no result.json"),
-        (seeds, "compare needs two rows, and the 2 given are one: s-s* (2 runs)"),
+        (seeds, "compare needs two rows, and the 2 given are one: s-s* (2 seeds)"),
         ([a, b, "out=table.txt"], "out=table.txt: the name must end in .md, .csv, .json"),
         ([a, b, "figure=x.gif"], "figure=x.gif: the name must end in .svg, .png, .pdf"),
         ([a, b, "samples=0"], "samples=0: it must be 1 or more"),

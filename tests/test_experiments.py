@@ -111,3 +111,18 @@ def test_a_folder_with_spaces_stays_one_word(tmp_path: Path) -> None:
     file = tmp_path / "one.yaml"
     file.write_text("values: {data: null}\nstages:\n  - {name: prepare, run: 'prepare {data} out=x'}\n")
     assert runner().read(file, {"data": "/my data/a b"}) == [("prepare", ["prepare", "/my data/a b", "out=x"])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["experiments/none.yaml"], "experiments/none.yaml"),
+        (["experiments/demo.yaml", "scale=huge"], "scale=huge is unknown; it is one of short, long"),
+        (["experiments/demo.yaml", "dta=x"], "dta is unknown; it takes scale, "),
+        (["experiments/openkbp.yaml"], "experiments/openkbp.yaml needs data=..."),
+        ([], "python experiments/run.py"),
+    ],
+)
+def test_a_mistake_ends_with_status_2(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner().main(arguments) == 2
+    assert said in capsys.readouterr().err

@@ -6,7 +6,8 @@ import pytest
 
 from pretrain3d.config import UserError
 from pretrain3d.reporting.results import write_result
-from pretrain3d.reporting.tables import KEYS, Table, by_seed, leakage_table, make_tables, part_tables, read_results
+from pretrain3d.reporting.rows import rows_of
+from pretrain3d.reporting.tables import KEYS, Table, leakage_table, make_tables, part_tables, read_results
 
 
 def result(name="a", value=0.5, seed=0, data="h", cases=("c0", "c1"), interval=True, **config):
@@ -48,7 +49,7 @@ def test_seeds_become_mean_and_deviation():
     expected = f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
     assert table.rows[0] == ["x-s* (3 seeds)", *[expected] * 4]
     assert table.rows[1][0] == "y-s0"
-    assert "over seeds" in table.title
+    assert table.title.endswith("over patients; mean ± standard deviation of rows of several")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_seeds_become_mean_and_deviation():
     ],
 )
 def test_runs_that_differ_otherwise_keep_their_rows(second):
-    rows = by_seed([result("x-s0"), second])
+    rows = rows_of([result("x-s0"), second])
     assert [len(group) for group in rows.values()] == [1, 1]
     assert len(set(rows)) == 2
 
@@ -79,21 +80,21 @@ def test_runs_that_differ_otherwise_keep_their_rows(second):
 )
 def test_runs_that_were_tested_otherwise_keep_their_rows(first, second, together):
     runs = [result(f"x-s{seed}", seed=seed) | {"asked": asked} for seed, asked in enumerate((first, second))]
-    assert list(by_seed(runs)) == (["x-s* (2 seeds)"] if together else ["x-s0", "x-s1"])
+    assert list(rows_of(runs)) == (["x-s* (2 seeds)"] if together else ["x-s0", "x-s1"])
 
 
 def test_seeds_that_were_read_or_logged_otherwise_share_a_row():
     first = result("x-s0", logger={"wandb": None}, trainer={"max_steps": 9, "log_every_n_steps": 1})
     second = result("x-s1", seed=1, logger={"wandb": {"tags": ["s1"]}}, trainer={"max_steps": 9})
-    assert list(by_seed([first, second])) == ["x-s* (2 seeds)"]
+    assert list(rows_of([first, second])) == ["x-s* (2 seeds)"]
     second["config"]["trainer"]["max_steps"] = 10
-    assert list(by_seed([first, second])) == ["x-s0", "x-s1"]
+    assert list(rows_of([first, second])) == ["x-s0", "x-s1"]
 
 
 def test_trainings_that_end_by_their_time_share_a_row():
     asked = [{"checkpoint": "last", "step": step} for step in (9, 4)]
     runs = [result(f"x-s{s}", seed=s, trainer={"max_time": "00:01:00:00"}) | {"asked": asked[s]} for s in (0, 1)]
-    assert list(by_seed(runs)) == ["x-s* (2 seeds)"]
+    assert list(rows_of(runs)) == ["x-s* (2 seeds)"]
 
 
 def test_different_cases_never_share_a_table():
@@ -105,9 +106,43 @@ def test_different_cases_never_share_a_table():
     assert [[row[0] for row in table.rows] for table in tables[::2]] == [["a", "d"], ["e"], ["f"]]
 
 
-def test_a_missing_value_of_one_seed_is_not_averaged_over():
+def fold(number, value, seed=0, **result_of):
+    cases = (f"c{2 * number}", f"c{2 * number + 1}")
+    tested = result(f"x-f{number}-s{seed}", value, seed, **{"cases": cases, **result_of})
+    tested["config"]["data"] = {"fold": number, "store": "s"}
+    return tested
+
+
+def test_folds_tested_on_their_own_cases_are_one_row():
+    folds = [fold(number, value) for number, value in enumerate((0.4, 0.5, 0.75))]
+    table, classes = make_tables([*folds, result("other", cases=("c0", "c1"))])[:2]
+    expected = f"{statistics.mean((0.4, 0.5, 0.75)):.3f} ± {statistics.stdev((0.4, 0.5, 0.75)):.3f}"
+    assert table.rows == [["x-f*-s* (3 folds)", *[expected] * 4]]
+    assert table.title.startswith("set h, 6 test cases, ") and classes.rows[0][1] == expected
+    runs = [fold(number, 0.5, seed) for number in (0, 1) for seed in (0, 1)]
+    assert list(rows_of(runs)) == ["x-f*-s* (4 runs)"]
+    assert len(make_tables(runs)) == 2 and len(part_tables([run | {"by_size": {}} for run in runs])) == 0
+
+
+@pytest.mark.parametrize("second", [fold(0, 0.5, 1, cases=("c0", "c9")), fold(1, 0.5, 1, data="anew"), fold(0, 0.5, 0)])
+def test_a_fold_with_other_cases_or_data_or_again_is_a_row_of_its_own(second):
+    assert [len(row) for row in rows_of([fold(0, 0.5), second]).values()] == [1, 1]
+
+
+def test_a_value_that_some_folds_lack_says_how_many_have_it():
+    table = make_tables([fold(0, 0.5), fold(1, None), fold(2, 0.7)])[0]
+    assert table.rows == [["x-f*-s* (3 folds)", *["0.600 ± 0.141 (2 of 3)"] * 4]]
     table = make_tables([result("x-s0", 0.5, 0), result("x-s1", None, 1)])[0]
-    assert table.rows == [["x-s* (2 seeds)", *["–"] * 4]]
+    assert table.rows == [["x-s* (2 seeds)", *["0.500 (1 of 2)"] * 4]]
+
+
+def test_parts_of_folds_stay_apart():
+    """Thirds of the objects by volume are others in every fold."""
+    runs = []
+    for number, name in enumerate(("0-5", "0-7")):
+        part = {"metrics": {"AP@0.10": {"value": 0.5, "low": None, "high": None}}, "objects": 3}
+        runs.append(fold(number, 0.5) | {"by_size": {name: part}})
+    assert [table.rows for table in part_tables(runs)] == [[["x-f0-s0", "0.500"]], [["x-f1-s0", "0.500"]]]
 
 
 def test_parts_have_tables_of_their_own():

@@ -9,8 +9,8 @@ pretrain3d table RUN ... [out=FILE] [report=FILE] [title=TEXT] [pictures=true]
 
 Prints mAP, AP@0.10, AP@0.50 and FROC@0.10 with 95 % intervals over patients, and AP@0.10 per class; of pretraining by
 reconstruction, its error on held-out patches; of supervised pretraining, Dice; and what training cost: time, samples
-and TFLOP, peak GPU memory and model-FLOP utilisation. Runs that differ by their seed only become one row, mean and
-standard deviation over seeds.
+and TFLOP, peak GPU memory and model-FLOP utilisation. Runs that differ by seed or fold only become one row, mean and
+standard deviation; so do the folds of a cross-validation, each tested on its own cases (`test split=val`).
 
   RUN              a run folder after `test`, or a result.json; of a pretraining run without a result, its folder
   out=FILE         the tables as Markdown

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +15,8 @@ from pretrain3d.evaluation.scorefile import groups_of, read_pair
 from pretrain3d.evaluation.statistics import SAMPLES, Groups, differences, holm, intervals, row_samples
 from pretrain3d.evaluation.strata import chosen_strata
 from pretrain3d.reporting.results import SCORE_FILES
-from pretrain3d.reporting.run_folder import AROUND, without
-from pretrain3d.reporting.tables import Result, how_tested, kind_of, read_results
+from pretrain3d.reporting.rows import rows_of
+from pretrain3d.reporting.tables import kind_of, read_results
 
 TOLERANCE = 1e-3  # voxels between the same box of two stores
 
@@ -87,7 +85,7 @@ def compare(
                 raise UserError(f"{folder} holds no {name}; run `pretrain3d test {folder}` first")
         classes, predictions, targets[path] = read_pair(*(folder / name for name in SCORE_FILES))
         matches[path] = match(predictions, targets[path], classes)
-    grouped = group_rows(results)
+    grouped = rows_of(results)
     rows = []
     for name, members in grouped.items():
         own = [Path(paths[index]) for index in members]
@@ -125,42 +123,6 @@ def _of_cases(rows: Sequence[Row], case_ids: Sequence[str]) -> list[Row]:
         kept = [at for at, run in enumerate(row.runs) if chosen.intersection(run.case_ids)]
         parts.append(Row(row.name, [row.paths[at] for at in kept], [row.runs[at].of_cases(chosen) for at in kept]))
     return parts
-
-
-def group_rows(results: Sequence[Result]) -> dict[str, list[int]]:
-    """Row name -> places of its results; results that differ by seed or fold only share a row."""
-    groups: dict[str, list[int]] = {}
-    for index, result in enumerate(results):
-        config = without(result["config"], ("seed", "name", "fold", "data.fold", *AROUND))
-        key = json.dumps(_unnumbered([result["run"], config, how_tested(result)], result))
-        groups.setdefault(key, []).append(index)
-    rows: dict[str, list[int]] = {}
-    for group in groups.values():
-        apart = {(results[index]["seed"], _fold(results[index])) for index in group}
-        together = len(apart) == len(group) > 1
-        for members in [group] if together else [[index] for index in group]:
-            first = results[members[0]]
-            name = f"{_unnumbered(first['run'], first)} ({len(group)} runs)" if together else first["run"]
-            again = sum(other == name or other.startswith(f"{name} #") for other in rows)
-            rows[f"{name} #{again + 1}" if again else name] = members
-    return rows
-
-
-def _fold(result: Result) -> Any:
-    config = result["config"]
-    return (config.get("data") or {}).get("fold", config.get("fold"))
-
-
-def _unnumbered(value: Any, result: Result) -> Any:
-    """Names of the seed and fold in texts (``...-f0-s3``) -> ``...-f*-s*``."""
-    if isinstance(value, Mapping):
-        return {key: _unnumbered(item, result) for key, item in sorted(value.items())}
-    if isinstance(value, list):
-        return [_unnumbered(item, result) for item in value]
-    if not isinstance(value, str):
-        return value
-    value = re.sub(rf"-f{_fold(result)}(?!\d)", "-f*", value)
-    return re.sub(rf"-s{result['seed']}(?!\d)", "-s*", value)
 
 
 def _check_cases(rows: Sequence[Row], targets: Mapping[Path, Any]) -> None:

@@ -14,13 +14,8 @@ from pretrain3d.reporting import figures
 from pretrain3d.reporting.case_pictures import case_figure
 from pretrain3d.reporting.cost import duration, in_words
 from pretrain3d.reporting.reported import Run, read_runs, tables_of
-from pretrain3d.reporting.tables import (
-    CLASS_KEY,
-    Table,
-    by_cases,
-    describe_cases,
-    part_tables,
-)
+from pretrain3d.reporting.rows import Result
+from pretrain3d.reporting.tables import CLASS_KEY, Table, by_cases, describe_cases, part_tables
 
 CASES = 4  # with pictures
 VALIDATED = {  # title of a panel -> logged key
@@ -72,7 +67,7 @@ def write_report(path: str | Path, runs: Sequence[str | Path], title: str = "Res
     tested = [run for run in read if run.result is not None and run.is_detection]
     sections = [
         ("Results", _tables(tables_of(read)) + _per_class(tested, colours)),
-        ("Results in parts", _tables(part_tables([run.result for run in tested if run.result is not None]))),
+        ("Results in parts", _tables(part_tables(_results(tested)))),
         ("Training", _training(read, colours)),
         ("Detection curves", _curves(tested, colours)),
         ("Cases", _cases(tested) if pictures else ""),
@@ -84,12 +79,16 @@ def write_report(path: str | Path, runs: Sequence[str | Path], title: str = "Res
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     )
-    about = ", ".join(dict.fromkeys(describe_cases(run.result) for run in tested if run.result is not None))
+    about = ", ".join(dict.fromkeys(map(describe_cases, by_cases(_results(tested)))))
     write_text(
         path,
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body><main>'
         f'<h1>{html.escape(title)}</h1><p class="about">{html.escape(about)}</p>{body}</main></body></html>\n',
     )
+
+
+def _results(tested: Sequence[Run]) -> list[Result]:
+    return [run.result for run in tested if run.result is not None]
 
 
 def _tables(tables: Sequence[Table]) -> str:
@@ -98,7 +97,7 @@ def _tables(tables: Sequence[Table]) -> str:
 
 def _per_class(tested: Sequence[Run], colours: dict[str, str]) -> str:
     parts = []
-    for same in by_cases([run.result for run in tested if run.result is not None]).values():
+    for same in by_cases(_results(tested)):
         values = {}
         for run in tested:
             if run.result in same and run.result is not None:
@@ -108,7 +107,7 @@ def _per_class(tested: Sequence[Run], colours: dict[str, str]) -> str:
                 if found:
                     values[run.label] = found
         if values:
-            parts.append(_svg(figures.values_per_class(values, CLASS_KEY, colours), describe_cases(same[0])))
+            parts.append(_svg(figures.values_per_class(values, CLASS_KEY, colours), describe_cases(same)))
     return "".join(parts)
 
 
@@ -130,9 +129,9 @@ def _training(runs: Sequence[Run], colours: dict[str, str]) -> str:
 
 def _curves(tested: Sequence[Run], colours: dict[str, str]) -> str:
     parts = []
-    for same in by_cases([run.result for run in tested if run.result is not None]).values():
+    for same in by_cases(_results(tested)):
         of_cases = [run for run in tested if run.result in same]
-        about = describe_cases(same[0])
+        about = describe_cases(same)
         froc: dict[str, dict[str, Any]] = {}
         for suffix, threshold in (("", "0.10"), ("@0.50", "0.50")):
             for run in of_cases:
@@ -160,7 +159,7 @@ def _curve_set(run: Run, key: str) -> dict[str, Any]:
 def _cases(tested: Sequence[Run]) -> str:
     """The kept pictures of each data set, case by case, the runs under each other."""
     shown: list[tuple[str, list[tuple[Run, Path]]]] = []
-    for same in by_cases([run.result for run in tested if run.result is not None]).values():
+    for same in by_cases(_results(tested)):
         files: dict[str, list[tuple[Run, Path]]] = {}
         for run in tested:
             for path in sorted((run.folder / "pictures").glob("test_*.npz")) if run.result in same else ():

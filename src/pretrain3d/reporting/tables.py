@@ -1,10 +1,9 @@
-"""Tables of results: one row per run, or per group of runs that differ by their seed only."""
+"""Tables of results: one row per run, or per group of runs that differ by seed or fold only."""
 
 from __future__ import annotations
 
 import html
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from pretrain3d.config import UserError
 from pretrain3d.reporting.cost import in_words
 from pretrain3d.reporting.results import read_result
-from pretrain3d.reporting.run_folder import AROUND, without
+from pretrain3d.reporting.rows import Result, cases_of, data_of, rows_of
 
 KEYS = ("mAP", "AP@0.10", "AP@0.50", "FROC@0.10")
 CLASS_KEY = "AP@0.10"
@@ -23,7 +22,6 @@ RECONSTRUCTION = {
     "network/mean_predictor": "network : mean", "network/inpainting_linear": "network : in-painting",
 }  # fmt: skip
 SEGMENTATION = {"dice": "Dice", "volume_error": "volume error", "trivial_dice": "Dice of everything"}
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -85,19 +83,17 @@ def make_tables(results: Sequence[Result]) -> list[Table]:
     errors of reconstruction (`evaluation.reconstruction`), Dice of segmentation (`evaluation.segmentation`).
     """
     tables = []
-    for same_cases in by_cases(of_kind(results, "detection")).values():
-        rows = [(name, group) for name, group in by_seed(same_cases).items()]
-        about = describe_cases(same_cases[0])
-        seeds = "; mean ± standard deviation over seeds" if any(len(group) > 1 for _, group in rows) else ""
+    for same_cases in by_cases(of_kind(results, "detection")):
+        rows = _rows(same_cases)
+        about = describe_cases(same_cases)
+        several = "; mean ± standard deviation of rows of several" if any(len(group) > 1 for _, group in rows) else ""
         body = [[name, *(shown([r["metrics"].get(key) for r in group]) for key in KEYS)] for name, group in rows]
-        tables.append(Table(f"{about}, 95 % intervals over patients{seeds}", ["run", *KEYS], body))
+        tables.append(Table(f"{about}, 95 % intervals over patients{several}", ["run", *KEYS], body))
         classes = list(dict.fromkeys(name for result in same_cases for name in result["per_class"]))
         body = [[name, *(shown([_of_class(r, one) for r in group]) for one in classes)] for name, group in rows]
         tables.append(Table(f"{CLASS_KEY} per class, {about}", ["run", *classes], body))
-    tables += [
-        _reconstruction_table(same_cases) for same_cases in by_cases(of_kind(results, "reconstruction")).values()
-    ]
-    for same_cases in by_cases(of_kind(results, "segmentation")).values():
+    tables += [_reconstruction_table(same_cases) for same_cases in by_cases(of_kind(results, "reconstruction"))]
+    for same_cases in by_cases(of_kind(results, "segmentation")):
         tables += _segmentation_tables(same_cases)
     return tables
 
@@ -108,14 +104,14 @@ def part_tables(results: Sequence[Result]) -> list[Table]:
     A run that was not measured in a part has a dash there.
     """
     tables = []
-    for same_cases in by_cases(of_kind(results, "detection")).values():
-        rows = by_seed(same_cases).items()
+    for same_cases in by_cases(of_kind(results, "detection"), folds=False):
+        rows = _rows(same_cases)
         for title in dict.fromkeys(title for result in same_cases for title in _parts(result)):
             of_title = [_parts(result).get(title, {}) for result in same_cases]
             header = {name: f"{name} ({_counted(part)})" for parts in of_title for name, part in parts.items()}
             body = [[row, *(shown([_of_part(r, title, one) for r in group]) for one in header)] for row, group in rows]
             tables.append(
-                Table(f"{CLASS_KEY} by {title}, {describe_cases(same_cases[0])}", ["run", *header.values()], body)
+                Table(f"{CLASS_KEY} by {title}, {describe_cases(same_cases)}", ["run", *header.values()], body)
             )
     return tables
 
@@ -167,17 +163,17 @@ def of_kind(results: Sequence[Result], kind: str) -> list[Result]:
 
 def _reconstruction_table(same_cases: Sequence[Result]) -> Table:
     rows = []
-    for name, group in by_seed(same_cases).items():
+    for name, group in _rows(same_cases):
         asked = group[0].get("asked") or {}
         cells = [shown([result["metrics"].get(key) for result in group]) for key in RECONSTRUCTION]
         rows.append([name, str(asked.get("measure", "–")), str(asked.get("patches", "–")), *cells])
-    title = f"reconstruction, held-out patches: {describe_cases(same_cases[0])}, 95 % intervals over patients"
+    title = f"reconstruction, held-out patches: {describe_cases(same_cases)}, 95 % intervals over patients"
     return Table(title, ["run", "error", "patches per case", *RECONSTRUCTION.values()], rows)
 
 
 def _segmentation_tables(same_cases: Sequence[Result]) -> list[Table]:
-    rows = by_seed(same_cases).items()
-    about = describe_cases(same_cases[0])
+    rows = _rows(same_cases)
+    about = describe_cases(same_cases)
     body = [[name, *(shown([result["metrics"].get(key) for result in group]) for key in SEGMENTATION)]
             for name, group in rows]  # fmt: skip
     overall = Table(f"segmentation: {about}, 95 % intervals over patients", ["run", *SEGMENTATION.values()], body)
@@ -186,70 +182,34 @@ def _segmentation_tables(same_cases: Sequence[Result]) -> list[Table]:
     return [overall, Table(f"Dice per class, {about}", ["run", *classes], body)]
 
 
-def by_cases(results: Sequence[Result]) -> dict[str, list[Result]]:
+def by_cases(results: Sequence[Result], folds: bool = True) -> list[list[Result]]:
     """Results by the cases that they are of, and by what was annotated there: classes, and objects of each case.
 
-    The hash of the data is of the images alone, which may have been annotated anew or for another task.
+    Args:
+        folds: of a row of `rows_of` the cases of all its results count together, as of a cross-validation whose folds
+            are of different cases; False: those of each result.
     """
+    rows = list(rows_of(results).values()) if folds else [[index] for index in range(len(results))]
     groups: dict[str, list[Result]] = {}
-    for result in results:
-        data = result.get("data") or {}
-        cases = sorted([str(row.get("case")), row.get("objects")] for row in result["cases"])
-        key = [data.get("hash"), data.get("name"), cases, sorted(result["per_class"])]
-        groups.setdefault(json.dumps(key), []).append(result)
-    return groups
+    for row in rows:
+        members = [results[index] for index in row]
+        cases = sorted({case for result in members for case in cases_of(result)})
+        key = json.dumps([data_of(members[0]), cases])
+        groups.setdefault(key, []).extend(members)
+    return list(groups.values())
 
 
-def describe_cases(result: Result) -> str:
+def describe_cases(same_cases: Sequence[Result]) -> str:
     """``"phantom, 24 test cases"``."""
+    result = same_cases[0]
     name = (result.get("data") or {}).get("name") or "data"
     split = (result.get("asked") or {}).get("split")
-    return f"{name}, {len(result['cases'])} {f'{split} ' if split else ''}cases"
+    number = len({case.get("case", place) for one in same_cases for place, case in enumerate(one["cases"])})
+    return f"{name}, {number} {f'{split} ' if split else ''}cases"
 
 
-def by_seed(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Row name -> the results of that row, in the order given; runs that differ by their seed only share a row."""
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        key = [_seedless(result["run"], result["seed"]), _setting(result), how_tested(result)]
-        groups.setdefault(json.dumps(key), []).append(result)
-    rows: list[tuple[str, list[Result]]] = []
-    for group in groups.values():
-        if len({result["seed"] for result in group}) == len(group) > 1:
-            rows.append((f"{_seedless(group[0]['run'], group[0]['seed'])} ({len(group)} seeds)", group))
-        else:  # alone, or the same seed again: rows of their own
-            rows += [(result["run"], [result]) for result in group]
-    names: dict[str, list[Result]] = {}
-    for name, group in rows:
-        again = sum(other == name or other.startswith(f"{name} #") for other in names)
-        names[f"{name} #{again + 1}" if again else name] = group
-    return names
-
-
-def how_tested(result: Result) -> list[Any]:
-    """What the results of a row share besides the configuration.
-
-    Which weights `test` took, after how many steps (unless `trainer.max_time` ended them), on what, and whether `sweep`
-    had chosen the merging.
-    """
-    asked, trainer = result.get("asked") or {}, result["config"].get("trainer")
-    timed = isinstance(trainer, Mapping) and trainer.get("max_time") is not None
-    step = asked.get("step") if asked.get("checkpoint") == "last" and not timed else None
-    return [*map(asked.get, ("checkpoint", "split", "patches")), asked.get("threshold") is not None, step]
-
-
-def _setting(result: Result) -> Any:
-    """The configuration without what a seed changes, and what the weights do not depend on."""
-    return _seedless(without(result["config"], ("seed", "name", *AROUND)), result["seed"])
-
-
-def _seedless(value: Any, seed: int) -> Any:
-    """Names of the seed in texts (``...-s3``, also in the path of a backbone) -> ``...-s*``."""
-    if isinstance(value, Mapping):
-        return {key: _seedless(item, seed) for key, item in sorted(value.items())}
-    if isinstance(value, list):
-        return [_seedless(item, seed) for item in value]
-    return re.sub(rf"-s{seed}(?!\d)", "-s*", value) if isinstance(value, str) else value
+def _rows(same_cases: Sequence[Result]) -> list[tuple[str, list[Result]]]:
+    return [(name, [same_cases[index] for index in row]) for name, row in rows_of(same_cases).items()]
 
 
 def _of_class(result: Result, name: str, key: str = CLASS_KEY) -> dict[str, Any] | None:
@@ -272,12 +232,18 @@ def _counted(part: Mapping[str, Any]) -> str:
 
 
 def shown(entries: Sequence[Mapping[str, Any] | None]) -> str:
-    """``0.512 [0.431, 0.580]`` of one run, ``0.512 ± 0.020`` of several, a dash where there is no value."""
+    """``0.512 [0.431, 0.580]`` of one run, ``0.512 ± 0.020`` of several, a dash where there is no value.
+
+    Where some of several have none, as a fold without an object of a class, it says how many: ``0.5 ± 0.1 (4 of 5)``.
+    """
     values = [entry["value"] for entry in entries if entry is not None and entry["value"] is not None]
-    if not values or len(values) < len(entries):
+    if not values:
         return "–"
-    if len(values) > 1:
-        return f"{mean(values):.3f} ± {stdev(values):.3f}"
+    if len(entries) > 1:
+        spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+        return f"{mean(values):.3f}{spread}" + (
+            f" ({len(values)} of {len(entries)})" if len(values) < len(entries) else ""
+        )
     entry = entries[0]
     assert entry is not None
     if entry.get("low") is None or entry.get("high") is None:
