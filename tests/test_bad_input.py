@@ -76,7 +76,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_cases(value: floa
     """The step after looks at it; `check_pending` is also called before a validation, a checkpoint and at the end."""
     logged: dict[str, Any] = {}
     module = SimpleNamespace(
-        global_step=7, _pending=None, log=lambda key, value, **_: logged.update({key: value}),
+        global_step=7, _pending=None, told_to_stop=False, _stops=False,
+        log=lambda key, value, **_: logged.update({key: value}),
         _mean_over_processes=lambda losses: losses, _log_rates=lambda: None,
     )  # fmt: skip
     module.check_pending = lambda: BaseModule.check_pending(module)  # type: ignore[arg-type]
@@ -91,8 +92,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_cases(value: floa
 def test_a_loss_that_is_not_finite_on_another_process_stops_this_one_with_the_same_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pending, "all_sum", lambda own: own + NAN)
+    monkeypatch.setattr(pending, "all_sum", lambda own: own + torch.tensor([NAN, 0.0]))
     monkeypatch.setattr(pending, "gather_objects", lambda own: [own, (NAN, ("c", "d")), (2.0, ("e",)), (NAN, ("c",))])
-    module = SimpleNamespace(_pending=pending.PendingLoss.of(7, torch.tensor(1.0), ["a", "b"]))
+    module = SimpleNamespace(_pending=pending.PendingLoss.of(7, torch.tensor(1.0), ["a", "b"]), _stops=False)
     with pytest.raises(UserError, match=r"the training loss became nan at step 7 \(cases c, d\)"):
         BaseModule.check_pending(module)  # type: ignore[arg-type]

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pretrain3d.__main__ import main
+from pretrain3d.commands.fit import train
+from pretrain3d.modules import pending
+from pretrain3d.modules.base import BaseModule
 from pretrain3d.modules.pretraining import PretrainingModule
+from pretrain3d.modules.stopping import Stopping
 
 DRIVER = """
 import os, signal, sys
@@ -65,7 +73,7 @@ def test_a_signal_is_one_line(
 
 
 def test_a_job_that_slurm_requeues(phantom_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the first checkpoint and after it; what Lightning writes in the middle of a step is not gone on from."""
+    """Before the first checkpoint and after it; nothing is written in the middle of a step."""
     asked, steps = tmp_path / "asked", PretrainingModule.training_step
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
     (tmp_path / "scontrol").chmod(0o755)
@@ -89,11 +97,73 @@ def test_a_job_that_slurm_requeues(phantom_store: Path, tmp_path: Path, monkeypa
 
         monkeypatch.setattr(PretrainingModule, "training_step", step)
         assert main([*line, "name=run"]) == 130
-        assert list(run.glob("hpc_*"))
+        assert not list(run.glob("hpc_*"))
     monkeypatch.setattr(PretrainingModule, "training_step", steps)
     assert main([*line, "name=run"]) == 0
-    assert asked.read_text() == "requeue 7\n" * 2 and not list(run.glob("hpc_*"))
+    assert asked.read_text() == "requeue 7\n" * 2
     one, other = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
                   for folder in (run, tmp_path / "whole"))  # fmt: skip
     assert all(torch.equal(one[key], other[key]) for key in other)
     assert (run / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
+
+
+class Launcher:
+    """Of processes that this one has started."""
+
+    def __init__(self) -> None:
+        self.procs, self.sent = ["a process"], []
+
+    def kill(self, number: int) -> None:
+        self.sent.append(number)
+
+
+def test_several_processes_stop_together_at_the_step_after_any_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handler exchanges nothing, since NCCL would take it for what the others exchange; nor does every batch."""
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    launcher, loop = Launcher(), SimpleNamespace()
+    trainer: Any = SimpleNamespace(
+        world_size=2, is_global_zero=True, strategy=SimpleNamespace(launcher=launcher),
+        fit_loop=SimpleNamespace(epoch_loop=loop),
+    )  # fmt: skip
+    told, other = (
+        SimpleNamespace(global_step=0, _pending=None, told_to_stop=False, _stops=False, log=lambda *_, **__: None,
+                        _mean_over_processes=lambda losses: losses, _log_rates=lambda: None)
+        for _ in range(2)
+    )  # fmt: skip
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        Stopping().on_train_start(trainer, told)
+        loop._broadcast_sigterm_tensor()  # no other process is here to answer
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told.told_to_stop and launcher.sent == [signal.SIGTERM]
+    with pytest.raises(SIGTERMException):
+        Stopping().on_validation_batch_start(trainer, told)
+    Stopping().on_validation_batch_start(trainer, other)
+
+    def step(module: Any, others: bool) -> None:
+        monkeypatch.setattr(pending, "all_sum", lambda own: own + torch.tensor([1.0, float(others)]))
+        module.check_pending = lambda: BaseModule.check_pending(module)
+        BaseModule.finish_losses(module, {"loss": torch.tensor(1.0)}, {"case_ids": ["a"]}, "train")
+
+    step(told, others=False)
+    step(other, others=True)
+    for module in (told, other):
+        with pytest.raises(SIGTERMException):
+            step(module, others=False)
+
+
+def test_no_process_outlives_the_error_of_the_one_that_started_it(tmp_path: Path) -> None:
+    launcher = Launcher()
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = SimpleNamespace(fit=fails, strategy=SimpleNamespace(launcher=launcher))
+    with pytest.raises(OSError, match="No space left"):
+        train(trainer, None, None, None)
+    assert launcher.sent == [signal.SIGKILL] and launcher.procs == []
+    with pytest.raises(OSError, match="No space left"):  # one process, or those of SLURM
+        train(SimpleNamespace(fit=fails, strategy=SimpleNamespace(launcher=None)), None, None, None)

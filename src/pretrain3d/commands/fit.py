@@ -95,7 +95,7 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
         folder.open(asked)
     folder.drop_requeued()
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=str(folder.last) if resume else None, weights_only=True)
+        train(trainer, module, datamodule, folder.last if resume else None)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # which name no file
             error.filename = str(folder.path)
@@ -119,12 +119,22 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
         sizes = datamodule.batch_size, datamodule.patch_size
         raise UserError(out_of_memory_advice(settings, *sizes, tiles)) from error
     if trainer.is_global_zero:
-        folder.drop_requeued()
         timed_out = settings["trainer"].get("max_time") is not None and folder.state()["status"] == "running"
         why = ", stopped by trainer.max_time; a longer one goes on" if timed_out else ""
         why = ", tried out: no checkpoint is kept" if trainer.fast_dev_run else why
         print(f"{folder.path}: {trainer.global_step} steps{why}")
     return 0
+
+
+def train(trainer: Any, module: Any, datamodule: Any, checkpoint: Path | None) -> None:
+    """Trains from a checkpoint on; no process that was started for it outlives an error of this one."""
+    from pretrain3d.modules.stopping import end_others
+
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    except BaseException:
+        end_others(trainer)
+        raise
 
 
 def check_precision(precision: object) -> None:
@@ -133,10 +143,17 @@ def check_precision(precision: object) -> None:
         raise UserError(f"trainer.precision={precision}; it is one of {', '.join(PRECISIONS)}")
 
 
+def check_strategy(strategy: object) -> None:
+    """Raises UserError for one that shards weights: gradients would be clipped by the norm of a part."""
+    if not str(strategy).startswith(("auto", "ddp", "single_device")):
+        raise UserError(f"trainer.strategy={strategy}: it is auto, or ddp for several processes with the whole network")
+
+
 def quieten() -> None:
-    """Silences what Lightning says at every start of a run that is as it should be."""
+    """Silences what Lightning says of every run that is as it should be."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*in eval mode at the start of training.*", ".*LeafSpec.*", ".*does not have many workers.*"):
+    messages = (".*in eval mode at the start of training.*", ".*LeafSpec.*", ".*does not have many workers.*")
+    for message in (*messages, ".*recommended to use `self.log.*sync_dist=True.*"):  # such values are all processes'
         warnings.filterwarnings("ignore", message=message)
 
 
@@ -153,6 +170,7 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder, resume: bool) -> A
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from pretrain3d.modules.monitors import FeatureMonitor
+    from pretrain3d.modules.stopping import Stopping
     from pretrain3d.reporting.callbacks import Pictures, Progress
     from pretrain3d.reporting.checkpoints import Checkpoints
     from pretrain3d.reporting.csv_logger import MetricsCSV
@@ -173,10 +191,12 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder, resume: bool) -> A
     checkpoints = Checkpoints(folder.path, every_n_steps=own.checkpoint_every_n_steps, monitor=monitor, mode=mode)
     monitors = [] if kind == "detection" else [FeatureMonitor(own.probe_every_n_validations)]
     kept = [] if node.get("fast_dev_run") else [checkpoints]  # a trial leaves nothing that a run would resume
-    callbacks = [Progress(), Throughput(), Pictures(folder.path), *monitors, *kept]
+    callbacks = [Stopping(), Progress(), Throughput(), Pictures(folder.path), *monitors, *kept]
+    usual = {"num_sanity_val_steps": 0, "enable_model_summary": False}
+    usual["benchmark"] = not node.get("deterministic")  # cuDNN tries out its 3D convolutions; shapes do not change
     try:
         return lightning.Trainer(
-            **{"num_sanity_val_steps": 0, "enable_model_summary": False, **node},
+            **{**usual, **node},
             default_root_dir=folder.path,
             max_epochs=-1,
             val_check_interval=own.val_every_n_steps * accumulate,

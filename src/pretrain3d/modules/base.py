@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 from pretrain3d.config import UserError
@@ -45,6 +46,7 @@ class BaseModule(lightning.LightningModule):
         validates_on: what a validation step takes: "volumes" (a whole case) or "patches" (a batch of fixed ones).
         flop_per_sample: model FLOP of a training step per sample, forward and backward; known after the first step, and
             counted again where a phase freezes or frees the backbone.
+        told_to_stop: whether this process was (`modules.stopping`); all of them stop once all know.
     """
 
     validates_on: Literal["volumes", "patches"] = "volumes"
@@ -82,6 +84,7 @@ class BaseModule(lightning.LightningModule):
         self._phase: int | None = None
         self._frozen: list[nn.Parameter] = []  # of the backbone, in a phase that freezes it
         self._pending: PendingLoss | None = None
+        self.told_to_stop = self._stops = False
         self._compiled = False
         self._batch_size = 0
         self.flop_per_sample: float | None = None
@@ -223,7 +226,9 @@ class BaseModule(lightning.LightningModule):
         self.check_pending()
         total, size = losses["loss"], len(batch["case_ids"])
         if stage == "train":
-            self._pending = PendingLoss.of(self.global_step, total, batch["case_ids"])
+            if self._stops:
+                raise SIGTERMException
+            self._pending = PendingLoss.of(self.global_step, total, batch["case_ids"], self.told_to_stop)
             losses = self._mean_over_processes(losses)
             self._log_rates()
         for key, value in losses.items():
@@ -260,7 +265,9 @@ class BaseModule(lightning.LightningModule):
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        if not math.isfinite(pending.value()):
+        total, told_to_stop = pending.values()
+        self._stops |= told_to_stop
+        if not math.isfinite(total):
             value, names = pending.culprits()
             raise UserError(
                 f"the training loss became {value} at step {pending.step} (cases {', '.join(names)}); "

@@ -21,35 +21,37 @@ class PendingLoss:
 
     Attributes:
         step: of the optimiser.
-        total: of all processes.
+        totals: (2,) of all processes: the losses, and how many of them were told to stop.
         copied: recorded after the copy from a GPU.
         own: of this process.
         cases: of this process' batch.
     """
 
     step: int
-    total: Tensor
+    totals: Tensor
     copied: torch.cuda.Event | None
     own: Tensor
     cases: tuple[str, ...]
 
     @classmethod
-    def of(cls, step: int, loss: Tensor, cases: Sequence[str]) -> PendingLoss:
+    def of(cls, step: int, loss: Tensor, cases: Sequence[str], told_to_stop: bool = False) -> PendingLoss:
         own, copied = loss.detach(), None
-        total = all_sum(own)
-        if total.is_cuda:
-            total, copied = total.to("cpu", non_blocking=True), torch.cuda.Event()
+        totals = all_sum(torch.stack([own, own.new_full((), float(told_to_stop))]))
+        if totals.is_cuda:
+            totals, copied = totals.to("cpu", non_blocking=True), torch.cuda.Event()
             copied.record()
-        return cls(step, total, copied, own, tuple(cases))
+        return cls(step, totals, copied, own, tuple(cases))
 
-    def value(self) -> float:
-        """The sum; waits for the copy alone, not for what the device was given to do since."""
+    def values(self) -> tuple[float, bool]:
+        """The sum, and whether any process was told to stop; waits for the copy alone, not for what the device was
+        given to do since."""
         if self.copied is not None:
             self.copied.synchronize()
-        return float(self.total)
+        loss, told_to_stop = self.totals.tolist()
+        return loss, told_to_stop > 0
 
     def culprits(self) -> tuple[float, list[str]]:
-        """Where `value` is not finite: the first loss that is not, and the cases of all such processes, once each."""
+        """Where the sum is not finite: the first loss that is not, and the cases of all such processes, once each."""
         losses = gather_objects((float(self.own), self.cases))
         found = [(loss, cases) for loss, cases in losses if not isfinite(loss)] or losses
         return found[0][0], list(dict.fromkeys(case for _, cases in found for case in cases))

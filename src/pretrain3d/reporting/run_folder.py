@@ -80,9 +80,9 @@ class RunFolder:
         write_json(self.path / "state.json", {**self.state(), "status": "running"})
 
     def drop_requeued(self) -> None:
-        """Removes what Lightning writes when SLURM signals the end of a job, on any process.
+        """Removes what Lightning wrote, in earlier versions, when SLURM signalled the end of a job.
 
-        It is of the middle of a step, and a run without a checkpoint of its own would go on from it.
+        It is of the middle of a step, and a run would go on from it.
         """
         for path in self.path.glob("hpc_ckpt_*.ckpt"):
             path.unlink(missing_ok=True)
