@@ -2,8 +2,9 @@
 operation may mix the two. What a GPU would be asked to do can so be seen without one.
 
 Recorded is what CUDA's sync debug mode reports: reading a value, operations whose output's size depends on values, and
-copies between host and device that block. A copy with ``non_blocking=True`` passes, as it does there. `torch.autocast`
-has CUDA's lists of operations, so types meet on ``sim`` as they do there.
+copies between host and device that block. A copy with ``non_blocking=True`` passes, as it does there, unless it is one
+that CUDA makes wait nevertheless: of more than 64 KB of the host's memory that is not pinned. `torch.autocast` has
+CUDA's lists of operations, so types meet on ``sim`` as they do there.
 
     python tests/simulated_device.py '[["fit", "--config", ...], ...]'
 
@@ -34,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 WARM = 2  # steps that are not watched
+PAGEABLE = 2**16  # bytes; up to so many CUDA copies from anywhere at once
 aten = torch.ops.aten
 READS_VALUES = {
     aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default,
@@ -59,6 +61,7 @@ def register() -> torch.device:
     to_list = Tensor.tolist
     Tensor.tolist = lambda self: to_list(self.cpu() if isinstance(self, OnDevice) else self)  # type: ignore[method-assign]
     torch.Generator = _generator  # type: ignore[misc, assignment]
+    Tensor.pin_memory = _pinned  # type: ignore[method-assign]
     return torch.device("sim:0")
 
 
@@ -231,8 +234,26 @@ def _note_copy(func: Any, args: Any, kwargs: dict[str, Any], asked: str | None) 
         source, target, free = args[1].device.type, args[0].device.type, any(args[2:]) or kwargs.get("non_blocking")
     else:
         source, target, free = args[0].device.type, asked or args[0].device.type, kwargs.get("non_blocking")
-    if source != target and not free:
+    if source == target:
+        return
+    if not free:
         Watch.note(f"copy from {source} to {target}")
+    tensor = args[1] if func is aten.copy_.default else args[0]
+    pageable = source == "cpu" and not getattr(tensor, "pinned", False) and tensor.nbytes > PAGEABLE
+    if free and pageable and not _of_lightning():
+        Watch.note(f"copy of {tensor.nbytes} bytes that are not pinned")
+
+
+def _of_lightning() -> bool:
+    """Whether Lightning copies: batches, which a loader has pinned where there is a GPU."""
+    files = [frame.filename for frame in traceback.extract_stack()[::-1]]
+    return "/lightning/" in next((file for file in files if "/lightning/" in file or "/pretrain3d/" in file), "")
+
+
+def _pinned(tensor: Tensor, *_: Any) -> Tensor:
+    copy = tensor.clone()
+    copy.pinned = True  # type: ignore[attr-defined]
+    return copy
 
 
 def _note_index(func: Any, args: Any) -> None:
@@ -271,7 +292,7 @@ def _generator(device: Any = "cpu") -> torch.Generator:
     return _HostGenerator() if torch.device(device).type == "cpu" else _DeviceGenerator()
 
 
-class _SimulatedAccelerator(Accelerator):
+class SimulatedAccelerator(Accelerator):
     """What Lightning asks of one."""
 
     def setup_device(self, device: torch.device) -> None: ...
@@ -332,7 +353,15 @@ def _unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def _train_on(device: torch.device) -> None:
+def _alone(device: torch.device, precision: Any) -> dict[str, Any]:
+    strategy = SingleDeviceStrategy(device)
+    return {"accelerator": SimulatedAccelerator(), "strategy": strategy, "devices": 1, "plugins": precision}
+
+
+Placing = Callable[[torch.device, Any], dict[str, Any]]  # device and precision plugin -> arguments of a trainer
+
+
+def _train_on(device: torch.device, placing: Placing) -> None:
     """Every trainer trains on the device from now on, and is watched; what predicts is loaded there."""
     from pretrain3d import api
     from pretrain3d.modules import checkpoint
@@ -342,10 +371,9 @@ def _train_on(device: torch.device) -> None:
     trainer = lightning.Trainer
 
     def train(**kwargs: Any) -> lightning.Trainer:
-        on_device = {"accelerator": _SimulatedAccelerator(), "strategy": SingleDeviceStrategy(device=device)}
+        placed = placing(device, MixedPrecision("bf16-mixed", device="sim"))
         callbacks = [*kwargs["callbacks"], _Watching()]
-        precision = {"plugins": MixedPrecision("bf16-mixed", device="sim"), "precision": None}
-        return trainer(**{**kwargs, **on_device, **precision, "devices": 1, "callbacks": callbacks})
+        return trainer(**{**kwargs, "precision": None, "callbacks": callbacks, **placed})
 
     train.__signature__ = inspect.signature(trainer)  # type: ignore[attr-defined]  # of what a config may say
     lightning.Trainer = train  # type: ignore[misc, assignment]
@@ -355,15 +383,15 @@ def _train_on(device: torch.device) -> None:
         return load(path, kind, *([device] if where else []))
 
     checkpoint.load_module = api.load_module = load_module
-    PendingLoss.value = _unwatched(PendingLoss.value)  # type: ignore[method-assign]  # a copy that was made a step ago
+    PendingLoss.values = _unwatched(PendingLoss.values)  # type: ignore[method-assign]  # a copy that was made a step ago
     Progress.get_metrics = _unwatched(Progress.get_metrics)  # type: ignore[method-assign]  # twenty times in a run
 
 
-def main(lines: list[list[str]]) -> None:
+def main(lines: list[list[str]], placing: Placing = _alone) -> None:
     """Runs command lines on the device."""
     from pretrain3d.__main__ import main as pretrain3d
 
-    _train_on(register())
+    _train_on(register(), placing)
     results = []
     for line in lines:
         Watch.waits = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ device = register()
 with Simulation(), Watch.during(True):
     x = torch.arange(6.0, device=device, requires_grad=True)
     free = [(x * 2).sum().backward(), x + 1.0, x.detach().to("cpu", non_blocking=True), torch.rand(3, device=device)]
+    free += [torch.zeros(size).pin_memory().to(device, non_blocking=True) for size in (3, 20_000)]
     assert not Watch.waits and x.grad.device == device, Watch.waits
     flags = x > 2
     waiting = {
@@ -35,6 +37,7 @@ with Simulation(), Watch.during(True):
         "tensor": lambda: torch.tensor([1.0], device=device), "new": lambda: x.new_tensor(2.0),
         "index": lambda: x[torch.tensor([1, 2])], "unique": lambda: x.detach().unique(),
         "repeat": lambda: x.repeat_interleave(torch.ones(6, dtype=torch.long, device=device)),
+        "pageable": lambda: torch.zeros(20_000).to(device, non_blocking=True),
     }
     for name, wait in waiting.items():
         Watch.waits = []
@@ -90,6 +93,36 @@ def test_mae_and_retina_unet_wait_for_nothing(phantom_store: Path, tmp_path: Pat
              fit("detect/phantom", phantom_store, tmp_path, "name=retina", "data.augment.spatial=true",
                  "data.augment.intensity=true", "data.flip_axes=[0,1,2]")]  # fmt: skip
     assert run(lines) == [{"status": 0, "waits": []}] * 2
+
+
+def run_on_two(lines: list[list[str]]) -> list[list[dict[str, Any]]]:
+    """`run` of two processes that train together: what each of them says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {"WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(HERE / "simulated_processes.py"), json.dumps(lines)]
+    started = [
+        subprocess.Popen(command, env={**os.environ, **together, "LOCAL_RANK": str(rank)}, cwd=HERE.parent, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=600) for process in started]
+    assert all(process.returncode == 0 for process in started), said[0][1][-4000:] + said[1][1][-4000:]
+    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+
+
+@pytest.mark.slow
+def test_processes_exchange_only_what_lies_on_the_device_and_wait_for_nothing(
+    phantom_store: Path, tmp_path: Path
+) -> None:
+    lines = [
+        fit("detect/phantom", phantom_store, tmp_path, "name=retina"),
+        *(fit(f"pretrain/phantom_{name}", phantom_store, tmp_path, "data.pool=all", f"name={name}",
+              "+data.num_val_patches=3", *(line for line in RUNS[name].settings if "batch_size" not in line))
+          for name in ("mae", "simclr", "supervised")),
+    ]  # fmt: skip
+    assert run_on_two(lines) == [[{"status": 0, "waits": []}] * len(lines)] * 2
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
-"""What of a device decides about a run: its memory, and the precision of its arithmetic."""
+"""What of a device decides about a run: its memory, the precision of its arithmetic, and the way to it."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+from torch import Tensor
 
 GIB = 2**30
 
@@ -22,6 +23,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
     )
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, which nothing waits for.
+
+    What lies in memory that is not pinned CUDA copies, from 64 KB on, after all else that the device has to do, and the
+    host waits for that.
+    """
+    if device.type not in ("cpu", "mps"):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def is_full_precision(precision: object) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain3d.data import intensity, spatial
+from pretrain3d.devices import sent
 from pretrain3d.geometry import boxes_of_instances, boxes_of_slots, occupied_planes
 
 
@@ -139,4 +140,4 @@ def _boxes(slots: Tensor, num_objects: int) -> tuple[Tensor, Tensor]:
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    return sent(torch.from_numpy(array), device)

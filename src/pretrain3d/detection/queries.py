@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pretrain3d import boxes as box_ops
+from pretrain3d.devices import sent
 
 CLASS_COST, L1_COST, GIOU_COST = 2.0, 5.0, 2.0
 EPSILON = 1e-5  # of relative coordinates, before their logits
@@ -132,7 +133,7 @@ def match(*groups: tuple[Tensor, Tensor]) -> list[Tensor]:
         index = values[start + size : start + 2 * size].reshape(costs.shape).astype(np.int64)
         start += 2 * size
         chosen = np.stack([_assign(*pair) for pair in zip(cost, index, strict=True)])
-        results.append(torch.from_numpy(chosen).to(costs.device, non_blocking=True))
+        results.append(sent(torch.from_numpy(chosen), costs.device))
     return results
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain3d.devices import sent
+
 CURVE_POINTS = 4096  # of a Bezier curve
 CURVE_ENTRIES = 65536  # of the table it becomes: a step of 1.5e-5 of the intensity range
 MARGIN = 3  # voxels between a painted window and the border, where there is room
@@ -64,8 +66,8 @@ def all_windows(starts: np.ndarray, sides: np.ndarray, shape: np.ndarray, genera
     counts = sides.prod(1)
     total, volume = int(counts.sum()), int(shape.prod())
     table = np.stack([np.cumsum(counts) - counts, *sides[:, 1:].T, *starts.T])  # (6, N)
-    first, side_y, side_z, x, y, z = torch.from_numpy(table).to(device, non_blocking=True)
-    repeats = torch.from_numpy(counts).to(device, non_blocking=True)
+    first, side_y, side_z, x, y, z = sent(torch.from_numpy(table), device)
+    repeats = sent(torch.from_numpy(counts), device)
     window = torch.repeat_interleave(repeats, output_size=total)  # (E) which window
     order = torch.arange(total, device=device)
     local = order - first[window]  # (E) which voxel of it
@@ -97,7 +99,7 @@ def bezier_table(rng: np.random.Generator) -> np.ndarray:
 
 def look_up(image: Tensor, table: np.ndarray) -> Tensor:
     """Intensities from [0, 1] through a table of entries at equal distances, the nearest entry."""
-    entries = torch.from_numpy(table).to(image.device, non_blocking=True)
+    entries = sent(torch.from_numpy(table), image.device)
     index = image.mul(len(table) - 1).round_().int()
     return entries.index_select(0, index.flatten()).view_as(image)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain3d.config import UserError
+from pretrain3d.devices import sent
 from pretrain3d.objectives.contract import Backbone, Decoder, PyramidLevel
 from pretrain3d.objectives.corruptions import cut_out_windows, host_rng
 from pretrain3d.objectives.inpainting import visible_mean
@@ -123,7 +124,7 @@ class SwinMix(nn.Module):
         return {
             "inputs": torch.cat(inputs),
             "targets": torch.cat(targets),
-            "quarters": torch.tensor(quarters).to(image.device, non_blocking=True),
+            "quarters": sent(torch.tensor(quarters), image.device),
             "inside": torch.cat(within),
             "keep": torch.ones_like(torch.cat(within)),
         }

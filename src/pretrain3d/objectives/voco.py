@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain3d.config import UserError
+from pretrain3d.devices import sent
 from pretrain3d.objectives.collapse import spread
 from pretrain3d.objectives.contract import Backbone, Decoder, PyramidLevel
 from pretrain3d.objectives.crops import cut, grid_positions, overlaps, random_positions
@@ -114,9 +115,9 @@ class VoCo(nn.Module):
             if self.feature_dropout:
                 kept.append(torch.rand(len(positions), self.channels, generator=draws) >= self.feature_dropout)
         device = batch["image"].device
-        prepared = {"inputs": torch.stack(views), "labels": torch.stack(labels).to(device, non_blocking=True)}
+        prepared = {"inputs": torch.stack(views), "labels": sent(torch.stack(labels), device)}
         if kept:
-            prepared["kept"] = torch.stack(kept).to(device, non_blocking=True)
+            prepared["kept"] = sent(torch.stack(kept), device)
         return prepared
 
     def forward(self, backbone: Backbone, prepared: dict[str, Tensor]) -> dict[str, Tensor]:
