@@ -135,6 +135,7 @@ def main() -> int:
     """Runs the benchmark; 1 when a step takes longer than MONAI's, or on a GPU more memory."""
     warnings.filterwarnings("ignore", module="monai")
     torch.set_num_threads(1)
+    torch.backends.cudnn.benchmark = True  # as `fit`
     cuda = torch.cuda.is_available()
     device, make = torch.device("cuda" if cuda else "cpu"), resenc_s if cuda else resenc_xs
     patch, batch = (96, 2) if cuda else (64, 1)

@@ -36,6 +36,11 @@ TINY = [
             ("mae", [f"trainer.precision={name}"], f"precision={name}; it is one of 32-true, bf16-mixed, 16-mixed")
             for name in ("bf16-true", "16-true", "64-true", "64")
         ),
+        *(
+            ("mae", [f"trainer.strategy={name}"], f"trainer.strategy={name}: it is auto, or ddp for several processes")
+            for name in ("fsdp", "deepspeed_stage_2")
+        ),
+        ("slice_mae", ["trainer.compile=true"], "trainer.compile=true: SliceMAE calls the networks in another way in "),
         ("swin_mix", ["data.flip_axes=[0,1,2]"], "data.flip_axes=[0, 1, 2] mirrors x and y, which together is half a"),
         ("swin_mix", ["data.batch_size=1"], "swin_mix tells the patches of a batch apart; data.batch_size is 1"),
         (
@@ -128,19 +133,33 @@ def test_a_run_without_an_end_may_warm_up_and_is_ended_by_a_time_limit(tmp_path:
     assert cost_of(folder)["samples"] == 2 * (steps + 9) and folder.unfinished() == ""
 
 
-@pytest.mark.parametrize("step", ["training_step", "validation_step"])
-def test_out_of_memory_is_one_line_whatever_the_config_says(
-    step: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("step", "error", "said"),
+    [
+        *(
+            (step, torch.OutOfMemoryError("CUDA out of memory"),
+             "out of memory, with data.batch_size=2 and patches of 16 x 16 x 8: try +data.batch_size=1 ")
+            for step in ("training_step", "validation_step")
+        ),
+        ("training_step", RuntimeError("avg_pool3d_backward_cuda does not have a deterministic implementation, but"),
+         "trainer.deterministic=True: avg_pool3d_backward_cuda has no deterministic form; trainer.deterministic=warn"),
+    ],
+)  # fmt: skip
+def test_what_a_device_refuses_is_one_line_whatever_the_config_says(
+    step: str, error: Exception, said: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*arguments: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(ReconstructionModule, step, fails)
     tiny_store(tmp_path / "store")
     path = tmp_path / "run.yaml"
     settings = {**LEAST, "data": {**LEAST["data"], "store": str(tmp_path / "store")}}
+    settings["trainer"] = {**LEAST["trainer"], "deterministic": True}
     path.write_text(to_yaml({"name": "run", "out": str(tmp_path), **settings}))
-    assert main(["fit", "--config", str(path)]) == 2
-    error = capsys.readouterr().err
-    assert "out of memory, with data.batch_size=2 and patches of 16 x 16 x 8: try +data.batch_size=1 " in error
-    assert "tile" not in error and error.count("\n") == 1
+    try:
+        assert main(["fit", "--config", str(path)]) == 2
+    finally:
+        torch.use_deterministic_algorithms(False)
+    printed = capsys.readouterr().err
+    assert said in printed and "tile" not in printed and printed.count("\n") == 1

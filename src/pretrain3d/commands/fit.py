@@ -73,6 +73,7 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
 
     check_arguments(settings)
     check_precision(settings["trainer"].get("precision"))
+    check_strategy(settings["trainer"].get("strategy", "auto"))
     quieten()
     lightning.seed_everything(settings["seed"], verbose=False)
     # TF32 for networks in float32; beside half precision only what bears no rounding is left in float32
@@ -112,6 +113,11 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
             print(f"{folder.path}: {at}; the same call {kept if folder.last.is_file() else begins}", file=sys.stderr)
         return 143 if terminated else 130
     except (RuntimeError, MemoryError) as error:
+        if found := re.match(r"(\w+) does not have a deterministic implementation", str(error)):
+            raise UserError(
+                f"trainer.deterministic={settings['trainer'].get('deterministic')}: {found[1]} has no deterministic "
+                "form; trainer.deterministic=warn goes on without one"
+            ) from error
         if not is_out_of_memory(error):
             raise
         functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}

@@ -93,10 +93,21 @@ class BaseModule(lightning.LightningModule):
         """Lets `torch.compile` make kernels of both networks at the second training step; parameters keep their names.
 
         The first step is eager, so that its operations can be counted. Validation stays eager: its last tiles and
-        batches have other shapes, and each shape would be compiled.
+        batches have other shapes, and each shape would be compiled. So would each number of denoising queries: a
+        detector that takes targets stays eager.
+
+        Raises:
+            UserError: a method that calls the backbone in another way in every batch.
         """
+        head = self.get_submodule(self.head_name)
+        if not getattr(head, "compilable", True):
+            raise UserError(
+                f"trainer.compile=true: {type(head).__name__} calls the networks in another way in every batch, and "
+                "each way would be compiled; set it to false"
+            )
         self._compiled = True
-        for network in self.networks.values():
+        networks = (self.backbone,) if getattr(head, "needs_targets", False) else self.networks.values()
+        for network in networks:
             network.compile(dynamic=False)  # shapes do not change; dynamic ones break strided 3D convolutions
 
     @property

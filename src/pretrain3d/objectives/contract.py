@@ -43,7 +43,8 @@ class Method(Protocol):
     Built as ``PRETRAINING[name](levels, in_channels, patch_size, decoder, **arguments)``; ``decoder`` builds a decoder
     for the levels. A class that needs more of a backbone than a call has a static ``check_backbone(backbone)``, which
     raises a UserError; one to which mirrored patches may be wrong has ``check_mirrors(flip_axes)``, which does so at
-    the start of `fit`. One that restores intensities has ``measure``, the name of its error.
+    the start of `fit`. One that restores intensities has ``measure``, the name of its error; one that calls its
+    networks in another way in every batch, ``compilable = False``.
     """
 
     def prepare(self, batch: dict[str, Any], generator: list[torch.Generator]) -> dict[str, Tensor]:

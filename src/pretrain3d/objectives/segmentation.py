@@ -77,6 +77,7 @@ class Segmentation(nn.Module):
         self.decoder = decoder(levels, ends[-1], **more)
         self.stem_of_set = [1 + stems.index(name) if name in stems else 0 for name in classes]
         self.stems = nn.ModuleList(make_stem() for _ in stems) if make_stem is not None else nn.ModuleList()
+        self.compilable = not stems  # which sample has which stem
 
     def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator] = ()) -> dict[str, Any]:
         """Takes the labels out of the batch; nothing is drawn.

@@ -44,6 +44,7 @@ class SliceMAE(nn.Module):
     """
 
     measure = "mean squared error"  # see `contract.Method`
+    compilable = False  # how many samples have which axis
 
     def __init__(
         self,
