@@ -127,6 +127,8 @@ def test_hard_negative_counts(positives, negatives):
     assert (
         scores[chosen].min() >= pool[-1] and scores[chosen].mean() < pool[:negatives].mean()
     )  # random within the pool
+    if negatives > 2:  # all of it, the worse half too
+        assert scores[chosen].min() < pool[10 * negatives]
     again = hard_negatives(scores, positive, usable, torch.tensor(3))
     other = hard_negatives(scores, positive, usable, torch.tensor(4))
     assert torch.equal(sampled, again) and not torch.equal(sampled, other)

@@ -202,6 +202,18 @@ def test_stochastic_depth_rises_to_its_rate():
     assert all(block.drop_path.rate == 0.0 for block in backbone.make_stack(2).blocks)
 
 
+def test_weights_start_small_and_outputs_of_deeper_blocks_smaller():
+    backbone = Primus(96, 4, 4, 8, 32)
+    for number, block in enumerate(backbone.encoder.blocks, start=1):
+        for matrix in (block.attn.q_proj, block.attn.v_proj, block.mlp.fc1_x):
+            assert matrix.weight.std().item() == pytest.approx(0.02, rel=0.1) and not matrix.bias.any()
+        for output in (block.attn.proj, block.mlp.fc2):
+            assert output.weight.std().item() == pytest.approx(0.02 / (2 * number) ** 0.5, rel=0.1)
+        assert torch.equal(block.gamma_1, torch.full((96,), 0.1)) and torch.equal(block.gamma_2, block.gamma_1)
+    assert backbone.encoder.positions.std().item() == pytest.approx(0.02, rel=0.1)
+    assert backbone.embedding.weight.std().item() == pytest.approx(512**-0.5, rel=0.1)
+
+
 def released_checkpoint(testdata) -> tuple[dict, dict]:
     checkpoint = torch.load(testdata / "golden" / "checkpoints" / "nnssl_primus.pth", weights_only=True)
     return checkpoint["network_weights"], checkpoint["nnssl_adaptation_plan"]

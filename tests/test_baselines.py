@@ -9,9 +9,9 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from scipy import ndimage
+from scipy import ndimage, stats
 
-from pretrain3d.evaluation.baselines import MeanBoxBaseline, ThresholdBaseline, components
+from pretrain3d.evaluation.baselines import MeanBoxBaseline, ThresholdBaseline, _score, components
 from pretrain3d.evaluation.protocol import evaluate
 
 Volume = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -66,6 +66,14 @@ def test_components_and_their_features() -> None:
     assert len(opened) == 1, "opening keeps what is thick"
     assert len(components(image, (60.0, np.inf), 0, np.ones((2, 3)))[0]) == 0
     assert components(image, (40.0, np.inf), 0, np.full((2, 3), 7))[1].shape == (0, 5)
+
+
+def test_scores_rise_with_the_ratio_of_the_likelihoods() -> None:
+    rng = np.random.default_rng(0)
+    features, means, deviations = rng.normal(0, 2, (9, 3)), rng.normal(0, 1, (2, 3)), rng.uniform(0.3, 3, (2, 3))
+    other, thing = (stats.norm.logpdf(features, means[i], deviations[i]).sum(axis=1) for i in (0, 1))
+    ratio = thing - other
+    np.testing.assert_allclose(_score(features, means, deviations), 0.5 + 0.5 * ratio / (10 + abs(ratio)))
 
 
 def test_thresholding_finds_what_a_threshold_can_find() -> None:

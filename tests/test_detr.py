@@ -18,7 +18,7 @@ from pretrain3d.detection import DETECTORS, queries
 from pretrain3d.detection.deformable import DeformableAttention
 from pretrain3d.detection.detr import DeformableDETR
 from pretrain3d.detection.queries import candidates, denoising_queries, inverse_sigmoid, match, to_relative, to_voxels
-from pretrain3d.detection.transformer import SineEmbedding, TokenGrids
+from pretrain3d.detection.transformer import EncoderLayer, SelfAttention, SineEmbedding, TokenGrids
 from pretrain3d.evaluation.metric import DetectionMetric
 from pretrain3d.registry import check
 
@@ -242,6 +242,37 @@ def test_tokens_lie_in_the_middle_of_their_voxels() -> None:
     center = [(x + 0.5) / 8, (y + 0.5) / 8, (z + 0.5) / 8]
     assert grid.boxes[(x * 8 + y) * 8 + z].tolist() == pytest.approx([*center, 0.05, 0.05, 0.05])
     assert grid.boxes[-1].tolist() == pytest.approx([0.875, 0.875, 0.875, 0.1, 0.1, 0.1])
+    large = TokenGrids([(1, 2, 2), (2, 4, 4)], 0.6).grid(SHAPE, torch.device("cpu")).boxes[:, 3:]
+    assert large[0].tolist() == pytest.approx([0.6] * 3) and large[-1].tolist() == pytest.approx([0.95] * 3)
+
+
+def test_positions_say_where_to_look_and_are_not_read() -> None:
+    """Where a query looks does not depend on it before training; what is read there never holds a position."""
+    grid = TokenGrids([(2, 4, 4), (4, 8, 8)], 0.05).grid(SHAPE, torch.device("cpu"))
+    layer, x = EncoderLayer(16, 2, 2, 2, 16), torch.randn(1, len(grid.boxes), 16)
+    position = torch.randn(len(grid.boxes), 16)
+    torch.testing.assert_close(layer(x, position, grid), layer(x, 0 * position, grid))
+    mixing = SelfAttention(16, 2)
+    nn.init.zeros_(mixing.query_key.weight)
+    torch.testing.assert_close(mixing(x, position[None], None), mixing(x, 0 * position[None], None))
+
+
+def test_no_gradient_flows_through_a_box_or_into_a_proposal() -> None:
+    detector = DeformableDETR(LEVELS, 3, **SMALL)
+    for head in detector.decoder.box_heads:
+        nn.init.normal_(head.change.layers[-1].weight, std=0.1)
+    outputs = detector(features(), SHAPE)
+    (outputs["logits"][-1].sum() + outputs["boxes"][-1].sum()).backward()
+    proposals = (detector.proposal, detector.proposal_classifier, detector.proposal_box_head)
+    for part in (*proposals, detector.decoder.box_heads[0]):
+        assert not any(parameter.grad is not None and parameter.grad.any() for parameter in part.parameters())
+    assert all(parameter.grad.any() for parameter in detector.decoder.box_heads[1].parameters())
+
+
+def test_classifiers_start_at_the_published_prior() -> None:
+    detector = DeformableDETR(LEVELS, 3, **SMALL)
+    for classifier in (detector.proposal_classifier, *detector.decoder.classifiers):
+        assert classifier.bias.sigmoid().tolist() == pytest.approx([0.05] * 3)
 
 
 def test_sine_embedding_equals_its_definition() -> None:

@@ -51,6 +51,9 @@ def test_whole_and_frozen_share_their_course() -> None:
     whole, frozen = (timetable(20, warmup_steps=4, name=name) for name in ("whole", "frozen"))
     assert rates(whole, "backbone", 20) == rates(whole, "head", 20) == rates(frozen, "head", 20)
     assert set(rates(frozen, "backbone", 20)) == {0.0}
+    cycled = frozen.then(10, lambda step: 0.5)  # as with cycles of SWA
+    assert [phase.frozen for phase in cycled.phases] == [True, True] and set(rates(cycled, "backbone", 20)) == {0.0}
+    assert rates(cycled, "head", 20) == [*rates(frozen, "head", 10), *[0.5] * 10]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,8 @@ class Tiny(BaseModule):
         self.seen.append(
             {"graph": features.requires_grad, "training": self.backbone.norm.training,  # type: ignore[union-attr]
              "statistics": self.backbone.norm.running_mean.clone(),  # type: ignore[union-attr, operator]
-             "weights": self.backbone.stages[0].weight.detach().clone(), "memory": len(optimizer.state)}
+             "weights": self.backbone.stages[0].weight.detach().clone(), "memory": len(optimizer.state),
+             "flop": self.flop_per_sample, "draw": float(torch.rand(()))}
         )  # fmt: skip
         return self.finish_losses({"loss": (self.head(features) - 1).square().mean()}, batch, "train")
 
@@ -128,6 +132,16 @@ def train(module: Tiny, steps: int, folder: Path, resume: Path | None = None, **
     return trainer
 
 
+class StopAt(lightning.Callback):
+    """The run is killed after some steps; its schedule is that of the whole run."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = trainer.global_step == self.steps
+
+
 def test_a_gpu_is_idle_while_it_is_wrapped_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """It sends weights on a side stream: they must be neither behind the last step nor ahead of the next."""
     calls: list[str] = []
@@ -151,7 +165,27 @@ def test_a_frozen_backbone_computes_nothing_and_thaws(tmp_path: Path) -> None:
     assert not torch.equal(second[1]["weights"], first[0]["weights"])
     assert [seen["memory"] for seen in module.seen] == [0, 2, 2, 0, 8, 8]  # the head's; all anew from step 3
     assert not module.backbone.fixed.requires_grad
+    flop = [seen["flop"] for seen in module.seen]
+    assert flop[0] is flop[3] is None and flop[1] == flop[2] < flop[4] == flop[5], "counted anew when it thaws"
     assert trainer.callback_metrics["lr/head"] == trainer.callback_metrics["lr/backbone"] == pytest.approx(0.1)
+
+
+def test_draws_are_those_of_the_step_and_not_of_what_was_drawn_before(tmp_path: Path) -> None:
+    draws = []
+    for seed in (1, 2):
+        module = Tiny()
+        torch.manual_seed(seed)
+        train(module, 4, tmp_path)
+        draws.append([seen["draw"] for seen in module.seen])
+    assert draws[0] == draws[1] and len(set(draws[0])) == 4
+
+
+def test_a_module_may_be_trained_twice(tmp_path: Path) -> None:
+    module = Tiny({"name": "two_phase", "head_steps": 3})
+    train(module, 5, tmp_path, callbacks=[StopAt(2)])
+    assert module._frozen, "it was stopped while the backbone was frozen"
+    train(module, 5, tmp_path)
+    assert [seen["memory"] for seen in module.seen] == [0, 2, 0, 2, 2, 0, 8]
 
 
 def test_a_probe_leaves_the_backbone_alone(tmp_path: Path) -> None:
@@ -172,14 +206,10 @@ def test_resumed_anywhere_it_ends_the_same(stop: int, tmp_path: Path) -> None:
             swa={"start_step": 4, "every_n_steps": 2, "lr": [1.0, 0.1]},
         )
 
-    class Stop(lightning.Callback):  # the run is killed, its schedule is that of the whole run
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            trainer.should_stop = trainer.global_step == stop
-
     whole = fresh()
     train(whole, 8, tmp_path)
     killed = fresh()
-    trainer = train(killed, 8, tmp_path, callbacks=[Stop()])
+    trainer = train(killed, 8, tmp_path, callbacks=[StopAt(stop)])
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     resumed = fresh()
     # the loader of this test starts again, so that of the killed run is cut to what it had not seen

@@ -65,6 +65,6 @@ def test_hidden_cells_is_the_whole_part(ratio, cells, expected):
 
 
 def test_block_size_is_proportional():
-    sides = {160: 16, 192: 16, 128: 16, 96: 8, 80: 8, 64: 8, 48: 4, 40: 4, 32: 4, 16: 2}
+    sides = {240: 16, 160: 16, 192: 16, 128: 16, 120: 8, 96: 8, 80: 8, 64: 8, 48: 4, 40: 4, 32: 4, 16: 2}
     assert {size: block_size((size,) * 3)[0] for size in sides} == sides
     assert block_size((160, 80, 48)) == (16, 8, 4)

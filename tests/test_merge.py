@@ -68,6 +68,18 @@ def test_parts_that_agree_where_both_tiles_look_become_one():
     assert found.boxes.tolist() == [[4, 8, 8, 44, 20, 20]] and found.scores.tolist() == pytest.approx([0.9])
 
 
+@pytest.mark.parametrize(("start", "left"), [(24.0, 1), (26.0, 2)])  # 0.6 and 0.4 of it inside
+def test_a_cut_box_goes_when_more_than_half_of_it_is_in_a_whole_one(start, left):
+    whole, cut = [18.0, 4, 4, 44, 30, 30], [22.0, 4, start, 32, 30, start + 10]
+    assert len(merged([(whole, 0.8, 0, RIGHT, False), (cut, 0.9, 0, LEFT, True)])) == left
+
+
+@pytest.mark.parametrize(("shift", "left"), [(3.0, 1), (5.0, 2)])  # IoU 0.6 and 0.41 where both tiles look
+def test_parts_agree_from_an_iou_of_a_half(shift, left):
+    one, other = [4.0, 8, 8, 32, 20, 20], [16.0, 8, 8 + shift, 44, 20, 20 + shift]
+    assert len(merged([(one, 0.9, 0, LEFT, True), (other, 0.8, 0, RIGHT, True)])) == left
+
+
 def test_parts_that_disagree_stay_and_weak_ones_move_no_border():
     apart = [([4.0, 0, 0, 32, 8, 8], 0.9, 0, LEFT, True), ([16.0, 20, 20, 44, 30, 30], 0.8, 0, RIGHT, True)]
     assert len(merged(apart)) == 2
@@ -134,11 +146,11 @@ def test_the_best_of_each_tile_is_class_wise_nms_of_that_tile():
 
 def test_small_and_doubtful_boxes_are_left_out():
     rows = [([4.0, 4, 4, 10, 10, 6], 0.8, 0, LEFT, False), ([20.0, 4, 4, 26, 10, 10], 0.2, 0, LEFT, False),
-            ([20.0, 20, 20, 26, 26, 26], 0.6, 0, LEFT, False)]  # fmt: skip
+            ([20.0, 20, 20, 26, 26, 26], 0.5, 0, LEFT, False)]  # fmt: skip
     view = tile_detections(rows)
     assert len(merge([view], Merging())) == 3
-    assert merge([view], Merging(min_size=3.0)).scores.tolist() == pytest.approx([0.6, 0.2])
-    assert merge([view], Merging(min_score=0.5, min_size=3.0)).scores.tolist() == pytest.approx([0.6])
+    assert merge([view], Merging(min_size=3.0)).scores.tolist() == pytest.approx([0.5, 0.2])
+    assert merge([view], Merging(min_score=0.5, min_size=3.0)).scores.tolist() == [0.5]  # from it on
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,20 @@ def test_shuffling_moves_channels_together_and_not_far():
     assert 0.1 < (distance.max(0) > 0).mean() < 0.9
 
 
+def test_windows_have_sides_up_to_a_tenth_of_each_axis(monkeypatch):
+    drawn = []
+
+    def identity(starts, sides, shape, rng):
+        drawn.append((starts, sides))
+        return np.arange(shape.prod())
+
+    monkeypatch.setattr(corruptions, "window_by_window", identity)
+    corruptions.shuffle_windows(torch.zeros(1, 48, 39, 9), np.random.default_rng(0), generators(0)[0])
+    ((starts, sides),) = drawn
+    assert len(sides) == 10_000 and (sides.min(0) == 1).all() and sides.max(0).tolist() == [4, 3, 1]
+    assert (starts.min(0) == 0).all() and (starts + sides).max(0).tolist() == [48, 39, 9]
+
+
 def reference_curve(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     """The original's definition: sample the curve from its end to its start; sort x, and y too half of the time."""
     inner = rng.random((2, 2))
@@ -155,13 +169,34 @@ def test_out_painting_keeps_boxes_and_paints_the_rest(seed):
         assert found.min() >= 3 and found.max() < size - 3
 
 
+def test_out_painting_keeps_one_to_five_boxes_of_three_to_four_sevenths(monkeypatch):
+    size, draw, boxes = np.array([28, 21, 14]), corruptions._windows, []
+
+    def watched(*args, **more):
+        windows = draw(*args, **more)
+        boxes[-1] += windows
+        return windows
+
+    monkeypatch.setattr(corruptions, "_windows", watched)
+    for seed in range(60):
+        boxes.append([])
+        painted = corruptions.out_paint(torch.full((1, *size), 2.0), np.random.default_rng(seed), generators(seed)[0])
+        kept = torch.zeros(1, *size, dtype=torch.bool)
+        for window in boxes[-1]:
+            kept[:, *window] = True
+        assert torch.equal(painted == 2.0, kept)
+    assert {len(some) for some in boxes} <= {1, 2, 3, 4, 5} and max(map(len, boxes)) == 5
+    sides = np.array([[cut.stop - cut.start for cut in window] for some in boxes for window in some])
+    assert sides.min(0).tolist() == [12, 9, 6] and sides.max(0).tolist() == [16, 12, 8]
+
+
 def test_tiny_patches_are_painted_too():
     for shape, painter in product([(2, 3, 4), (8, 8, 8)], [corruptions.in_paint, corruptions.out_paint]):
         assert painter(torch.zeros(1, *shape), np.random.default_rng(0), generators(0)[0]).shape == (1, *shape)
 
 
 def test_only_spatial_axes_are_flipped_and_the_target_with_the_input():
-    _, method = make("models_genesis", SHAPE, channels=2, **{**NOTHING, "flip": 0.9}, percentiles=[0, 100])
+    _, method = make("models_genesis", SHAPE, channels=2, **{**NOTHING, "flip": 1.0}, percentiles=[0, 100])
     batch = make_batch(SHAPE, channels=2, batch=40)
     prepared = method.prepare(batch, generators(*range(40)))
     assert torch.equal(prepared["inputs"], prepared["targets"])
@@ -172,6 +207,7 @@ def test_only_spatial_axes_are_flipped_and_the_target_with_the_input():
             if torch.allclose(batch["image"][row].flip(dims), prepared["targets"][row], atol=1e-5):
                 assert torch.equal(batch["inside"][row].flip(dims), prepared["inside"][row])
                 seen.add(axes)
+                assert len(dims) in (1, 3), "three flips in turn, those of the same axis undo each other"
     assert {axis for axes in seen for axis in range(3) if axes[axis]} == {0, 1, 2}
 
 

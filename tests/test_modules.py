@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning
 import pytest
 import torch
 from torch import nn
 
+from pretrain3d.backbones.resenc import ResEnc
 from pretrain3d.config import UserError
 from pretrain3d.modules.averaging import Average
 from pretrain3d.modules.base import BaseModule
+from pretrain3d.modules.detection import DetectionModule
 from pretrain3d.modules.optim import parameter_groups, warmup_then
+from pretrain3d.modules.reconstruction import ReconstructionModule
+from pretrain3d.modules.segmentation import SegmentationModule
 
 
 def test_average_follows_its_definition() -> None:
@@ -66,3 +72,50 @@ def test_norms_and_biases_do_not_decay() -> None:
     decayed, plain = parameter_groups({"net": network}, 0.1)
     assert decayed["weight_decay"] == 0.1 and decayed["params"] == [network[0].weight]
     assert plain["weight_decay"] == 0.0 and len(plain["params"]) == 3  # type: ignore[arg-type]
+
+
+SIZE = (8, 8, 8)
+
+
+def reconstruction(seed: int = 0) -> ReconstructionModule:
+    backbone = ResEnc([4, 6], [1, 1], [1, 2])
+    return ReconstructionModule(backbone, {"name": "mae", "block": 2}, SIZE, {"seed": seed}, {}, ema=0.9)
+
+
+def a_batch() -> dict[str, Any]:
+    inside = torch.ones(2, 1, *SIZE, dtype=torch.bool)
+    return {"image": torch.randn(2, 1, *SIZE), "inside": inside, "sample_index": [4, 7], "case_ids": ["a", "b"]}
+
+
+@pytest.mark.parametrize("kind", ["reconstruction", "segmentation", "detection"])
+def test_averaged_weights_validate_and_predict(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> None:
+        pytest.fail("the weights that are trained were used")
+
+    backbone = ResEnc([4, 6], [1, 1], [1, 2])
+    module: Any
+    if kind == "reconstruction":
+        module = reconstruction()
+        monkeypatch.setattr(module, "finish_losses", lambda *_: None)
+        predict = lambda: module.validation_step(a_batch(), 1)  # noqa: E731
+    elif kind == "segmentation":
+        module = SegmentationModule(backbone, {"name": "supervised"}, {"ct": ["liver"]}, SIZE, {}, {}, ema=0.9)
+        predict = lambda: module.predict_logits(torch.zeros(1, *SIZE), 0)  # noqa: E731
+    else:
+        detector = {"name": "retinanet", "anchors": {"boxes": [[4, 4, 4]]}, "fpn_channels": 8, "num_convs": 0}
+        module = DetectionModule(backbone, detector, ["nodule"], {}, SIZE, {}, {}, ema=0.9)
+        predict = lambda: module.predict_image(torch.zeros(1, *SIZE))  # noqa: E731
+    module.eval()
+    seen: list[object] = []
+    for name, network in module.networks.items():
+        network.register_forward_pre_hook(forbidden)
+        module.averaged.get_submodule(name).register_forward_pre_hook(lambda *_: seen.append(1))
+    predict()
+    assert len(seen) == 2
+
+
+def test_masks_of_validation_are_the_same_whatever_the_seed() -> None:
+    batch = a_batch()
+    for stage, equal in (("val", True), ("train", False)):
+        one, other = (module.prepare(module.method, batch, stage)["keep"] for module in map(reconstruction, (1, 2)))
+        assert torch.equal(one, other) == equal

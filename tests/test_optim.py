@@ -120,6 +120,22 @@ def test_a_number_out_of_its_range_is_named(node: dict[str, object], said: str) 
         build(OPTIMIZERS, node, "module.optimizer", groups=parameter_groups({"net": nn.Linear(2, 2)}, 0.0))
 
 
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"name": "adamw", "lr": 0.1, "betas": [0.8, 0.95], "eps": 1e-4, "amsgrad": True},
+        {"name": "sgd", "lr": 0.1, "momentum": 0.99, "nesterov": True},
+        {"name": "sgd", "lr": 0.1, "momentum": 0.5, "nesterov": False},
+    ],
+)
+def test_every_argument_reaches_the_optimiser(node: dict[str, object]) -> None:
+    groups = parameter_groups({"net": nn.Linear(2, 2)}, 0.0)
+    optimizer = build(OPTIMIZERS, node, "module.optimizer", groups=groups)
+    for group in optimizer.param_groups:
+        found = {key: list(group[key]) if key == "betas" else group[key] for key in node if key != "name"}
+        assert found == {key: value for key, value in node.items() if key != "name"}
+
+
 @pytest.mark.parametrize("decay", [-1.0, math.nan, math.inf])
 def test_a_weight_decay_out_of_its_range_is_named(decay: float) -> None:
     with pytest.raises(UserError, match=f"module.optimizer.weight_decay is {decay}; it must be 0 or more"):

@@ -9,6 +9,7 @@ from tiny_store import make_case
 from pretrain3d.config import UserError
 from pretrain3d.data.store import Store, StoreWriter
 from pretrain3d.detection.anchors import base_sizes, mean_best_iou
+from pretrain3d.planning import anchors
 from pretrain3d.planning.anchors import all_anchors, search_anchors
 from pretrain3d.planning.patch import shared_out
 from pretrain3d.planning.plan import make_plan, read_plan, write_plan
@@ -64,6 +65,12 @@ def test_anchors_serve_two_kinds_of_objects():
     scales = [(1, 1, 1), (2, 2, 1), (4, 4, 2), (8, 8, 4)]
     found = torch.tensor(search_anchors(boxes, scales))
     assert float(mean_best_iou(all_anchors(found[None], scales)[0], boxes)) > 0.74
+
+
+def test_of_very_many_boxes_every_size_is_looked_at(monkeypatch):
+    monkeypatch.setattr(anchors, "MAX_BOXES", 10)
+    boxes = np.array([[4, 4, 4]] * 30 + [[40, 20, 10]] * 30, np.float32)
+    assert slow_mean_best_iou(search_anchors(torch.from_numpy(boxes)), boxes) > 0.95
 
 
 def test_one_box_is_enough():

@@ -188,7 +188,7 @@ def test_small_volumes_and_odd_batches() -> None:
     assert (tight.batch_size, tight.accumulate) == (3, 2)
     tight = plan_patch((64, 64, 64), (64, 64, 64), need, gigabytes(need, (64, 64, 64), 3) + 0.01, 8)
     assert (tight.batch_size, tight.accumulate) == (2, 4)  # 3 would not divide 8
-    with pytest.raises(UserError, match=r"memory_gb=1: the smallest patch, .*, needs .* take a smaller backbone"):
+    with pytest.raises(UserError, match=r"memory_gb=1: the smallest patch, 16 x 16 x 32, needs .* take a smaller"):
         plan_patch((64, 64, 64), (64, 64, 64), need_of(10**6), 1)
     with pytest.raises(UserError, match=r"memory_gb=0\.2: at least 1 is needed"):
         usable_bytes(0.2)
@@ -199,7 +199,9 @@ def test_small_objects_get_a_finer_level() -> None:
     usual, flat = torch.full((9, 3), 8.0), torch.tensor([[8.0, 8, 2]]).repeat(9, 1)
     assert plan_levels(strides, usual) == (2, 3, 4, 5)
     assert plan_levels(strides, flat) == (1, 2, 3, 4, 5)
-    assert plan_levels(strides[:5], flat) == (1, 2, 3, 4)  # never the first
+    assert plan_levels(strides[:5], flat - 1) == (1, 2, 3, 4)  # never the first
+    few_large = torch.tensor([[8.0, 8, 3]] * 5 + [[8.0, 8, 40]] * 4)  # half of them, whatever their mean
+    assert plan_levels(strides, few_large) == (1, 2, 3, 4, 5)
     anisotropic = [(1, 1, 1), (2, 2, 1), (4, 4, 2), (8, 8, 4)]
     assert relative_strides(anisotropic, (1, 2, 3)) == [(1, 1, 1), (2, 2, 2), (4, 4, 4)]
     assert relative_strides([(2, 2, 1), (4, 4, 1)], (0, 1)) == [(1, 1, 1), (2, 2, 1)]
@@ -221,6 +223,9 @@ def test_out_of_memory_says_what_to_lower() -> None:
     assert "data.batch_size=2 trainer.accumulate_grad_batches=2" in said and "\n" not in said
     assert "patches of 96 x 96 x 96" in said and "+backbone.checkpointing=true" in said
     assert "+trainer.precision=bf16-mixed" in said and "module.detector" not in said
+    accumulated = SETTINGS | {"trainer": {"accumulate_grad_batches": 3}}
+    said = out_of_memory_advice(accumulated, 4, (96, 96, 96))
+    assert "data.batch_size=2 trainer.accumulate_grad_batches=6 (the same effective batch)" in said
     single = SETTINGS | {"data": {"batch_size": 1}, "backbone": {"name": "resenc_xs", "checkpointing": True}}
     single["trainer"] = {"precision": "bf16-mixed"}
     said = out_of_memory_advice(single, 1, (96, 96, 96))

@@ -12,10 +12,11 @@ from pretrain3d import boxes as box_ops
 from pretrain3d.backbones.contract import Level
 from pretrain3d.backbones.plainconv import PlainConv
 from pretrain3d.config import UserError
-from pretrain3d.detection import DETECTORS
+from pretrain3d.detection import DETECTORS, retina
 from pretrain3d.detection.assign import atss
 from pretrain3d.detection.losses import PositiveNormaliser, box_giou, box_l1, dice_and_cross_entropy, focal
 from pretrain3d.detection.retina import RetinaUNet, retinanet
+from pretrain3d.detection.sample import hard_negatives
 from pretrain3d.registry import build
 
 LEVELS = [Level(8, (1, 1, 1)), Level(8, (1, 2, 2)), Level(12, (2, 4, 4)), Level(16, (4, 8, 8))]
@@ -141,8 +142,57 @@ def test_loss_equals_a_loop_over_anchors(recipe):
     assert positives == losses["positives"] * len(matches) > 4
     assert losses["classification"].item() == pytest.approx(classification / positives, rel=1e-4)
     assert losses["regression"].item() == pytest.approx(regression / positives, rel=1e-4)
+    mask, use = batch["mask"] > 0, torch.ones(2, dtype=torch.bool)
+    segmentation = dice_and_cross_entropy(outputs["segmentation"], mask, use, detector.smooth)
+    for key, value in zip(("segmentation_dice", "segmentation_ce"), segmentation, strict=True):
+        assert losses[key].item() == pytest.approx(0.5 * value.item())
     parts = [value for key, value in losses.items() if key not in ("loss", "positives")]
     assert losses["loss"].item() == pytest.approx(sum(parts).item())
+
+
+def test_sampled_cross_entropy_equals_a_loop_over_what_was_drawn(monkeypatch):
+    drawn = []
+
+    def watched(scores, positive, usable, seed):
+        drawn.append((scores, positive, int(seed), hard_negatives(scores, positive, usable, seed)))
+        return drawn[-1][-1]
+
+    monkeypatch.setattr(retina, "hard_negatives", watched)
+    detector = retinanet(LEVELS, 3, ANCHORS, recipe="nndetection", **SMALL)
+    batch = make_batch() | {"annotated": torch.tensor([[True, False, True], [True, True, True]])}
+    outputs = {key: 3 * value for key, value in detector(features(), SHAPE).items()}
+    loss = detector.loss(outputs, batch)["classification"].item()
+    detector.loss(outputs, batch)
+    (scores, positive, seed, sampled), second = drawn
+    assert second[2] != seed and not torch.equal(second[3], sampled), "others in every step"
+    torch.testing.assert_close(scores[0], outputs["logits"][0][:, [0, 2]].amax(1))  # of the annotated classes
+    grid = detector.anchors.grid(SHAPE, torch.device("cpu"))
+    matches = atss(grid, batch["boxes"], batch["valid"]).matches(len(grid.boxes))
+    assert torch.equal(positive, matches >= 0)
+    terms = []
+    for image, anchor in sampled.nonzero().tolist():
+        match = int(matches[image, anchor])
+        for k in range(3):
+            if batch["annotated"][image, k]:
+                p = outputs["logits"][image, anchor, k].sigmoid().item()
+                terms.append(-math.log(p if match >= 0 and batch["labels"][image, match] == k else 1 - p))
+    assert loss == pytest.approx(sum(terms) / len(terms), rel=1e-4)
+
+
+def test_recipes_are_the_published_ones():
+    study, v01 = (RetinaUNet(LEVELS, 1, ANCHORS, recipe=recipe) for recipe in ("study", "nndetection"))
+    for detector, expected in (
+        (study, ("focal", 0.3, "l1", 0.7, 0.0)),
+        (v01, ("hard_negative", 1.0, "giou", 0.0, 1e-5)),
+    ):
+        assert (
+            detector.classification, detector.classification_weight, detector.regression, detector.normaliser.beta,
+            detector.smooth,
+        ) == expected  # fmt: skip
+    for head in (study.classifier, study.regressor):  # two hidden convolutions, norms over 16 channels of 128
+        convs = [layer for layer in head.modules() if isinstance(layer, nn.Conv3d)]
+        assert [layer.num_groups for layer in head.modules() if isinstance(layer, nn.GroupNorm)] == [8, 8]
+        assert len(convs) == 3 and all(conv.weight.std().item() == pytest.approx(0.01, rel=0.1) for conv in convs)
 
 
 VARIANTS = [
@@ -221,6 +271,16 @@ def test_classes_that_are_not_annotated_have_no_classification_loss():
     gradient = outputs["logits"].grad
     assert (gradient[0, :, 1] == 0).all() and (gradient[0, :, [0, 2]] != 0).all() and (gradient[1] != 0).all()
     assert (outputs["segmentation"].grad[0] == 0).all() and (outputs["segmentation"].grad[1] != 0).any()
+
+
+@pytest.mark.parametrize("recipe", ["study", "nndetection"])
+def test_a_batch_of_which_nothing_is_annotated_costs_nothing(recipe):
+    detector = RetinaUNet(LEVELS, 3, ANCHORS, recipe=recipe, **SMALL)
+    batch = make_batch(False) | {"annotated": torch.zeros(2, 3, dtype=torch.bool)}
+    losses = detector.loss(detector(features(), SHAPE), batch)
+    losses["loss"].backward()
+    assert losses["loss"] == 0
+    assert all(torch.isfinite(parameter.grad).all() for parameter in detector.parameters())
 
 
 def test_losses_are_float32_under_autocast():

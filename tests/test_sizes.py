@@ -100,6 +100,15 @@ def test_one_bin_is_the_plain_number() -> None:
     assert bins["1e+09-"]["metrics"]["mAP"]["value"] is None and bins["1e+09-"]["high_mm3"] is None
 
 
+def test_an_object_at_the_edge_is_in_the_upper_bin() -> None:
+    box = np.array([[0.0, 0, 0, 2, 2, 2]])
+    found = {"x": {"boxes": box, "scores": np.ones(1), "labels": np.zeros(1, int)}}
+    targets = {"x": {"boxes": box, "labels": np.zeros(1, int), "spacing_mm": np.ones(3)}}
+    bins = by_size(match(found, targets, ["a"]), found, targets, [8.0], samples=0)
+    assert [entry["objects"] for entry in bins.values()] == [0, 1]
+    assert [entry["metrics"]["mAP"]["value"] for entry in bins.values()] == [None, 1.0]
+
+
 def test_default_bins_are_thirds() -> None:
     predictions, targets = sized_cases(1)
     matches = match(predictions, targets, ["a", "b"])

@@ -146,6 +146,13 @@ def test_constant_shares_cost_what_is_logged_as_trivial_and_a_perfect_answer_not
     constant = share.log() if outputs == "softmax" else torch.logit(share[1:])
     losses = method.loss({"logits": [constant.view(1, -1, 1, 1, 1).expand(2, -1, 16, 12, 8)]}, prepared)
     assert losses["loss"].item() == pytest.approx(losses["trivial"].item(), rel=1e-4)
+    partly = {**prepared, "annotated": torch.tensor([True, False]).expand(2, 2)}  # nothing is known of the second class
+    known = prepared["targets"] != 2
+    part = (prepared["targets"] == 1).sum() / known.sum()
+    chances = torch.stack([1 - part, part, part])
+    answer = chances.log() if outputs == "softmax" else torch.logit(chances[1:])
+    losses = method.loss({"logits": [answer.view(1, -1, 1, 1, 1).expand(2, -1, 16, 12, 8)]}, partly)
+    assert losses["loss"].item() == pytest.approx(losses["trivial"].item(), rel=1e-4)
     right = torch.nn.functional.one_hot(prepared["targets"].long(), 3).movedim(-1, 1)
     right = (right if outputs == "softmax" else right[:, 1:]) * 100.0 - 50.0
     assert method.loss({"logits": [right]}, prepared)["loss"].item() == pytest.approx(0, abs=1e-4)

@@ -155,6 +155,11 @@ def test_operating_points_keep_their_rate_and_no_less(rate: float) -> None:
     measured = measure_at(row["threshold"], match(found, targets, ["a", "b"]))
     assert (row["measured"], row["sensitivity"]) == (measured["false_positives_per_case"], measured["sensitivity"])
     assert (row["measured"], row["sensitivity"]) == slow_operating_point(found, targets, rate)
+    scores = np.concatenate([each["scores"] for each in found.values()])
+    assert row["threshold"] == 0 or row["threshold"] not in scores
+    for score in scores:  # a box at the score counts
+        at = measure_at(score, match(found, targets, ["a", "b"]))
+        assert round(3 * at["false_positives_per_case"] + 12 * at["sensitivity"]) == (scores >= score).sum()
 
 
 def test_operating_points_of_nothing() -> None:

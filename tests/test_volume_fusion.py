@@ -51,6 +51,9 @@ def test_boxes_are_those_of_the_study_at_160():
     assert min(start for start, _ in ends) == 0 and max(stop for _, stop in ends) == 160
     shares = np.bincount(labels, minlength=5) / len(labels)
     assert len(shares) == 5 and abs(shares - 0.2).max() < 4 * (0.16 / len(labels)) ** 0.5
+    drawn = [box for seed in range(60) for box, _ in method.draw_boxes(np.random.default_rng(seed), (96, 96, 96))]
+    sides = [s.stop - s.start for window in drawn for s in window]
+    assert (min(sides), max(sides)) == (5, 60), "the same shares of any patch, rounded"
 
 
 def test_loss_by_loops():
