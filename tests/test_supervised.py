@@ -427,11 +427,12 @@ def test_scores_of_whole_cases_by_hand() -> None:
     score.update(0, found, labels, np.array([True, True]))  # liver 2/3, kidney absent from both: no value
     score.update(0, found.flip(0), torch.zeros_like(labels), np.array([False, True]))  # kidney made up: 0
     score.update(1, torch.ones(1, 4, 1, 1, dtype=torch.bool), labels, np.array([True]))  # 2 * 2 / (4 + 2)
+    score.update(0, torch.stack([labels == 1, labels == 9]), labels, np.array([True, False]))  # a second liver: 1
     values = score.compute()
-    assert values["dice/ct/liver"] == pytest.approx(2 / 3) and values["dice/ct/kidney"] == 0
+    assert values["dice/ct/liver"] == pytest.approx(5 / 6) and values["dice/ct/kidney"] == 0
     assert values["dice/mr/heart"] == pytest.approx(2 / 3) == pytest.approx(values["trivial_dice"])
-    assert values["dice"] == pytest.approx(4 / 9)
-    assert values["volume_error"] == pytest.approx((0.5 + 1.0) / 2)
+    assert values["dice"] == pytest.approx((5 / 6 + 0 + 2 / 3) / 3)  # a class with more cases weighs no more
+    assert values["volume_error"] == pytest.approx((0.25 + 1.0) / 2)
     score.reset()
     assert math.isnan(score.compute()["dice"])
 
