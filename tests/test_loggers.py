@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pretrain3d.config import UserError
 from pretrain3d.reporting.csv_logger import MetricsCSV
@@ -135,6 +136,25 @@ def test_every_training_is_a_wandb_run_of_its_own(tmp_path):
         logger.finalize("failed")
         assert wandb.run is None
     assert ids[1] == ids[2] and len(set(ids)) == 3  # begun again, its first steps are not those of the one before
+
+
+def test_a_part_of_an_offline_run_holds_what_came_before(tmp_path):
+    """`wandb sync` sends each part as lines 0, 1, ... of the history: the last one takes the place of the others."""
+    pytest.importorskip("wandb")
+    table = MetricsCSV(tmp_path)
+    for step, value in ((9, 0.5), (19, 0.25), (29, 0.375)):
+        table.log_metrics({"train/loss": value, "val/mAP": value}, step)
+    table.finalize("success")
+    (tmp_path / "pictures").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "pictures" / "step0000020_masked_input.png")
+    logger = make_wandb_logger({"mode": "offline"}, tmp_path, {"name": "run"}, resume=True)
+    logger.log_result(RESULT | {"asked": {"step": 30}})
+    run = logger.experiment
+    summary, step, resumes = dict(run.summary), run.step, run.settings.resume
+    logger.close()
+    assert dict(summary["val/mAP"]) == {"max": 0.5, "last": 0.375}
+    assert (summary["train/loss"], summary["trainer/global_step"], summary["test/mAP"]) == (0.375, 30, 0.5)
+    assert "pictures/masked_input" in summary and step == 31 and resumes is None
 
 
 def test_a_tested_run_is_summed_up_per_class(tmp_path):

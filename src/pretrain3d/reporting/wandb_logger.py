@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from pretrain3d.config import UserError, suggestion
 from pretrain3d.files import write_text
+from pretrain3d.reporting.results import read_rows
 
 MODES = ("offline", "online", "disabled")
 KEYS = ("mode", "project", "entity", "group", "job_type", "tags", "notes")
@@ -33,7 +34,8 @@ def make_wandb_logger(
         run_folder: where ``wandb/`` goes.
         config: the resolved configuration.
         resume: whether to go on with the W&B run of that folder, if there is one. A training that begins again is
-            another run: its steps would come after those of the one before.
+            another run: its steps would come after those of the one before. Offline each part of a run is a file of its
+            own, of which `wandb sync` lets the last take the place of all others: so it begins with what they hold.
 
     Returns:
         A `RunLogger`, or None: not asked for, not the first process, or (with a warning) the package is missing or
@@ -65,6 +67,8 @@ def make_wandb_logger(
             **options,
         )
         logger.start()
+        if resume and mode == "offline":
+            logger.repeat(folder)
     except Exception as error:
         _warn("no W&B log of this run", error)
         return None
@@ -87,6 +91,8 @@ class RunLogger(WandbLogger):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._wandb_init.pop("anonymous")  # wandb warns about the key itself
+        if arguments.get("mode") == "offline":
+            self._wandb_init.pop("resume")  # which it cannot, and says so
         self._broken = False
         self._summed_up: set[str] = set()
 
@@ -94,6 +100,18 @@ class RunLogger(WandbLogger):
     def start(self) -> None:
         """Starts the W&B run."""
         _ = self.experiment
+
+    @rank_zero_only
+    def repeat(self, folder: Path) -> None:
+        """Logs once more what a run's folder holds: the rows of ``metrics.csv`` and the pictures that were kept."""
+        path, pictures = folder / "metrics.csv", sorted((folder / "pictures").glob("step*_*.png"))
+        rows = {int(row.pop("step")): row for row in (read_rows(path) if path.is_file() else [])}
+        images = {(int(step.removeprefix("step")), name): file
+                  for file in pictures for step, _, name in [file.stem.partition("_")]}  # fmt: skip
+        for step in sorted(rows | dict.fromkeys(step for step, _ in images)):
+            for name in (name for at, name in images if at == step):
+                self.log_image(f"pictures/{name}", [str(images[step, name])], step - 1)
+            self.log_metrics({key: float(text) for key, text in rows.get(step, {}).items()}, step - 1)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
