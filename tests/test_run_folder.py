@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,20 @@ def test_steps_that_were_done_stay_done(folder: RunFolder, status: str) -> None:
     assert folder.start_of(with_value("trainer.max_steps", -1)) == "resume"  # no limit
     same = folder.start_of(with_value("trainer.max_steps", 4))
     assert same == ("finished" if status == "finished" else "resume")
+
+
+def test_two_processes_do_not_train_one_run(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "r")
+    run.open(SETTINGS)
+
+    def refused() -> None:
+        with pytest.raises(UserError, match=rf"r is being trained by another process \({os.getppid()} on .+\); give"):
+            RunFolder(run.path).open(with_value("seed", 1))
+
+    other = multiprocessing.get_context("fork").Process(target=refused)
+    other.start()
+    other.join()
+    assert other.exitcode == 0 and run.config() == SETTINGS
 
 
 def test_what_the_weights_do_not_depend_on_may_change(folder: RunFolder) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pretrain3d.config import UserError, read_yaml, to_yaml
 from pretrain3d.files import write_text
@@ -25,6 +28,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self._lock: IO[str] | None = None
 
     @property
     def last(self) -> Path:
@@ -74,8 +78,24 @@ class RunFolder:
         return read_yaml(path)
 
     def open(self, settings: dict[str, Any]) -> None:
-        """Writes the config and marks the run as running."""
+        """Writes the config and marks the run as running, for as long as this object lives.
+
+        Raises:
+            UserError: another process trains this run; two would write the same files at once.
+        """
+        import fcntl
+
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - as long as this object
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the system when the process ends
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
+                self._lock.seek(0)
+                raise UserError(f"{self.path} is being trained by another process ({self._lock.read()}); give this run "
+                                "another name=") from None  # fmt: skip
+        self._lock.truncate(0)
+        print(f"{os.getpid()} on {platform.node()}", end="", file=self._lock, flush=True)
         write_text(self.path / "config.yaml", to_yaml(settings))
         write_json(self.path / "state.json", {**self.state(), "status": "running"})
 
