@@ -5,10 +5,7 @@
 
 Fold k tests on subset k, validates on the next one and trains on the other eight: what is reported took no part in any
 choice. (nnDetection trains on nine and validates on subset k itself: `splits_final.json` can say so.) A case is named
-as its series, as `predict format=luna16` and `score protocol=luna16` name it:
-
-    pretrain3d predict runs/luna-f0 LUNA16/subset0 out=found0 format=luna16      # of each fold
-    awk 'FNR > 1 || NR == 1' found*/luna16.csv > submission.csv
+as its series, as `predict format=luna16` and `score protocol=luna16` name it; docs/data.md goes from here to the CPM.
 
 The files do not say which series are of one patient. Not every subset need be there.
 
