@@ -386,11 +386,11 @@ def test_what_lightning_refuses(tmp_path: Path, override: str, expected: str) ->
 
     added = f"+trainer.{override[1:]}" if override.startswith("+") else f"trainer.{override}"
     values = load("configs/pretrain/base.yaml", ["data.store=x", "trainer.accelerator=cpu", added])
-    assert message(make_trainer, values, RunFolder(tmp_path / "run"), False).startswith(expected)
+    assert message(make_trainer, values, RunFolder(tmp_path / "run")).startswith(expected)
 
 
 def test_a_trial_leaves_no_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pretrain3d.commands.fit import make_trainer
+    from pretrain3d.commands.fit import log_to_wandb, make_trainer
     from pretrain3d.reporting import wandb_logger
     from pretrain3d.reporting.run_folder import RunFolder
 
@@ -398,7 +398,8 @@ def test_a_trial_leaves_no_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(wandb_logger, "make_wandb_logger", lambda node, _, __, resume: asked.append((node, resume)))
     for added in ("+trainer.fast_dev_run=true", "seed=1"):
         overrides = ["data.store=x", "trainer.accelerator=cpu", "+logger.wandb.mode=offline", added]
-        make_trainer(load("configs/pretrain/base.yaml", overrides), RunFolder(tmp_path / "run"), True)
+        values, folder = load("configs/pretrain/base.yaml", overrides), RunFolder(tmp_path / "run")
+        log_to_wandb(make_trainer(values, folder), values, folder, True)
     assert asked == [(None, True), ({"mode": "offline"}, True)]
 
 
@@ -409,7 +410,7 @@ def test_tasks_of_slurm_that_lightning_refuses(tmp_path: Path, monkeypatch: pyte
     for key, value in {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": "4"}.items():
         monkeypatch.setenv(key, value)
     values = load("configs/pretrain/base.yaml", ["data.store=x", "trainer.accelerator=cpu"])
-    said = message(make_trainer, values, RunFolder(tmp_path / "run"), False)
+    said = message(make_trainer, values, RunFolder(tmp_path / "run"))
     assert said.startswith("trainer: You set `--ntasks=4`") and "HINT: Use `--ntasks-per-node=4` instead" in said
 
 

@@ -159,14 +159,19 @@ def test_a_plan_is_for_its_backbone_and_its_runs(
         index.write_text(before)
 
 
-def test_a_run_that_never_began_can_be_corrected(
+def test_a_run_that_cannot_begin_leaves_nothing_behind(
     phantom_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["fit", "--config", "configs/pretrain/phantom_mae.yaml", "name=mae", f"out={tmp_path}",
-            f"data.store={phantom_store}", *TINY]  # fmt: skip
-    assert main([*line, "module.warmup_steps=1000"]) == 2
-    assert "module.warmup_steps is 1000" in capsys.readouterr().err
-    assert main(line) == 0
+    line = ["fit", "--config", "configs/pretrain/phantom_mae.yaml", "name=mae", f"out={tmp_path / 'runs'}",
+            f"data.store={phantom_store}", *TINY, "+logger.wandb.mode=offline"]  # fmt: skip
+    for override, said in {
+        "module.warmup_steps=1000": "module.warmup_steps is 1000",
+        "module.optimizer.lr=-1": "module.optimizer.lr is -1",
+        "trainer.devices=0": "trainer: `Trainer(devices=0)`",
+    }.items():
+        assert main([*line, override]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "runs").exists()
 
 
 def test_mistakes_cost_one_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

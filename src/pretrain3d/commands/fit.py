@@ -91,9 +91,12 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
         module.compile_networks()
     if resume:
         folder.check_same(read_checkpoint(folder.last)[NOTE], {key: module.note[key] for key in TAKEN})
-    trainer = make_trainer(settings, folder, resume)
+    trainer = make_trainer(settings, folder)
+    module.trainer = trainer
+    module.configure_optimizers()  # Lightning does it again; a mistake there leaves neither folder nor W&B run behind
     if trainer.is_global_zero:
         folder.open(asked)
+    log_to_wandb(trainer, settings, folder, resume)
     folder.drop_requeued()
     try:
         train(trainer, module, datamodule, folder.last if resume else None)
@@ -163,11 +166,8 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def make_trainer(settings: dict[str, Any], folder: RunFolder, resume: bool) -> Any:
-    """Lightning's Trainer with the callbacks and loggers of the framework; epochs play no part, steps count.
-
-    Args:
-        resume: whether the run of that folder goes on.
+def make_trainer(settings: dict[str, Any], folder: RunFolder) -> Any:
+    """Lightning's Trainer with the framework's callbacks and ``metrics.csv``; epochs play no part, steps count.
 
     Raises:
         UserError: what Lightning refuses, such as an accelerator that is not there.
@@ -181,7 +181,6 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder, resume: bool) -> A
     from pretrain3d.reporting.checkpoints import Checkpoints
     from pretrain3d.reporting.csv_logger import MetricsCSV
     from pretrain3d.reporting.throughput import Throughput
-    from pretrain3d.reporting.wandb_logger import make_wandb_logger
 
     own, node = trainer_keys(settings)
     accumulate = int(node.get("accumulate_grad_batches", 1))
@@ -189,11 +188,6 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder, resume: bool) -> A
     monitor, mode = {"detection": ("val/mAP", "max"), "segmentation": ("val/dice", "max")}.get(
         kind, ("val/loss", "min")
     )
-    loggers: list[Any] = [MetricsCSV(folder.path)]
-    asked = None if node.get("fast_dev_run") else (settings.get("logger") or {}).get("wandb")  # a trial logs nothing
-    wandb_logger = make_wandb_logger(asked, folder.path, settings, resume)
-    if wandb_logger is not None:
-        loggers.append(wandb_logger)
     checkpoints = Checkpoints(folder.path, every_n_steps=own.checkpoint_every_n_steps, monitor=monitor, mode=mode)
     monitors = [] if kind == "detection" else [FeatureMonitor(own.probe_every_n_validations)]
     kept = [] if node.get("fast_dev_run") else [checkpoints]  # a trial leaves nothing that a run would resume
@@ -209,9 +203,23 @@ def make_trainer(settings: dict[str, Any], folder: RunFolder, resume: bool) -> A
             check_val_every_n_epoch=None,
             use_distributed_sampler=False,
             enable_checkpointing=bool(kept),
-            logger=loggers,
+            logger=MetricsCSV(folder.path),
             callbacks=callbacks,
         )
     except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
         sentence = re.split(r"\. (?!HINT)", " ".join(str(error).split()))[0]
         raise UserError(f"trainer: {sentence}") from error
+
+
+def log_to_wandb(trainer: Any, settings: dict[str, Any], folder: RunFolder, resume: bool) -> None:
+    """Adds W&B to the loggers of a trainer where the config asks for it; a trial (``fast_dev_run``) logs nothing.
+
+    Args:
+        resume: whether the run of that folder goes on.
+    """
+    from pretrain3d.reporting.wandb_logger import make_wandb_logger
+
+    asked = None if trainer.fast_dev_run else (settings.get("logger") or {}).get("wandb")
+    logger = make_wandb_logger(asked, folder.path, settings, resume)
+    if logger is not None:
+        trainer.loggers = [*trainer.loggers, logger]
