@@ -107,7 +107,11 @@ def run_on_two(lines: list[list[str]]) -> list[list[dict[str, Any]]]:
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for rank in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=600) for process in started]
+    try:
+        said = [process.communicate(timeout=600) for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert all(process.returncode == 0 for process in started), said[0][1][-4000:] + said[1][1][-4000:]
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
 
