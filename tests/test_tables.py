@@ -49,7 +49,7 @@ def test_seeds_become_mean_and_deviation():
     expected = f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
     assert table.rows[0] == ["x-s* (3 seeds)", *[expected] * 4]
     assert table.rows[1][0] == "y-s0"
-    assert table.title.endswith("over patients; mean ± standard deviation of rows of several")
+    assert table.title.endswith("over patients; mean ± standard deviation over seeds or folds")
 
 
 @pytest.mark.parametrize(

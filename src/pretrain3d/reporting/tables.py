@@ -86,7 +86,7 @@ def make_tables(results: Sequence[Result]) -> list[Table]:
     for same_cases in by_cases(of_kind(results, "detection")):
         rows = _rows(same_cases)
         about = describe_cases(same_cases)
-        several = "; mean ± standard deviation of rows of several" if any(len(group) > 1 for _, group in rows) else ""
+        several = "; mean ± standard deviation over seeds or folds" if any(len(group) > 1 for _, group in rows) else ""
         body = [[name, *(shown([r["metrics"].get(key) for r in group]) for key in KEYS)] for name, group in rows]
         tables.append(Table(f"{about}, 95 % intervals over patients{several}", ["run", *KEYS], body))
         classes = list(dict.fromkeys(name for result in same_cases for name in result["per_class"]))
