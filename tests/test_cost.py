@@ -93,6 +93,13 @@ def test_table_of_costs() -> None:
     assert table is not None
     assert table.header == ["run", "steps", "MFU"] and table.rows == [["a", "5", "–"], ["b", "7", "50.0%"]]
     assert cost_table({"a baseline": {}}) is None
+    assert cost_table({"never began": {"steps": None, "device": None}}) is None
+
+
+def test_a_run_that_made_no_step_has_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RunFolder(tmp_path / "mae").open({"name": "mae", "seed": 0, "module": {"name": "reconstruction"}})
+    assert main(["table", str(tmp_path / "mae")]) == 2
+    assert "there is nothing to show yet: mae has made no step" in capsys.readouterr().err
 
 
 def test_a_frozen_backbone_costs_less_and_is_counted_again_when_it_is_freed(

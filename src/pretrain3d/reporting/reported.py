@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import read_yaml
+from pretrain3d.config import UserError, read_yaml
 from pretrain3d.reporting.cost import cost_of
 from pretrain3d.reporting.results import read_result, read_rows
 from pretrain3d.reporting.run_folder import RunFolder
@@ -56,10 +56,17 @@ def is_pretraining(path: str | Path) -> bool:
 
 
 def tables_of(runs: Sequence[Run]) -> list[Table]:
-    """The results of runs, tested cases that their pretraining had seen, and what their training cost."""
+    """The results of runs, tested cases that their pretraining had seen, and what their training cost.
+
+    Raises:
+        UserError: none of them was trained or tested.
+    """
     results = {run.label: run.result for run in runs if run.result is not None}
     further = (leakage_table(results), cost_table({run.label: run.cost for run in runs}))
-    return make_tables(list(results.values())) + [table for table in further if table is not None]
+    tables = make_tables(list(results.values())) + [table for table in further if table is not None]
+    if not tables:
+        raise UserError(f"there is nothing to show yet: {', '.join(run.label for run in runs)} has made no step")
+    return tables
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:

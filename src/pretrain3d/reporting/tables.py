@@ -122,7 +122,7 @@ def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table | None:
     Args:
         costs: see `reporting.cost.cost_of`; empty for a baseline, which gets no row.
     """
-    rows = {name: in_words(cost) for name, cost in costs.items() if cost}
+    rows = {name: words for name, cost in costs.items() if (words := in_words(cost))}
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     body = [[name, *(row.get(column, "–") for column in columns)] for name, row in rows.items()]
     return Table("training", ["run", *columns], body) if rows else None
