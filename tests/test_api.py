@@ -256,6 +256,34 @@ def test_channels_are_files_and_bad_files_do_not_stop_the_rest(
     assert "b_0001.nii.gz: no such file, a channel of" in capsys.readouterr().err
 
 
+def test_a_file_of_all_channels_is_predicted_as_a_file_of_each(
+    image: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "two.ckpt", modality=("CT", "CT"))
+    scans = tmp_path / "scans"
+    for channel in range(2):
+        save(scans / f"a_{channel:04d}.nii.gz", image + 5 * channel, AFFINE)
+    save(scans / "b.nii.gz", np.stack([image, image + 5], -1), AFFINE)
+    detector = Detector(checkpoint)
+    each = detector.predict([scans / "a_0000.nii.gz", scans / "a_0001.nii.gz"], threshold=0.0)
+    assert len(each) and same(each, detector.predict(scans / "b.nii.gz", threshold=0.0))
+    line = ["predict", str(checkpoint), str(scans), f"out={tmp_path / 'out'}", "threshold=0"]
+    assert main(line) == 0
+    cases = json.loads((tmp_path / "out" / "predictions.json").read_text())["cases"]
+    assert set(cases) == {"a", "b"} and cases["a"]["boxes"] == cases["b"]["boxes"]
+    save(scans / "c_0001.nii.gz", image, AFFINE)  # without its first channel, so not one of several
+    save(scans / "d.nii.gz", np.stack([image] * 3, -1), AFFINE)
+    capsys.readouterr()
+    assert main(line) == 1
+    one, three = capsys.readouterr().err.splitlines()[-2:]
+    expected = "expected 2 channels, in files <case>_0000 to _0001 or in one of shape (X, Y, Z, 2), got shape"
+    assert f"c_0001.nii.gz: {expected} {image.shape}" in one
+    assert f"d.nii.gz: {expected} {(*image.shape, 3)}" in three
+    save(scans / "a.nii.gz", np.stack([image, image], -1), AFFINE)
+    with pytest.raises(UserError, match=r"a_0000\.nii\.gz: case 'a' occurs twice, also as .*a\.nii\.gz"):
+        image_files(scans, 2, tmp_path / "out")
+
+
 def test_images_may_lie_where_the_boxes_go(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scans = tmp_path / "scans"
     scans.mkdir()

@@ -168,7 +168,6 @@ def test_test_cases_need_no_labels(tmp_path):
         ({"objects": {"cancer": True}}, "objects must be"),
         ({"objects": {"tumour": 1}}, r"objects has 'tumour'; expected names among \['pancreas', 'cancer', 'cyst'\]"),
         ({"objects": {"ignore": 1}, "labels": {**LABELS, "4": "ignore"}}, "objects has 'ignore'; expected names"),
-        ({"modality": {"0": "T1", "1": "T2"}}, "a.nii.gz: 2 channels in one file are not read; expected a file for"),
     ],
 )
 def test_mistakes_in_dataset_json_are_one_line(tmp_path, more, text):

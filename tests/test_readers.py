@@ -320,7 +320,11 @@ def test_images_of_several_channels_are_grouped(tmp_path):
     cases = by_id(reader)
     assert set(cases) == {"x", "deep-x"}
     np.testing.assert_array_equal(reader.read(cases["deep-x"]).image, [image, image + 1])
-    for name in ("y_0000", "z", "x_0002"):
+    save(tmp_path / "all.nii.gz", np.stack([image, image + 1], -1), AFFINE)
+    whole = by_id(reader)
+    assert set(whole) == {"all", "x", "deep-x"} and reader.geometry(whole["all"])[1] == image.shape
+    np.testing.assert_array_equal(reader.read(whole["all"]).image, [image, image + 1])
+    for name in ("y_0000", "x_0002"):
         path = save(tmp_path / f"{name}.nii.gz", image, AFFINE)
         with pytest.raises(UserError, match=rf"{name}.nii.gz: modality has 2 entries, expected the files <case>_0000"):
             reader.cases()
@@ -527,7 +531,6 @@ def test_what_nobody_looked_at_is_annotated_nowhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "text"),
     [
-        ({"background": 0, "whole": [1, 2]}, r"dataset\.json: labels has regions of several values"),
         ({"background": 0}, "labels must name every number from 1 on"),
         ({"background": 0, "liver": 2}, "labels must name every number from 1 on"),
         (["liver"], "labels must name every number from 1 on"),

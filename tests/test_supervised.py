@@ -435,6 +435,9 @@ def test_scores_of_whole_cases_by_hand() -> None:
     assert values["volume_error"] == pytest.approx((0.25 + 1.0) / 2)
     score.reset()
     assert math.isnan(score.compute()["dice"])
+    labels[2:] = 2  # nobody looked at these voxels, so that finding a liver there is no mistake
+    (liver, _, _) = score.update(0, torch.ones(2, 4, 1, 1, dtype=torch.bool), labels, np.array([True, False]))
+    assert liver.tolist() == [1, 0, 1] and math.isnan(score.compute()["dice/ct/kidney"])
 
 
 def test_intervals_of_whole_cases() -> None:

@@ -119,8 +119,8 @@ class Detector:
         """The boxes of one image.
 
         Args:
-            image: an image file (NIfTI, MetaImage, NRRD), one file per channel, or an array (X, Y, Z) or (C, X, Y, Z)
-                of raw intensities.
+            image: an image file (NIfTI, MetaImage, NRRD), one file per channel or one of shape (X, Y, Z, C), or an
+                array (X, Y, Z) or (C, X, Y, Z) of raw intensities.
             affine: (4, 4) voxel centre -> RAS mm, with an array only.
             threshold: boxes below this score are left out; "operating": `operating_threshold`.
             keep_image: keeps what the network saw in ``Found.image``.
@@ -174,12 +174,13 @@ class Detector:
         if affine is not None:
             raise UserError("affine goes with an array; a file has its own")
         paths = [Path(file) for file in files]
-        if len(paths) != len(self.modality):
+        in_file = len(self.modality) if len(paths) == 1 else 1
+        if len(paths) * in_file != len(self.modality):
             needed = ", ".join(self.modality)
             raise UserError(
                 f"{paths[0] if paths else 'no file'}: {len(paths)} channels; {len(self.modality)} are needed: {needed}"
             )
-        return RawVolume(*volumes.read_channels(paths)), paths[0]
+        return RawVolume(*volumes.read_channels(paths, in_file)), paths[0]
 
 
 def _device(name: str | None) -> torch.device:

@@ -19,7 +19,7 @@ Finds objects in NIfTI, MetaImage and NRRD files (.nii.gz, .nii; with SimpleITK 
 searched with its subfolders) with a detector that `fit` trained. A checkpoint holds all that is needed: classes,
 spacing, normalisation, tiles. Of a run folder the last checkpoint is taken. Several checkpoints (the folds of one
 configuration) are an ensemble: all their boxes are merged once. The channels of a case are <case>_0000.nii.gz,
-<case>_0001.nii.gz, ...
+<case>_0001.nii.gz, ..., or one file <case>.nii.gz of shape (X, Y, Z, C).
 
   out=FOLDER             where the files go
   threshold=0.05         boxes of a lower score are left out; threshold=operating takes what `sweep` found
@@ -107,10 +107,11 @@ def predict(
 
 
 def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]:
-    """The files of each case, one per channel, by case id: the path below the folder with ``-`` for ``/``.
+    """The files of each case, one per channel or one of all, by case id: its path in the folder with ``-`` for ``/``.
 
-    A name that ends in ``_0000`` is the first channel of the case before it, as in nnDetection and nnU-Net. The masks
-    that an earlier call wrote into ``out`` are no images, unless ``images`` names them.
+    A name that ends in ``_0000`` is the first channel of the case before it, as in nnDetection and nnU-Net; a file
+    without such a number, or whose case has no ``_0000``, holds all channels. The masks that an earlier call wrote into
+    ``out`` are no images, unless ``images`` names them.
 
     Raises:
         UserError: no image file, a file of labels, a channel is missing or too many, or two cases of one name.
@@ -134,10 +135,9 @@ def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]
     cases: dict[str, list[Path]] = {}
     for path in files:
         stem = volumes.stem(path)
-        if channels > 1 and not stem.endswith("_0000"):
-            if images.is_dir() and stem[-5:-4] == "_" and stem[-4:].isdigit():
-                continue  # another channel, taken with its first one
-            raise UserError(f"{path}: the detector needs {channels} channels; name them <case>_0000, <case>_0001, ...")
+        before, _, number = stem.rpartition("_")
+        if channels > 1 and number != "0000" and {number, "0000"} <= numbers.get((path.parent, before), set()):
+            continue  # another channel, taken with its first one
         suffix = path.name.removeprefix(stem)
         name = stem.removesuffix("_0000")
         case = "-".join((*path.relative_to(folder).parts[:-1], name))
@@ -149,7 +149,8 @@ def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]
             )
         if case in cases:
             raise UserError(f"{path}: case {case!r} occurs twice, also as {cases[case][0]}")
-        cases[case] = [path, *(path.with_name(f"{name}_{index:04d}{suffix}") for index in range(1, channels))]
+        others = range(1, channels) if stem != name else ()
+        cases[case] = [path, *(path.with_name(f"{name}_{index:04d}{suffix}") for index in others)]
         for file in cases[case]:
             if not file.is_file():
                 raise UserError(f"{file}: no such file, a channel of {path}")

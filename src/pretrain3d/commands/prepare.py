@@ -27,7 +27,8 @@ patient. Images are NIfTI, or MetaImage (.mhd, .mha) and NRRD (.nrrd, .nhdr) wit
 
   out=STORE            folder of the store, new or of an earlier call
   reader=NAME          format of RAW_FOLDER: nndetection, nnunet (and the Decathlon's; "objects" in dataset.json names
-                       the labels to detect), openkbp, ribfrac, luna16 or images
+                       the labels or regions to detect, a file may hold all channels), openkbp, ribfrac, luna16 or
+                       images
   spacing_mm=null      voxel size: one number or [x,y,z]; null: the plan's, for a new store the median of the cases
                        (of few thick slices: their 10th percentile)
   patch_size=null      largest patch to plan, a number or [x,y,z] in multiples of 16; null: 128, more beside an axis

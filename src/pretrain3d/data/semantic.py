@@ -61,7 +61,7 @@ class SemanticMaps:
         return torch.from_numpy(labels.astype(self._lookup.dtype)), annotated
 
     def voxel(self, case: Case, rng: np.random.Generator) -> np.ndarray | None:
-        """A voxel (3,) of one of the organs of a case, drawn uniformly; ``None`` where it has none."""
+        """A voxel (3,) of one of the annotated organs of a case, drawn uniformly; ``None`` where it has none."""
         if case.id not in self._voxels:
             self._voxels[case.id] = self._sample(case)
         organs = self._voxels[case.id]
@@ -71,9 +71,9 @@ class SemanticMaps:
         return voxels[rng.integers(len(voxels))]
 
     def _sample(self, case: Case) -> list[np.ndarray]:
-        """Per organ that occurs, (n, 3) of its voxels: the same ones in every process."""
+        """Per annotated organ that occurs, (n, 3) of its voxels: the same ones in every process."""
         labels = self.store.read(case.id, "semantic", (0, 0, 0), case.shape).ravel()
-        filled = np.flatnonzero(labels)
+        filled = np.flatnonzero(np.concatenate([[False], annotated_organs(case, len(self.mirrored))])[labels])
         of_filled = labels[filled]
         rng = generator(0, 0, f"organs of {case.id}")
         chosen = []

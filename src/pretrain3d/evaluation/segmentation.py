@@ -43,12 +43,15 @@ class SegmentationScores:
             index: of its data set.
             found: (K, X, Y, Z) bool, which voxels each class of the set is said to have.
             labels: (X, Y, Z) integers, 0 = background, 1 + class.
-            annotated: (K,) bool, the classes that are scored.
+            annotated: (K,) bool, the classes that are scored; voxels of the others do not count.
 
         Returns:
             (all classes, 3) the `scores` of the case, nan where there are none.
         """
         of_case = torch.full(self._sums.shape[:2], torch.nan)
+        unknown = torch.isin(labels, torch.from_numpy(np.flatnonzero(~annotated) + 1).to(labels.dtype))
+        if unknown.any():
+            found, labels = found[:, ~unknown], labels[~unknown]
         for row in np.flatnonzero(annotated).tolist():
             of_case[self.first[index] + row] = torch.tensor(scores(found[row], labels == row + 1))
         self._sums += torch.stack([of_case.nan_to_num(), (~of_case.isnan()).float()], -1)
@@ -100,7 +103,7 @@ def summarise(
 
 
 def scores(found: Tensor, true: Tensor) -> tuple[float, float, float]:
-    """Of one class in one case, from (X, Y, Z) bool each.
+    """Of one class in one case, from bools of one shape, a value per voxel.
 
     Returns:
         Dice, 2 |A and B| / (|A| + |B|), nan where both are empty, 0 where only the truth is; the relative error of the

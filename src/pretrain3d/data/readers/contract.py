@@ -25,12 +25,14 @@ class RawCase:
         split: "train" | "val" | "test" | "pretrain".
         group: the patient.
         files: every file the case is made of, the (first) image first; not those in which the voxels of a header lie.
+        channels_in_file: of each image file; several lie along its fourth axis.
     """
 
     id: str
     split: str
     group: str
     files: tuple[Path, ...]
+    channels_in_file: int = 1
 
     @property
     def sources(self) -> tuple[Path, ...]:
@@ -124,9 +126,9 @@ class Reader:
         """Affine and spatial shape of a case's image without its voxels.
 
         Raises:
-            UserError: the file is missing or unreadable; names the file.
+            UserError: the file is missing or unreadable, or holds another number of channels; names the file.
         """
-        return volumes.read_geometry(case.files[0])
+        return volumes.read_geometry(case.files[0], case.channels_in_file)
 
 
 def check_all_used(folders: Iterable[Path], cases: Iterable[RawCase], expected: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from pretrain3d.config import UserError
@@ -17,7 +18,7 @@ class Images(Reader):
     """Every image file (`volumes.SUFFIXES`) below a folder is a case of one channel; all are in the split "pretrain".
 
     Where ``modality`` has several entries, a case is the files ``<case>_0000``, ``<case>_0001``, ... of one folder, as
-    nnU-Net names channels.
+    nnU-Net names channels, or a file without such a number that holds all of them along its fourth axis.
 
     The files do not say what they show: `prepare` takes it as ``modality=CT``. The path below the folder is the case's
     id, with ``-`` for ``/``, and each is a group of its own.
@@ -49,7 +50,7 @@ class Images(Reader):
 
     def read(self, case: RawCase) -> RawVolume:
         """The image alone."""
-        return RawVolume(*volumes.read_channels(case.files))
+        return RawVolume(*volumes.read_channels(case.files, case.channels_in_file))
 
 
 def check_no_labels(folder: Path, paths: Iterable[Path], otherwise: str = "") -> None:
@@ -69,14 +70,20 @@ def check_no_labels(folder: Path, paths: Iterable[Path], otherwise: str = "") ->
 
 
 def _grouped(cases: list[RawCase], channels: int) -> list[RawCase]:
-    """Cases of one channel each, ``<case>_0000`` and on, as cases of all channels."""
+    """Cases of one channel each, ``<case>_0000`` and on, as cases of all channels; without a number it is one."""
     endings = [f"_{index:04d}" for index in range(channels)]
     groups: dict[str, list[RawCase]] = {}
+    whole = []
     for case in cases:
-        groups.setdefault(re.sub(r"_\d{4}$", "", case.id), []).append(case)
+        case_id = re.sub(r"_\d{4}$", "", case.id)
+        if case_id == case.id:
+            whole.append(replace(case, channels_in_file=channels))
+        else:
+            groups.setdefault(case_id, []).append(case)
     for case_id, group in groups.items():
         if [case.id for case in group] != [f"{case_id}{ending}" for ending in endings]:
             names = ", ".join(str(case.files[0]) for case in group)
             raise UserError(f"{names}: modality has {channels} entries, expected the files <case>{endings[0]} to "
                             f"{endings[-1]} of each case")  # fmt: skip
-    return [RawCase(name, "pretrain", name, tuple(case.files[0] for case in group)) for name, group in groups.items()]
+    grouped = [RawCase(name, "pretrain", name, tuple(c.files[0] for c in group)) for name, group in groups.items()]
+    return sorted([*grouped, *whole], key=lambda case: case.id)

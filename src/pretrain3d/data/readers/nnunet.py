@@ -2,8 +2,8 @@
 
     dataset.json                 channel_names {"0": "CT", ...}, labels {"background": 0, name: 1, ...} (version 2), or
                                  modality {"0": "CT", ...}, labels {"0": "background", "1": name, ...} (version 1, MSD)
-    imagesTr/<case>_0000.nii.gz [, _0001 ...]    one file per channel; as the Decathlon has it, of one channel,
-    imagesTr/<case>.nii.gz                       without a number (its 4D files of several channels are not read)
+    imagesTr/<case>_0000.nii.gz [, _0001 ...]    one file per channel; or, as the Decathlon has it, without a number
+    imagesTr/<case>.nii.gz                       one file of all channels, (X, Y, Z) or (X, Y, Z, C)
     labelsTr/<case>.nii.gz                       label maps
     imagesTs, labelsTs                           test cases, the labels optional
 
@@ -11,13 +11,18 @@ Beyond it, all optional keys of dataset.json: ``"groups": {case: patient}``, ``"
 ``"licence"``, ``"annotated": {case: [names]}`` for cases in which only some labels were drawn, and ``"objects":
 {name: fewest voxels}``, the labels that hold objects to detect. Without it the map is for supervised pretraining alone.
 
-Each connected component (26 neighbours) of a label under ``objects`` is an object of that class. One of fewer voxels is
-a speck: counted, and no object. A case in which a label was not annotated has no objects of it, and one with a voxel
-that nobody looked at (``ignore``) none at all, since others may lie there; the map keeps all that is in the file.
+A name may stand for a region, the union of several labels: ``"labels": {"background": 0, "tumour": [1, 2], "core":
+2}``. The map keeps the labels as they are in the file, one per voxel; one without a name of its own is named by its
+number and its regions, ``"1 of tumour"``. What ``regions_class_order`` says concerns predictions and is not needed.
+
+Each connected component (26 neighbours) of a label or region under ``objects`` is an object of that class. One of fewer
+voxels is a speck: counted, and no object. A case in which a name was not annotated has no objects of it, and one with a
+voxel that nobody looked at (``ignore``) none at all, since others may lie there; the map keeps all that is in the file.
 """
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +63,13 @@ class NnUNet(Reader):
         self.name = text_of(self.file, description, ("name",), self.folder.resolve().name)
         channels: Any = description.get("channel_names", description.get("modality"))
         self.modality = names_by_number(self.file, "channel_names", channels, 0)
-        labels = _without_background(self.file, description.get("labels"))
-        self.semantic_classes = classes_by_number(self.file, "labels", labels, 1)
+        self.labels = _values_by_name(self.file, description.get("labels"))
+        self.semantic_classes = _label_names(self.labels)
         self.objects = self._fewest_voxels(description.get("objects", {}))
         self.classes = list(self.objects)
-        self.mirror_classes = mirror_pairs(self.file, description.get("mirror_classes", {}), self.semantic_classes)
+        self.mirror_classes = mirror_pairs(
+            self.file, description.get("mirror_classes", {}), self.semantic_classes, self.classes
+        )
         self.licence = text_of(self.file, description, ("licence", "license"), "")
         self.groups = groups_of(self.file, description)
         self.annotated = self._annotations(description.get("annotated", {}))
@@ -75,11 +82,10 @@ class NnUNet(Reader):
         for split, ending in FOLDERS.items():
             for first in self._first_channels(ending, suffix):
                 case_id = volumes.stem(first).removesuffix(suffix)
-                files = self._files(first, case_id, split)
-                cases.append(RawCase(case_id, split, self.groups.get(case_id, case_id), files))
-        if cases and not suffix and len(self.modality) > 1:
-            raise UserError(f"{cases[0].files[0]}: {len(self.modality)} channels in one file are not read; expected "
-                            f"a file for each, <case>_0000 to _{len(self.modality) - 1:04d}")  # fmt: skip
+                images = self._images(first, case_id) if suffix else [first]
+                files = (*images, *self._label_map(first, case_id, split))
+                in_file = len(self.modality) // len(images)
+                cases.append(RawCase(case_id, split, self.groups.get(case_id, case_id), files, in_file))
         check_all_used(
             [self.folder / f"{kind}{ending}" for kind in ("images", "labels") for ending in FOLDERS.values()], cases,
             f"images <case>_0000 to _{len(self.modality) - 1:04d} (channel_names of dataset.json), and label maps "
@@ -95,35 +101,58 @@ class NnUNet(Reader):
         images = volumes.files_in(self.folder / f"images{ending}")
         return [path for path in images if volumes.stem(path).endswith(suffix)]
 
-    def _files(self, first: Path, case_id: str, split: str) -> tuple[Path, ...]:
-        """The channels, then the label map if there is one (a training case must have it)."""
+    def _images(self, first: Path, case_id: str) -> list[Path]:
+        """A file for each channel."""
         suffix = first.name.removeprefix(volumes.stem(first))
-        files = [first, *(first.with_name(f"{case_id}_{i:04d}{suffix}") for i in range(1, len(self.modality)))]
+        return [first.with_name(f"{case_id}_{channel:04d}{suffix}") for channel in range(len(self.modality))]
+
+    def _label_map(self, first: Path, case_id: str, split: str) -> list[Path]:
+        """The label map if there is one (a training case must have it)."""
+        suffix = first.name.removeprefix(volumes.stem(first))
         labels = self.folder / f"labels{FOLDERS[split]}" / f"{case_id}{suffix}"
-        return (*files, labels) if split == "train" or labels.is_file() else tuple(files)
+        return [labels] if split == "train" or labels.is_file() else []
 
     def settings(self, case: RawCase) -> list[Any]:
-        """What dataset.json says of the objects, and of what was annotated in this case."""
-        return [self.objects, self.annotated.get(case.id)] if self.objects or case.id in self.annotated else []
+        """What dataset.json says of the objects and regions, and of what was annotated in this case."""
+        if not self.objects and case.id not in self.annotated:
+            return []
+        regions = {name: values for name, values in self.labels.items() if len(values) > 1}
+        return [self.objects, self.annotated.get(case.id), *([regions] if regions else [])]
 
     def read(self, case: RawCase) -> RawVolume:
         """Image, and where there is a label map the map and its objects."""
-        first, rest = case.files[0], case.files[len(self.modality) :]
-        image, affine = volumes.read_channels(case.files[: len(self.modality)])
+        first, number = case.files[0], len(self.modality) // case.channels_in_file
+        images, rest = case.files[:number], case.files[number:]
+        image, affine = volumes.read_channels(images, case.channels_in_file)
         if not rest:
             return RawVolume(image, affine)
         semantic = volumes.read_mask(rest[0], first)
         if semantic.max() > len(self.semantic_classes):
             raise UserError(f"{rest[0]}: label {semantic.max()} has no name in {self.file}")
-        names = [name for name in self.annotated.get(case.id, self.semantic_classes) if name != IGNORE]
-        annotated = tuple(label for label, name in enumerate(self.semantic_classes) if name in names)
-        if IGNORE in self.semantic_classes and (semantic == self.semantic_classes.index(IGNORE) + 1).any():
-            names = []
+        names = {name for name in self.annotated.get(case.id, self.labels) if name != IGNORE}
+        annotated = self._known_labels(names)
+        if IGNORE in self.labels and (semantic == self.labels[IGNORE][0]).any():
+            names = set()
         known = tuple(index for index, name in enumerate(self.classes) if name in names)
         if not known:
             return RawVolume(image, affine, semantic=semantic, semantic_annotated=annotated)
         instances, labels, specks = self._instances(semantic, known, rest[0])
         return RawVolume(image, affine, instances, labels, known, semantic, annotated, specks)
+
+    def _known_labels(self, names: set[str]) -> tuple[int, ...]:
+        """Indices of the labels that are told from all others, background among them, by the annotated ``names``.
+
+        Where only a region was annotated, its labels are one: which of them a voxel has was not said.
+        """
+        numbers = range(len(self.semantic_classes) + 1)
+        meant = [{name for name, values in self.labels.items() if number in values} - {IGNORE} for number in numbers]
+        drawn = [regions & names for regions in meant]
+        return tuple(
+            number - 1
+            for number in numbers
+            if drawn[number]
+            and all(drawn[number] != drawn[other] or meant[number] == meant[other] for other in numbers)
+        )
 
     def _instances(
         self, semantic: np.ndarray, known: tuple[int, ...], path: Path
@@ -132,13 +161,17 @@ class NnUNet(Reader):
         instances = np.zeros(semantic.shape, dtype=np.uint16)
         labels: dict[int, int] = {}
         specks = 0
-        regions = dict(enumerate(ndimage.find_objects(semantic), start=1))
+        boxes = dict(enumerate(ndimage.find_objects(semantic), start=1))
         for index in known:
-            value = self.semantic_classes.index(self.classes[index]) + 1
-            region = regions.get(value)
-            if region is None:
+            values = self.labels[self.classes[index]]
+            parts = [box for value in values if (box := boxes.get(value)) is not None]
+            if not parts:
                 continue
-            components, number = ndimage.label(semantic[region] == value, structure=np.ones((3, 3, 3)))
+            region = tuple(
+                slice(min(part.start for part in axis), max(part.stop for part in axis))
+                for axis in zip(*parts, strict=True)
+            )
+            components, number = ndimage.label(np.isin(semantic[region], values), structure=np.ones((3, 3, 3)))
             large = np.bincount(components.reshape(-1))[1:] >= self.objects[self.classes[index]]
             ids = np.where(large, len(labels) + np.cumsum(large), 0)
             if ids.max() > np.iinfo(np.uint16).max:
@@ -153,26 +186,51 @@ class NnUNet(Reader):
         if not isinstance(objects, dict) or not all(type(v) is int and v > 0 for v in objects.values()):
             raise UserError(f"{self.file}: objects must be {{name of a label: fewest voxels of an object, from 1}}, "
                             f"got {objects!r}")  # fmt: skip
-        labels = [name for name in self.semantic_classes if name != IGNORE]
+        labels = [name for name in self.labels if name != IGNORE]
         if unknown := [name for name in objects if name not in labels]:
             raise UserError(f"{self.file}: objects has {unknown[0]!r}; expected names among {labels}")
+        for one, other in combinations(objects, 2):
+            if shared := set(self.labels[one]) & set(self.labels[other]):
+                raise UserError(f"{self.file}: objects has {one!r} and {other!r}, which share label {min(shared)}, but "
+                                "a voxel is of one object; name one of them, and prepare a store for each")  # fmt: skip
         return objects
 
     def _annotations(self, annotated: Any) -> dict[str, list[str]]:
         if not isinstance(annotated, dict) or not all(isinstance(names, list) for names in annotated.values()):
             raise UserError(f"{self.file}: annotated must be {{case: [names of labels], ...}}, got {annotated!r}")
         for case_id, names in annotated.items():
-            if unknown := [name for name in names if name not in self.semantic_classes]:
+            if unknown := [name for name in names if name not in self.labels]:
                 raise UserError(f"{self.file}: annotated of {case_id} has {unknown[0]!r}, which is no label")
         return annotated
 
 
-def _without_background(file: Path, labels: Any) -> Any:
-    """Labels of either version as {"1": name, ...}; what is neither stays as it is, to be refused for what it is."""
-    if not isinstance(labels, dict):
-        return labels
-    if "background" in labels:
-        if any(isinstance(value, list) for value in labels.values()):
-            raise UserError(f"{file}: labels has regions of several values ({labels}); one value per name is read")
-        return {str(value): name for name, value in labels.items() if name != "background"}
-    return {key: name for key, name in labels.items() if key != "0"}
+def _values_by_name(file: Path, labels: Any) -> dict[str, list[int]]:
+    """Labels of either version as {name: its values}, of a region several; without background."""
+    if not isinstance(labels, dict) or "background" not in labels:
+        numbered = {key: name for key, name in labels.items() if key != "0"} if isinstance(labels, dict) else labels
+        return {name: [value] for value, name in enumerate(classes_by_number(file, "labels", numbered, 1), start=1)}
+    found: dict[str, list[int]] = {}
+    for name, given in labels.items():
+        values = given if isinstance(given, list) else [given]
+        if not name or not values or not all(type(value) is int for value in values):
+            raise UserError(f"{file}: labels must be {{name: number or [numbers]}}, got {{{name!r}: {given!r}}}")
+        found[name] = sorted(set(values))
+    if found.pop("background") != [0] or len(found.get(IGNORE, [0])) > 1:
+        raise UserError(f"{file}: labels must have background 0 and for ignore one number, got {labels!r}")
+    numbers = {value for values in found.values() for value in values}
+    if not numbers or numbers != set(range(1, len(numbers) + 1)):
+        raise UserError(f"{file}: labels must name every number from 1 on, got {labels!r}")
+    for one, other in combinations(found, 2):
+        if found[one] == found[other] or (IGNORE in (one, other) and set(found[one]) & set(found[other])):
+            raise UserError(f"{file}: labels has {one!r} and {other!r} for the same number, {labels[one]!r} and "
+                            f"{labels[other]!r}; expected one of them")  # fmt: skip
+    return found
+
+
+def _label_names(labels: dict[str, list[int]]) -> list[str]:
+    """The name of each number from 1 on: its own, else the number and the regions that hold it."""
+    own = {values[0]: name for name, values in labels.items() if len(values) == 1}
+    return [
+        own.get(number, f"{number} of {'+'.join(name for name, values in labels.items() if number in values)}")
+        for number in range(1, 1 + max(map(max, labels.values())))
+    ]

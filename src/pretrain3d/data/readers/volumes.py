@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,21 +44,24 @@ def data_files(path: Path) -> tuple[Path, ...]:
     return itk.data_files(path) if path.suffix in itk.SUFFIXES else ()
 
 
-def read_geometry(path: Path) -> tuple[np.ndarray, tuple[int, ...]]:
+def read_geometry(path: Path, channels: int = 1) -> tuple[np.ndarray, tuple[int, ...]]:
     """Affine and spatial shape, from the header.
 
+    Args:
+        path: of the image.
+        channels: that the file holds along its fourth axis.
+
     Raises:
-        UserError: missing, unreadable or not 3D.
+        UserError: missing, unreadable, not 3D, or of another number of channels.
     """
-    if path.suffix in itk.SUFFIXES:
-        affine, shape = itk.read_geometry(path)
-    else:
-        image = _open(path)
-        affine, shape = image.affine, image.shape
-    spatial = shape[:3] if len(shape) > 3 and set(shape[3:]) == {1} else shape  # trailing axes of length 1 are no axes
+    affine, shape = _header(path)
+    spatial = shape[:3] if len(shape) > 3 and math.prod(shape[3:]) == channels else shape  # (X, Y, Z, 1, C) is C, too
+    if channels > 1 and len(spatial) == len(shape):
+        raise UserError(f"{path}: expected {channels} channels, in files <case>_0000 to _{channels - 1:04d} or in one "
+                        f"of shape (X, Y, Z, {channels}), got shape {shape}")  # fmt: skip
     if len(spatial) != 3 or min(spatial) < 1:
-        raise UserError(f"{path}: expected a 3D volume, got shape {tuple(shape)}")
-    return affine, tuple(int(size) for size in spatial)
+        raise UserError(f"{path}: expected a 3D volume, got shape {shape}")
+    return affine, spatial
 
 
 def read_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -66,27 +70,23 @@ def read_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         UserError: missing, unreadable, truncated, damaged (as far as a compressed file can tell) or not 3D.
     """
-    affine, shape = read_geometry(path)
-    voxels = itk.read_voxels(path) if path.suffix in itk.SUFFIXES else _read_voxels(path)
-    if voxels.dtype.kind not in "iuf":
-        raise UserError(f"{path}: voxels of type {voxels.dtype} are not intensities; expected integers or floats")
-    voxels = voxels.reshape(shape)
-    return (voxels.astype(np.float32) if voxels.dtype.kind == "f" else voxels), affine
+    image, affine = _read(path, 1)
+    return image[0], affine
 
 
-def read_channels(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """(C, X, Y, Z) voxels of one file per channel, and their affine.
+def read_channels(paths: Sequence[Path], channels_in_file: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """(C, X, Y, Z) voxels of one file per channel, or of a file that holds several, and their affine.
 
     Raises:
-        UserError: as `read_image`, or a channel has another shape or lies elsewhere than the first.
+        UserError: as `read_image` and `read_geometry`, or a channel has another shape or lies elsewhere than the first.
     """
-    first, affine = read_image(paths[0])
+    first, affine = _read(paths[0], channels_in_file)
     channels = [first]
     for path in paths[1:]:
-        channel, channel_affine = read_image(path)
-        check_same_grid(path, channel_affine, channel.shape, paths[0])
+        channel, channel_affine = _read(path, channels_in_file)
+        check_same_grid(path, channel_affine, channel.shape[1:], paths[0])
         channels.append(channel)
-    return np.stack(channels), affine
+    return np.concatenate(channels), affine
 
 
 def read_mask(path: Path, image_path: Path) -> np.ndarray:
@@ -107,19 +107,39 @@ def read_mask(path: Path, image_path: Path) -> np.ndarray:
 
 
 def check_same_grid(path: Path, affine: np.ndarray, shape: tuple[int, ...], image_path: Path) -> None:
-    """Compares a file's grid with that of the case's (first) image.
+    """Compares a file's grid with that of the case's (first) image, which may hold channels along a fourth axis.
 
     Raises:
         UserError: the shape differs, or a corner lies elsewhere in the world.
     """
-    other_affine, other_shape = read_geometry(image_path)
-    if tuple(shape) != tuple(other_shape):
-        raise UserError(f"{path}: shape {tuple(shape)} differs from {tuple(other_shape)} of {image_path}")
+    other_affine, other_shape = _header(image_path)
+    if tuple(shape) != other_shape[:3]:
+        raise UserError(f"{path}: shape {tuple(shape)} differs from {other_shape[:3]} of {image_path}")
     corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape], [1], indexing="ij")).reshape(4, -1)
     shift = np.linalg.norm(((affine - other_affine) @ corners)[:3], axis=0).max()
     voxel = np.linalg.norm(other_affine[:3, :3], axis=0).min()
     if not shift <= MAX_SHIFT * voxel:
         raise UserError(f"{path}: lies elsewhere than {image_path}: their affines put a corner {shift:.3g} mm apart")
+
+
+def _header(path: Path) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Affine, and shape with all its axes."""
+    if path.suffix in itk.SUFFIXES:
+        affine, shape = itk.read_geometry(path)
+    else:
+        image = _open(path)
+        affine, shape = image.affine, image.shape
+    return affine, tuple(int(size) for size in shape)
+
+
+def _read(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """(C, X, Y, Z) voxels of one file, and affine."""
+    affine, shape = read_geometry(path, channels)
+    voxels = itk.read_voxels(path) if path.suffix in itk.SUFFIXES else _read_voxels(path)
+    if voxels.dtype.kind not in "iuf":
+        raise UserError(f"{path}: voxels of type {voxels.dtype} are not intensities; expected integers or floats")
+    voxels = np.moveaxis(voxels.reshape(*shape, channels), -1, 0)
+    return (voxels.astype(np.float32) if voxels.dtype.kind == "f" else voxels), affine
 
 
 def _read_voxels(path: Path) -> np.ndarray:
