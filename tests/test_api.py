@@ -95,9 +95,14 @@ def test_half_precision_is_close(folder: Path, image: np.ndarray, precision: str
     assert np.abs(np.sort(full.scores)[-5:] - np.sort(half.scores)[-5:]).max() < 0.03
 
 
-def test_a_detector_trained_in_half_precision_predicts_in_single_on_a_cpu(folder: Path, tmp_path: Path) -> None:
+def test_half_precision_becomes_single_on_a_cpu_without_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = torch.load(folder / "one.ckpt", weights_only=True)
-    for trained, used in (("16-mixed", "32"), ("bf16-mixed", "bf16")):
+    for trained, has_bf16, used in (
+        ("16-mixed", True, "32"), ("bf16-mixed", True, "bf16"), ("bf16-mixed", False, "32"), ("32-true", False, "32"),
+    ):  # fmt: skip
+        monkeypatch.setattr("pretrain3d.devices.cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
         checkpoint["pretrain3d"]["precision"] = trained
         torch.save(checkpoint, tmp_path / "half.ckpt")
         assert Detector(tmp_path / "half.ckpt", device="cpu").members[0].precision == used

@@ -18,6 +18,7 @@ from pretrain3d.commands.assemble import warn_of_anchors
 from pretrain3d.config import UserError
 from pretrain3d.data.splits import fold_cases
 from pretrain3d.data.store import Store
+from pretrain3d.devices import cpu_has_bf16
 
 TINY = [
     "data.patch_size=[32,32,32]", "data.batch_size=2", "data.num_workers=0", "module.warmup_steps=1",
@@ -112,7 +113,29 @@ def test_finished_run_is_left_alone_and_another_config_is_refused(
     assert (runs / "mae" / "checkpoints" / "last.ckpt").read_bytes() == before
     assert main([*line[:-1], "trainer.max_steps=3", line[-1]]) == 0
     assert json.loads((runs / "mae" / "state.json").read_text())["step"] == 3
-    assert torch.get_float32_matmul_precision() == "highest"  # bf16-mixed: what is left in float32 is exact
+    exact = "highest" if cpu_has_bf16() else "high"
+    assert torch.get_float32_matmul_precision() == exact  # bf16-mixed: what is left in float32 is exact
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_half_precision_is_single_on_a_cpu_without_it(
+    precision: str, phantom_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("pretrain3d.devices.cpu_has_bf16", lambda: False)
+    line = ["fit", "--config", "configs/pretrain/phantom_mae.yaml", f"out={tmp_path}", f"data.store={phantom_store}",
+            *TINY, "data.patch_size=[16,16,16]"]  # fmt: skip
+    for name, given in (("half", precision), ("single", "32-true")):
+        assert main([*line, f"name={name}", f"trainer.precision={given}"]) == 0
+        said = capsys.readouterr().err
+        assert said.count(f"trainer.precision={given} is slow on this CPU") == (name == "half")
+    rows = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("half", "single")]
+    index = rows[0][0].split(",").index("train/loss")
+    half, single = ([row.split(",")[index] for row in each] for each in rows)
+    assert half == single and len(half) > 2
+    note = torch.load(tmp_path / "half" / "checkpoints" / "last.ckpt", weights_only=True)["pretrain3d"]
+    assert note["precision"] == "32-true"
+    assert main([*line, "name=half", f"trainer.precision={precision}", "trainer.max_steps=3"]) == 0  # the same config
 
 
 def test_a_plan_is_for_its_backbone_and_its_runs(

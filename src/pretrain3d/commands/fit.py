@@ -65,7 +65,7 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
     import torch
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from pretrain3d.devices import is_full_precision, is_out_of_memory
+    from pretrain3d.devices import is_out_of_memory, short_precision
     from pretrain3d.modules import MODULES
     from pretrain3d.modules.base import NOTE
     from pretrain3d.modules.checkpoint import read_checkpoint
@@ -76,11 +76,11 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
     check_strategy(settings["trainer"].get("strategy", "auto"))
     quieten()
     lightning.seed_everything(settings["seed"], verbose=False)
-    # TF32 for networks in float32; beside half precision only what bears no rounding is left in float32
-    precision = settings["trainer"].get("precision")
-    torch.set_float32_matmul_precision("high" if is_full_precision(precision) else "highest")
     asked = settings
-    settings = of_plan(settings)
+    settings = of_plan(in_arithmetic_of_device(settings))
+    precision = settings["trainer"].get("precision")
+    # TF32 for networks in float32; beside half precision only what bears no rounding is left in float32
+    torch.set_float32_matmul_precision("high" if short_precision(precision) == "32" else "highest")
     if settings["data"].get("intensity") == "pretrained":
         settings = intensity_of_transfer(settings)
     validation = resolve(MODULES, settings["module"]["name"], "module").validates_on
@@ -96,6 +96,9 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
     module.configure_optimizers()  # Lightning does it again; a mistake there leaves neither folder nor W&B run behind
     if trainer.is_global_zero:
         folder.open(asked)
+        if precision != (half := asked["trainer"].get("precision")):
+            print(f"{folder.path}: trainer.precision={half} is slow on this CPU, which has no such arithmetic; it "
+                  "trains in float32", file=sys.stderr)  # fmt: skip
     log_to_wandb(trainer, settings, folder, resume)
     folder.drop_requeued()
     try:
@@ -156,6 +159,20 @@ def check_strategy(strategy: object) -> None:
     """Raises UserError for one that shards weights: gradients would be clipped by the norm of a part."""
     if not str(strategy).startswith(("auto", "ddp", "single_device")):
         raise UserError(f"trainer.strategy={strategy}: it is auto, or ddp for several processes with the whole network")
+
+
+def in_arithmetic_of_device(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, with float32 in place of a half precision that the CPU it will run on only imitates."""
+    import torch
+
+    from pretrain3d.devices import computes_in, short_precision
+
+    trainer = settings["trainer"]
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    on_cpu = trainer.get("accelerator", "auto") == "cpu" or not gpu
+    if not on_cpu or computes_in(short_precision(trainer.get("precision")), "cpu"):
+        return settings
+    return {**settings, "trainer": {**trainer, "precision": "32-true"}}
 
 
 def quieten() -> None:

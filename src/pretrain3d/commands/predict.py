@@ -32,7 +32,7 @@ configuration) are an ensemble: all their boxes are merged once. The channels of
                            nifti        nifti/<case>.nii.gz, the boxes as a mask
                            slicer       slicer/<case>.mrk.json, ROIs for 3D Slicer
                            png          png/<case>.png, slices through the best boxes
-  precision=32|bf16|fp16 arithmetic of the network; default: as in training, on a CPU 32 in place of fp16
+  precision=32|bf16|fp16 arithmetic of the network; default: as in training, 32 on a CPU without it
   mirror_axes=[0,1,2]    mirrored views that are predicted too; default: as configured
   tile_batch=4           tiles predicted at once, which bounds the memory; default: as configured
 

@@ -11,6 +11,7 @@ from pretrain3d.backbones import BACKBONES
 from pretrain3d.backbones.torchfile import read_torch
 from pretrain3d.backbones.transfer import FORMAT
 from pretrain3d.config import UserError
+from pretrain3d.devices import computes_in
 from pretrain3d.files import replacing
 from pretrain3d.modules import MODULES
 from pretrain3d.modules.base import NOTE, BaseModule
@@ -48,6 +49,8 @@ def store_inference(path: Path, inference: dict[str, Any]) -> None:
 def load_module(path: Path, kind: str, device: str | torch.device = "cpu") -> BaseModule:
     """The trained module of a checkpoint, in eval mode.
 
+    A detector predicts in the precision of its training, on a CPU without that arithmetic in float32.
+
     Args:
         path: a `.ckpt` written by `fit`.
         kind: a name in MODULES; what the caller can use.
@@ -71,6 +74,8 @@ def load_module(path: Path, kind: str, device: str | torch.device = "cpu") -> Ba
         given |= {"classes": note["classes"], "mirror_classes": note["mirror_classes"]}
     if kind == "segmentation":
         given |= {"label_classes": {name: about["label_classes"] for name, about in note["sets"].items()}}
-    module = build(MODULES, note["module"], "module", **given)
+    module: Any = build(MODULES, note["module"], "module", **given)
     module.load_state_dict(checkpoint["state_dict"])
+    if kind == "detection" and not computes_in(module.precision, torch.device(device).type):
+        module.precision = "32"
     return module.to(device).eval()

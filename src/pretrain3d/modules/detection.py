@@ -17,6 +17,7 @@ from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.contract import Detections
 from pretrain3d.detection.merge import Merging, TileDetections, merge
 from pretrain3d.detection.tiles import LATERAL_AXIS, check_tiling, predict_views
+from pretrain3d.devices import short_precision
 from pretrain3d.evaluation.metric import DetectionMetric
 from pretrain3d.modules.base import BaseModule
 from pretrain3d.registry import build
@@ -91,8 +92,7 @@ class DetectionModule(BaseModule):
         self.mirror_axes = tuple(mirror_axes)
         self.unswept = Merging(**(merging or {}))
         self.merging = Merging(**note["inference"]["merging"]) if "inference" in note else self.unswept
-        trained = str(note.get("precision", "32"))
-        self.precision = "bf16" if "bf16" in trained else "fp16" if trained.startswith("16") else "32"
+        self.precision = short_precision(note.get("precision", "32"))
         self.metric = DetectionMetric(self.classes)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
