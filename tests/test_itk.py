@@ -194,7 +194,7 @@ def test_slices_in_a_list_of_files(itk: Any, tmp_path: Path) -> None:
         (tmp_path / f"{z}.raw").write_bytes(voxels[..., z].tobytes(order="F"))
     (tmp_path / "a.raw").unlink()
     say(path, "a.raw", "LIST\n0.raw\n1.raw\n2.raw\n3.raw")
-    assert volumes.data_files(path) == tuple(tmp_path / f"{z}.raw" for z in range(4))
+    assert volumes.files_of(path) == (path, *(tmp_path / f"{z}.raw" for z in range(4)))
     np.testing.assert_array_equal(volumes.read_image(path)[0], voxels)
 
 

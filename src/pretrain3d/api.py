@@ -117,8 +117,8 @@ class Detector:
         """The boxes of one image.
 
         Args:
-            image: an image file (NIfTI, MetaImage, NRRD), one file per channel or one of shape (X, Y, Z, C), or an
-                array (X, Y, Z) or (C, X, Y, Z) of raw intensities.
+            image: an image file (NIfTI, MetaImage, NRRD) or the folder of a DICOM series, one per channel or a file of
+                shape (X, Y, Z, C), or an array (X, Y, Z) or (C, X, Y, Z) of raw intensities.
             affine: (4, 4) voxel centre -> RAS mm, with an array only.
             threshold: boxes below this score are left out; "operating": `operating_threshold`.
             keep_image: keeps what the network saw in ``Found.image``.

@@ -15,11 +15,11 @@ from pretrain3d.registry import check_name, resolve
 USAGE = """\
 pretrain3d predict CHECKPOINT_OR_RUN ... IMAGE_OR_FOLDER out=FOLDER [threshold=0.05] [format=json,csv] [precision=...]
 
-Finds objects in NIfTI, MetaImage and NRRD files (.nii.gz, .nii; with SimpleITK .mhd, .mha, .nrrd, .nhdr; a folder is
-searched with its subfolders) with a detector that `fit` trained. A checkpoint holds all that is needed: classes,
-spacing, normalisation, tiles. Of a run folder the last checkpoint is taken. Several checkpoints (the folds of one
-configuration) are an ensemble: all their boxes are merged once. The channels of a case are <case>_0000.nii.gz,
-<case>_0001.nii.gz, ..., or one file <case>.nii.gz of shape (X, Y, Z, C).
+Finds objects in NIfTI, MetaImage and NRRD files and in DICOM series (.nii.gz, .nii; with SimpleITK .mhd, .mha, .nrrd,
+.nhdr, and a folder of DICOM slices) with a detector that `fit` trained. A folder is searched with its subfolders. A
+checkpoint holds all that is needed: classes, spacing, normalisation, tiles. Of a run folder the last checkpoint is
+taken. Several checkpoints (the folds of one configuration) are an ensemble: all their boxes are merged once. The
+channels of a case are <case>_0000.nii.gz, <case>_0001.nii.gz, ..., or one file <case>.nii.gz of shape (X, Y, Z, C).
 
   out=FOLDER             where the files go
   threshold=0.05         boxes of a lower score are left out; threshold=operating takes what `sweep` found
@@ -107,7 +107,7 @@ def predict(
 
 
 def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]:
-    """The files of each case, one per channel or one of all, by case id: its path in the folder with ``-`` for ``/``.
+    """The images of each case, one per channel or one of all, by case id: its path in the folder with ``-`` for ``/``.
 
     A name that ends in ``_0000`` is the first channel of the case before it, as in nnDetection and nnU-Net; a file
     without such a number, or whose case has no ``_0000``, holds all channels. The masks that an earlier call wrote into
@@ -124,7 +124,7 @@ def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]
     masks, named = _masks(out), images.resolve()
     if masks not in (named, *named.parents):
         files = [path for path in files if masks not in path.resolve().parents]
-    if not files or not files[0].name.endswith(volumes.SUFFIXES):
+    if not files or (images.is_file() and not images.name.endswith(volumes.SUFFIXES)):
         raise UserError(f"{images} is not an image file ({volumes.ENDINGS}), nor a folder with any")
     check_no_labels(folder, files)
     numbers: dict[tuple[Path, str], set[str]] = {}  # of the channels there are, by folder and case
@@ -152,7 +152,7 @@ def image_files(images: Path, channels: int, out: Path) -> dict[str, list[Path]]
         others = range(1, channels) if stem != name else ()
         cases[case] = [path, *(path.with_name(f"{name}_{index:04d}{suffix}") for index in others)]
         for file in cases[case]:
-            if not file.is_file():
+            if not file.exists():
                 raise UserError(f"{file}: no such file, a channel of {path}")
     return cases
 
@@ -163,7 +163,7 @@ def _masks(out: Path) -> Path:
 
 
 def series_of(cases: dict[str, list[Path]]) -> dict[str, str]:
-    """The series of each case as LUNA16 calls it: the file's own name, whichever folder (``subset0``) it lies in.
+    """The series of each case as LUNA16 calls it: the image's own name, whichever folder (``subset0``) it lies in.
 
     Raises:
         UserError: two files of one name.

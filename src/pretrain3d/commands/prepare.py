@@ -23,7 +23,7 @@ changed in plan.yaml, the cases are prepared and all that counts in voxels is pl
 RAW_FOLDER/splits_final.json, if it is there, says the folds as in nnU-Net: [{"train": [cases], "val": [cases]}, ...],
 else a data set with official folds has these (luna16), else `fit` deals the training cases to data.num_folds folds by
 patient. Images are NIfTI, or MetaImage (.mhd, .mha) and NRRD (.nrrd, .nhdr) with SimpleITK: pip install
-'pretrain3d[itk]'.
+'pretrain3d[itk]'. reader=images also takes DICOM: a folder with the slices of one series is an image.
 
   out=STORE            folder of the store, new or of an earlier call
   reader=NAME          format of RAW_FOLDER: nndetection, nnunet (and the Decathlon's; "objects" in dataset.json names

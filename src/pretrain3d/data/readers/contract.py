@@ -24,7 +24,8 @@ class RawCase:
         id: unique name; becomes a file name.
         split: "train" | "val" | "test" | "pretrain".
         group: the patient.
-        files: every file the case is made of, the (first) image first; not those in which the voxels of a header lie.
+        files: every image and file the case is made of, the (first) image first; of a header not the files in which its
+            voxels lie, of a DICOM series the folder.
         channels_in_file: of each image file; several lie along its fourth axis.
     """
 
@@ -36,12 +37,12 @@ class RawCase:
 
     @property
     def sources(self) -> tuple[Path, ...]:
-        """`files`, and those in which the voxels of headers lie: while they are unchanged, so is the store's copy.
+        """Every file that holds a part of `files`: while they are unchanged, so is the store's copy.
 
         Raises:
-            UserError: a header is none.
+            UserError: a header, or a slice, is none.
         """
-        return (*self.files, *(data for path in self.files for data in volumes.data_files(path)))
+        return tuple(file for path in self.files for file in volumes.files_of(path))
 
 
 @dataclass(frozen=True, eq=False)

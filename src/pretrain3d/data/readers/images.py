@@ -15,13 +15,14 @@ LABELS = ("labels", "labelsTr", "labelsTs", "seg-lungs-LUNA16")  # folders of ma
 
 
 class Images(Reader):
-    """Every image file (`volumes.SUFFIXES`) below a folder is a case of one channel; all are in the split "pretrain".
+    """Every image file (`volumes.SUFFIXES`) and every DICOM series (a folder of slices) below a folder is a case of one
+    channel; all are in the split "pretrain".
 
     Where ``modality`` has several entries, a case is the files ``<case>_0000``, ``<case>_0001``, ... of one folder, as
     nnU-Net names channels, or a file without such a number that holds all of them along its fourth axis.
 
     The files do not say what they show: `prepare` takes it as ``modality=CT``. The path below the folder is the case's
-    id, with ``-`` for ``/``, and each is a group of its own.
+    id, with ``-`` for ``/``, and each is a group of its own, whatever patient a series names.
 
     Args:
         folder: searched with its subfolders.

@@ -62,8 +62,8 @@ def read_voxels(path: Path) -> np.ndarray:
     try:
         image = reader.Execute()
     except RuntimeError as error:
-        raise UserError(f"{path}: cannot read the voxels, the file is damaged ({_reason(error)})") from error
-    return np.asarray(_itk(path).GetArrayFromImage(image)).T
+        raise UserError(f"{path}: cannot read the voxels, the file is damaged ({reason(error)})") from error
+    return np.asarray(simple_itk(path).GetArrayFromImage(image)).T
 
 
 def data_files(path: Path) -> tuple[Path, ...]:
@@ -75,7 +75,15 @@ def data_files(path: Path) -> tuple[Path, ...]:
     return _header(path).files if path.is_file() else ()
 
 
-def _itk(path: Path) -> Any:
+def simple_itk(path: Path) -> Any:
+    """The package, imported.
+
+    Args:
+        path: that needs it.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import SimpleITK
     except ImportError as error:
@@ -94,13 +102,13 @@ def _open(path: Path) -> tuple[Any, _Header]:
     for file in header.files:
         if not file.is_file():
             raise UserError(f"{file}: no such file; the voxels of {path} should be in it")
-    itk = _itk(path)
+    itk = simple_itk(path)
     reader = itk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise UserError(f"{path}: not a readable MetaImage or NRRD file ({_reason(error)})") from error
+        raise UserError(f"{path}: not a readable MetaImage or NRRD file ({reason(error)})") from error
     return reader, header
 
 
@@ -163,7 +171,9 @@ def _check_data(path: Path, header: _Header, reader: Any) -> None:
     if len(header.files) > 1 or "headersize" in fields or fields.get("binarydata", "").lower() == "false":
         return  # slices, a foreign format, text: left to ITK
     file, start = (header.files[0], 0) if header.files else (path, header.length)
-    needed = int(np.prod(reader.GetSize())) * _itk(path).Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
+    needed = (
+        int(np.prod(reader.GetSize())) * simple_itk(path).Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
+    )
     unpacked = file.stat().st_size - start
     if fields.get("compresseddata", "").lower() == "true":
         unpacker, unpacked = zlib.decompressobj(wbits=47), 0  # of zlib or gzip
@@ -180,7 +190,7 @@ def _check_data(path: Path, header: _Header, reader: Any) -> None:
                         f"{needed} bytes)")  # fmt: skip
 
 
-def _reason(error: RuntimeError) -> str:
+def reason(error: RuntimeError) -> str:
     """The last thing that ITK says, on one line, without the places in its code and what it makes of any failure."""
     text = " ".join(re.split(r"ERROR: |\[nrrd\]", str(error))[-1].split())
     return re.sub(r"^\w+\(0x[0-9a-f]+\): | Reason: No such file or directory$", "", text)[:200]

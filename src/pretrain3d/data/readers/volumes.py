@@ -1,4 +1,7 @@
-"""Image files, and what can be wrong with them: NIfTI through nibabel, ITK's formats through `itk`."""
+"""Images, and what can be wrong with them: NIfTI through nibabel, ITK's formats through `itk`, series through `dicom`.
+
+An image is a file, or the folder of a DICOM series.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +16,43 @@ import nibabel as nib
 import numpy as np
 
 from pretrain3d.config import UserError
-from pretrain3d.data.readers import itk
+from pretrain3d.data.readers import dicom, itk
 
 SUFFIXES = (".nii.gz", ".nii", *itk.SUFFIXES)
-ENDINGS = ", ".join(SUFFIXES)  # for messages
+ENDINGS = ", ".join((*SUFFIXES, "a folder of DICOM slices"))  # for messages
 ROUNDING = 1e-3  # by which a scaled or resaved label may miss its number
 MAX_SHIFT = 0.1  # voxels by which the corners of two files of one case may differ
 
 
 def stem(path: Path) -> str:
-    """The file name without its ending, one of `SUFFIXES`."""
-    return next((path.name.removesuffix(s) for s in SUFFIXES if path.name.endswith(s)), path.name)
+    """The file name without its ending, one of `SUFFIXES`; of a series the folder's name."""
+    name = path.name or path.resolve().name
+    return next((name.removesuffix(s) for s in SUFFIXES if name.endswith(s)), name)
 
 
 def files_in(folder: Path, pattern: str = "*") -> list[Path]:
-    """The images of a folder, sorted; hidden ones (left-overs of a download) are not data.
+    """The image files of a folder, sorted; hidden ones (left-overs of a download) are not data.
 
-    A pattern that descends finds what lies in a subfolder whose own name ends in ``.nii``; that is no file itself.
+    A pattern that descends finds DICOM series, too, the folder itself among them; a subfolder whose own name ends in
+    ``.nii`` is no file.
     """
-    found = (p for p in folder.glob(pattern) if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
-    return sorted(p for p in found if not (pattern.startswith("**") and p.is_dir()))
+    found = [p for p in folder.glob(pattern) if not p.name.startswith(".")]
+    if not pattern.startswith("**"):
+        return sorted(p for p in found if p.name.endswith(SUFFIXES))
+    folders = {folder, *(p for p in found if p.is_dir())}
+    series = [p for p in folders if dicom.is_series(p)]
+    return sorted([*series, *(p for p in found if p.name.endswith(SUFFIXES) and p not in folders)])
 
 
-def data_files(path: Path) -> tuple[Path, ...]:
-    """The files in which the voxels of a header lie; none where they lie in the same file, or without a file.
+def files_of(path: Path) -> tuple[Path, ...]:
+    """All files of an image: itself, and those in which the voxels of a header lie; the slices of a series.
 
     Raises:
-        UserError: it should be a header and is none.
+        UserError: it should be a header, or a slice, and is none.
     """
-    return itk.data_files(path) if path.suffix in itk.SUFFIXES else ()
+    if path.is_dir():
+        return dicom.files(path)
+    return (path, *itk.data_files(path)) if path.suffix in itk.SUFFIXES else (path,)
 
 
 def read_geometry(path: Path, channels: int = 1) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -124,7 +135,9 @@ def check_same_grid(path: Path, affine: np.ndarray, shape: tuple[int, ...], imag
 
 def _header(path: Path) -> tuple[np.ndarray, tuple[int, ...]]:
     """Affine, and shape with all its axes."""
-    if path.suffix in itk.SUFFIXES:
+    if path.is_dir():
+        affine, shape = dicom.read_geometry(path)
+    elif path.suffix in itk.SUFFIXES:
         affine, shape = itk.read_geometry(path)
     else:
         image = _open(path)
@@ -133,9 +146,12 @@ def _header(path: Path) -> tuple[np.ndarray, tuple[int, ...]]:
 
 
 def _read(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """(C, X, Y, Z) voxels of one file, and affine."""
+    """(C, X, Y, Z) voxels of one image, and affine."""
     affine, shape = read_geometry(path, channels)
-    voxels = itk.read_voxels(path) if path.suffix in itk.SUFFIXES else _read_voxels(path)
+    if path.is_dir():
+        voxels = dicom.read_voxels(path)
+    else:
+        voxels = itk.read_voxels(path) if path.suffix in itk.SUFFIXES else _read_voxels(path)
     if voxels.dtype.kind not in "iuf":
         raise UserError(f"{path}: voxels of type {voxels.dtype} are not intensities; expected integers or floats")
     voxels = np.moveaxis(voxels.reshape(*shape, channels), -1, 0)
