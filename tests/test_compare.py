@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pretrain3d.reporting.rows import rows_of
 from pretrain3d.reporting.tables import KEYS
 
 CLASSES = ["a", "b"]
+HALVES = (slice(0, 4), slice(4, 10))  # of the cases
 Cases = dict[str, Case]
 
 
@@ -111,7 +113,7 @@ def test_seeds_are_one_row(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:
         transfer = {"path": f"runs/mae-s{seed}/backbone.pt"}
         runs.append(run_folder(tmp_path / name, worse(predictions, limit), targets, seed=seed, transfer=transfer))
     comparison = compare(runs, samples=40)
-    assert comparison.num_runs == {"x-s* (2 seeds)": 2, "y-s* (2 seeds)": 2}
+    assert comparison.num_repetitions == {"x-s* (2 seeds)": 2, "y-s* (2 seeds)": 2}
     means = []
     for of_row in (("x-s0", "x-s1"), ("y-s0", "y-s1")):
         alone = [bootstrap(match(worse(predictions, limits[name]), targets, CLASSES), 0) for name in of_row]
@@ -119,26 +121,82 @@ def test_seeds_are_one_row(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:
     table = comparison_tables(comparison)[0]
     inside = comparison.values["y-s* (2 seeds)"]["metrics"]["mAP"]
     assert table.rows[1][1] == f"{means[1]:.3f} [{inside['low']:.3f}, {inside['high']:.3f}]"
-    assert "means over runs, drawn too" in table.title and "another seed" not in table.title
-    assert "the runs are few" in table.title
+    assert "means over seeds, drawn too" in table.title and "another seed" not in table.title
+    assert "the seeds are few" in table.title
     assert "another seed" in comparison_tables(compare([runs[0], runs[2]], samples=5))[0].title
     entry = comparison.differences["y-s* (2 seeds)"]["metrics"]["mAP"]
     assert [entry["a"], entry["b"], entry["difference"]] == pytest.approx([*means, means[1] - means[0]])
     assert entry["low"] < entry["difference"] < entry["high"]
 
 
-def test_folds_are_one_row(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:
-    predictions, targets = cases
+def folds_of(
+    folder: Path, row: str, predictions: Cases, targets: Cases, seed: int = 0, parts: Sequence[slice] = HALVES
+) -> list[Path]:
+    """The folds of a cross-validation, each tested on its own cases."""
     runs = []
-    for row, limit in (("x", 0.5), ("y", 0.0)):
-        for fold in (0, 1):
-            part = sorted(targets)[fold * 4 : 4 + fold * 6]
-            found = worse({name: predictions[name] for name in part}, limit)
-            true = {name: targets[name] for name in part}
-            runs.append(run_folder(tmp_path / f"{row}-f{fold}-s0", found, true, fold=fold))
-    comparison = compare(runs, samples=40)
-    assert list(comparison.num_runs) == ["x-f*-s* (2 folds)", "y-f*-s* (2 folds)"] and comparison.num_cases == 10
-    assert comparison.differences["y-f*-s* (2 folds)"]["metrics"]["AP@0.10"]["difference"] > 0
+    for fold, part in enumerate(parts):
+        names = sorted(targets)[part]
+        found, true = ({name: cases[name] for name in names} for cases in (predictions, targets))
+        runs.append(run_folder(folder / f"{row}-f{fold}-s{seed}", found, true, seed=seed, fold=fold))
+    return runs
+
+
+def test_folds_are_pooled(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:
+    """Folds of which each is a part of the cases are compared as runs on all cases are, in any order of the paths."""
+    predictions, targets = cases
+    found = {"x": worse(predictions, 0.5), "y": predictions}
+    runs = [run for row in found for run in folds_of(tmp_path, row, found[row], targets)]
+    whole = [run_folder(tmp_path / row, found[row], targets) for row in found]
+    pooled, expected = (compare(paths, samples=40) for paths in (runs[:2] + runs[:1:-1], whole))
+    assert pooled.num_repetitions == {"x-f*-s0 (2 folds)": 1, "y-f*-s0 (2 folds)": 1} and pooled.num_cases == 10
+    assert pooled.differences["y-f*-s0 (2 folds)"] == expected.differences["y"]
+    assert [*pooled.values.values()] == [*expected.values.values()]
+    difference = pooled.differences["y-f*-s0 (2 folds)"]["metrics"]["mAP"]
+    alone = [compare([runs[at], runs[at + 2]], samples=1).differences for at in (0, 1)]
+    of_folds = [each[f"y-f{fold}-s0"]["metrics"]["mAP"]["difference"] for fold, each in enumerate(alone)]
+    assert difference["difference"] > 0 and difference["difference"] != pytest.approx(np.mean(of_folds), abs=1e-4)
+    mixed = compare([*runs[:2], whole[1]], samples=40)  # the other row is of one run on all cases
+    assert mixed.differences["y"] == expected.differences["y"]
+
+
+def test_folds_of_several_seeds(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:
+    """The mean over seeds of what the folds of each give together; seeds are drawn, folds are not."""
+    predictions, targets = cases
+    limits = {"x": (0.3, 0.6), "y": (0.0, 0.1)}
+    runs, whole = [], []
+    for row, of_seeds in limits.items():
+        for seed, limit in enumerate(of_seeds):
+            runs += folds_of(tmp_path, row, worse(predictions, limit), targets, seed)
+            whole.append(run_folder(tmp_path / f"{row}-s{seed}", worse(predictions, limit), targets, seed=seed))
+    pooled, expected = compare(runs, samples=40), compare(whole, samples=40)
+    assert pooled.num_repetitions == {f"{row}-f*-s* (2 seeds of 2 folds)": 2 for row in limits}
+    assert [*pooled.differences.values()] == [*expected.differences.values()]
+    assert [*pooled.values.values()] == [*expected.values.values()]
+
+
+def test_a_patient_in_two_folds_is_drawn_as_one(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:
+    predictions, targets = cases
+    runs = folds_of(tmp_path, "x", predictions, targets, parts=(slice(0, 3), slice(3, 10)))
+    groups = {name: entry["group"] for name, entry in targets.items()}
+    assert groups["case2"] == groups["case3"]
+    other = run_folder(tmp_path / "y", worse(predictions, 0.5), targets)
+    value = compare([*runs, other], samples=40).values["x-f*-s0 (2 folds)"]
+    assert value == bootstrap(match(predictions, targets, CLASSES), 40, groups=groups)
+
+
+def test_folds_on_the_same_cases_are_averaged(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:
+    """Models of several folds that were tested on one held-out set are repetitions, as seeds are."""
+    predictions, targets = cases
+    limits = (0.0, 0.2, 0.5)
+    runs = [
+        run_folder(tmp_path / f"x-f{fold}", worse(predictions, limit), targets, fold=fold)
+        for fold, limit in enumerate(limits)
+    ]
+    comparison = compare([*runs, run_folder(tmp_path / "y", predictions, targets)], samples=20)
+    assert comparison.num_repetitions == {"x-f* (3 runs)": 3, "y": 1} and comparison.num_cases == 10
+    alone = [bootstrap(match(worse(predictions, limit), targets, CLASSES), 0)["metrics"] for limit in limits]
+    mean = np.mean([each["mAP"]["value"] for each in alone])
+    assert comparison.values["x-f* (3 runs)"]["metrics"]["mAP"]["value"] == pytest.approx(mean)
 
 
 def test_by_a_column_of_a_table(tmp_path: Path, cases: tuple[Cases, Cases], capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,37 +232,61 @@ def test_by_a_column_of_a_table(tmp_path: Path, cases: tuple[Cases, Cases], caps
     assert {row["part"] for row in rows} == {"", "site=north", "site=south"}
 
 
-def test_a_fold_without_cases_of_a_value_takes_no_part_in_it(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:
+def test_folds_by_a_column(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:
+    """A value is scored over all folds, also where one has no case of it."""
     predictions, targets = cases
-    runs = []
-    for row, limit in (("x", 0.5), ("y", 0.0)):
-        for fold, part in enumerate((sorted(targets)[:4], sorted(targets)[4:])):
-            found = worse({name: predictions[name] for name in part}, limit)
-            true = {name: targets[name] for name in part}
-            runs.append(run_folder(tmp_path / f"{row}-f{fold}-s0", found, true, fold=fold))
+    found = {"x": worse(predictions, 0.5), "y": predictions}
+    runs = [run for row in found for run in folds_of(tmp_path, row, found[row], targets)]
+    whole = [run_folder(tmp_path / row, found[row], targets) for row in found]
     table = tmp_path / "cases.csv"
     table.write_text("case,site\n" + "".join(f"{i},{'A' if n < 2 else 'B'}\n" for n, i in enumerate(sorted(targets))))
-    parts = compare(runs, samples=20, by="site", cases=str(table)).by["site"]
-    assert [set(part.num_runs.values()) for part in parts.values()] == [{1}, {2}]
+    parts, expected = (compare(paths, 20, by="site", cases=str(table)).by["site"] for paths in (runs, whole))
     assert [part.num_cases for part in parts.values()] == [2, 8]
+    for site, part in parts.items():
+        assert [*part.differences.values()] == [*expected[site].differences.values()]
 
 
-def result(run: str, seed: int = 0, fold: int = 0, **config: Any) -> dict[str, Any]:
-    return {"run": run, "seed": seed, "config": {"seed": seed, "name": run, "data": {"fold": fold}, **config}}
+def result(
+    run: str, seed: int = 0, fold: int = 0, cases: str = "", metric: str = "mAP", **config: Any
+) -> dict[str, Any]:
+    return {
+        "run": run, "seed": seed, "config": {"seed": seed, "name": run, "data": {"fold": fold}, **config},
+        "cases": [{"case": case, "objects": 1} for case in cases], "metrics": {metric: {"value": 0.5}},
+    }  # fmt: skip
 
 
 def test_what_makes_a_row() -> None:
-    def rows(*results: dict[str, Any]) -> dict[str, list[int]]:
+    def rows(*results: dict[str, Any]) -> dict[str, list[list[int]]]:
         return rows_of(results)
 
-    assert rows(result("m-f0-s0"), result("m-f0-s1", 1), result("m-f1-s0", 0, 1)) == {"m-f*-s* (3 runs)": [0, 1, 2]}
-    assert rows(result("m-s0"), result("m-s1", 1), result("n-s0")) == {"m-s* (2 seeds)": [0, 1], "n-s0": [2]}
-    assert rows(result("m-s0"), result("m-s0")) == {"m-s0": [0], "m-s0 #2": [1]}  # the same seed again
-    assert rows(result("m-s0"), result("m-s1", 1, backbone="other")) == {"m-s0": [0], "m-s1": [1]}
+    assert rows(result("m-s0"), result("m-s1", 1), result("n-s0")) == {"m-s* (2 seeds)": [[0], [1]], "n-s0": [[2]]}
+    assert rows(result("m-f0-s0"), result("m-f0-s1", 1)) == {"m-f0-s* (2 seeds)": [[0], [1]]}
+    assert rows(result("m-s0"), result("m-s0")) == {"m-s0": [[0]], "m-s0 #2": [[1]]}  # the same seed again
+    assert rows(result("m-s0"), result("m-s1", 1, backbone="other")) == {"m-s0": [[0]], "m-s1": [[1]]}
     logged = result("m-s1", 1, logger={"wandb": {"mode": "offline"}}, trainer={"log_every_n_steps": 5})
-    assert rows(result("m-s0", logger={"wandb": None}), logged) == {"m-s* (2 seeds)": [0, 1]}
+    assert rows(result("m-s0", logger={"wandb": None}), logged) == {"m-s* (2 seeds)": [[0], [1]]}
     best = result("m-s1", 1) | {"asked": {"checkpoint": "best"}}
-    assert rows(result("m-s0") | {"asked": {"checkpoint": "last"}}, best) == {"m-s0": [0], "m-s1": [1]}
+    assert rows(result("m-s0") | {"asked": {"checkpoint": "last"}}, best) == {"m-s0": [[0]], "m-s1": [[1]]}
+
+
+def test_which_runs_are_pooled() -> None:
+    def rows(*runs: tuple[int, int, str], metric: str = "mAP") -> dict[str, list[list[int]]]:
+        return rows_of([result(f"m-f{fold}-s{seed}", seed, fold, cases, metric) for seed, fold, cases in runs])
+
+    assert rows((0, 0, "ab"), (0, 1, "c"), (0, 2, "d")) == {"m-f*-s0 (3 folds)": [[0, 1, 2]]}
+    two = [(0, 0, "ab"), (1, 0, "ab"), (0, 1, "c"), (1, 1, "c")]
+    assert rows(*two) == {"m-f*-s* (2 seeds of 2 folds)": [[0, 2], [1, 3]]}
+    assert rows((0, 0, "ab"), (1, 1, "c"), (2, 2, "d")) == {"m-f*-s* (3 folds)": [[0, 1, 2]]}  # a seed for each fold
+    # a seed that lacks a fold
+    assert rows(*two, (2, 1, "c")) == {"m-f*-s* (2 seeds of 2 folds)": [[0, 2], [1, 3]], "m-f1-s2": [[4]]}
+    assert rows(*two[:3], (0, 2, "d")) == {"m-f*-s0 (3 folds)": [[0, 2, 3]], "m-f0-s1": [[1]]}
+    # test cases that are the same, in part, or unknown; a pretraining; a fold of two sets of cases
+    assert rows((0, 0, "ab"), (0, 1, "ab"), (1, 0, "ab")) == {"m-f*-s* (3 runs)": [[0], [1], [2]]}
+    assert rows((0, 0, "ab"), (0, 1, "bc")) == {"m-f*-s0 (2 runs)": [[0], [1]]}
+    assert rows((0, 0, "ab"), (1, 1, "bc")) == {"m-f*-s* (2 runs)": [[0], [1]]}
+    assert rows((0, 0, ""), (0, 1, "")) == {"m-f*-s0 (2 runs)": [[0], [1]]}
+    assert rows((0, 0, "ab"), (0, 1, "c"), metric="dice") == {"m-f*-s0 (2 runs)": [[0], [1]]}
+    assert rows((0, 0, "ab"), (1, 0, "c")) == {"m-f0-s0": [[0]], "m-f0-s1": [[1]]}
 
 
 def test_mistakes_are_one_line(tmp_path: Path, cases: tuple[Cases, Cases], capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,6 +299,9 @@ def test_mistakes_are_one_line(tmp_path: Path, cases: tuple[Cases, Cases], capsy
     assert len(targets["case2"]["labels"])
     other = run_folder(tmp_path / "other", predictions, moved)
     seeds = [run_folder(tmp_path / f"s-s{seed}", predictions, targets, seed=seed) for seed in (0, 1)]
+    folds = folds_of(tmp_path, "f", predictions, targets)
+    (folds[1] / "targets.json").unlink()
+    more = folds_of(tmp_path, "g", predictions, targets, parts=(slice(0, 3), slice(3, 9)))
     untested = run_folder(tmp_path / "untested", predictions, targets)
     (untested / "predictions.json").unlink()
     pretrained = run_folder(tmp_path / "mae", predictions, targets)
@@ -227,6 +312,8 @@ def test_mistakes_are_one_line(tmp_path: Path, cases: tuple[Cases, Cases], capsy
         ([a, a], "is given twice"),
         ([a, part], "part was not tested on the cases of a: 'case4' is in one of them only"),
         ([a, other], "have other objects in case 'case2'"),
+        ([a, *folds], f"{folds[1]} holds no targets.json, which its fold needs to be pooled with the others; run "),
+        ([a, *more], "g-f*-s0 (2 folds) was not tested on the cases of a: 'case9' is in one of them only"),
         ([a, untested], "holds no predictions.json; run `pretrain3d test"),
         ([a, pretrained], "mae is a pretraining, tested on reconstruction; compare takes detectors"),
         ([a, tmp_path], "holds no result.json"),

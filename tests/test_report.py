@@ -14,7 +14,7 @@ from pretrain3d.reporting.callbacks import as_images
 from pretrain3d.reporting.case_pictures import case_figure, save_case_picture
 from pretrain3d.reporting.cost import duration
 from pretrain3d.reporting.report import write_report
-from pretrain3d.reporting.reported import is_pretraining
+from pretrain3d.reporting.reported import is_pretraining, read_runs
 from pretrain3d.reporting.results import write_result, write_text
 
 CLASSES = ["lung nodule", "liver lesion", "bone lesion"]
@@ -149,7 +149,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_holds_everything_and_needs_nothing_else(runs, tmp_path):
-    write_report(tmp_path / "report.html", runs, title="Scratch < MAE & more")
+    write_report(tmp_path / "report.html", read_runs(runs), title="Scratch < MAE & more")
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
     assert page.open == []
@@ -169,7 +169,7 @@ def test_the_page_holds_everything_and_needs_nothing_else(runs, tmp_path):
 
 def test_the_cases_of_each_data_set_are_shown_apart(tmp_path):
     runs = [detection_run(tmp_path / name, name, 0.5, cases=n) for name, n in (("a", 6), ("b", 6), ("other", 5))]
-    write_report(tmp_path / "report.html", runs)
+    write_report(tmp_path / "report.html", read_runs(runs))
     text = (tmp_path / "report.html").read_text()
     first, second = text.split("<h3>c0</h3>")[1:]  # both data sets happen to have a case of that name
     assert (first.count('alt="a"'), first.count('alt="b"'), first.count('alt="other"')) == (1, 1, 0)
@@ -177,7 +177,7 @@ def test_the_cases_of_each_data_set_are_shown_apart(tmp_path):
 
 
 def test_without_pictures_no_image_of_the_data_is_left(runs, tmp_path):
-    write_report(tmp_path / "report.html", runs, pictures=False)
+    write_report(tmp_path / "report.html", read_runs(runs), pictures=False)
     page = Page((tmp_path / "report.html").read_text())
     assert page.images == [] and "image" not in page.tags  # neither in HTML nor inside an SVG
     assert "svg" in page.tags and "Reconstruction" not in page.text and "Cases" not in page.text
@@ -185,7 +185,7 @@ def test_without_pictures_no_image_of_the_data_is_left(runs, tmp_path):
 
 def test_the_same_runs_give_the_same_page(runs, tmp_path):
     for name in ("a.html", "b.html"):
-        write_report(tmp_path / name, runs[:1])
+        write_report(tmp_path / name, read_runs(runs[:1]))
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
@@ -214,7 +214,7 @@ def test_mistakes_are_named(runs, tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         table.run([str(runs[0])], {"out": str(tmp_path)})
     with pytest.raises(UserError, match="does not exist"):
-        write_report(tmp_path / "x.html", [tmp_path / "nowhere"])
+        read_runs([tmp_path / "nowhere"])
 
 
 def test_a_case_picture_holds_planes_through_its_objects(tmp_path):

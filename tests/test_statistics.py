@@ -195,39 +195,27 @@ def test_a_paired_bootstrap_is_both_runs_on_the_same_copied_patients() -> None:
     check_entry(found["metrics"]["mAP"], *([scored_copies(run, groups, drawn) for drawn in draws] for run in runs))
 
 
-def test_the_hierarchical_bootstrap_draws_folds_then_runs_then_patients() -> None:
-    """Two folds; row a has two seeds on each, row b one: a loop over samples, folds and runs."""
+def test_the_hierarchical_bootstrap_draws_seeds_then_patients() -> None:
+    """Row a has three seeds, row b two: a loop over samples and seeds."""
     predictions, targets = distinct(6, 8)
-    parts, samples, seed = [sorted(targets)[:3], sorted(targets)[3:]], 15, 3
+    samples, seed = 15, 3
+    rows = [[(shifted(predictions, share), targets) for share in shares] for shares in ((0.5, 0.2, 0.1), (0.0, 0.3))]
+    found = paired_difference(*([match(*one, CLASSES) for one in row] for row in rows), samples, seed)
 
-    def run(fold: int, share: float) -> Run:
-        found = shifted({case: predictions[case] for case in parts[fold]}, share)
-        return found, {case: targets[case] for case in parts[fold]}
-
-    rows = [[[run(0, 0.5), run(0, 0.2)], [run(1, 0.6), run(1, 0.1)]], [[run(0, 0.0)], [run(1, 0.0)]]]  # row, fold, seed
-    found = paired_difference(*([match(*one, CLASSES) for fold in row for one in fold] for row in rows), samples, seed)
-
-    def draw(rng: np.random.Generator, count: int, draws: int = 0) -> list[np.ndarray]:
+    def draw(rng: np.random.Generator, count: int, draws: int) -> list[np.ndarray]:
         """How often each of so many things occurs: once in the plain value, then as drawn."""
-        return [np.ones(count), *rng.multinomial(draws or count, [1 / count] * count, size=samples)]
+        return [np.ones(count), *rng.multinomial(draws, [1 / count] * count, size=samples)]
 
     levels = np.random.default_rng([seed, 1])
-    of_folds = draw(levels, 2)
-    of_seeds = [[draw(levels, len(fold), max(len(fold) - 1, 1)) for fold in row] for row in rows]
-    of_patients = [draw(np.random.default_rng(seed + fold), len(part)) for fold, part in enumerate(parts)]
+    of_seeds = [draw(levels, len(row), len(row) - 1) for row in rows]
+    of_patients = draw(np.random.default_rng(seed), 8, 8)
     own = {case: case for case in targets}
     totals: list[list[float]] = [[], []]
     for sample in range(1 + samples):
+        patients = dict(zip(sorted(targets), of_patients[sample].astype(int), strict=True))
         for row, total in enumerate(totals):
-            drawn: list[float] = []  # the values of all runs that this sample holds
-            weights: list[float] = []
-            for fold, runs in enumerate(rows[row]):
-                patients = dict(zip(parts[fold], of_patients[fold][sample].astype(int), strict=True))
-                for number, one in enumerate(runs):
-                    drawn.append(scored_copies(one, own, patients))
-                    seeds = of_seeds[row][fold][sample]
-                    weights.append(of_folds[sample][fold] * seeds[number] / seeds.sum())
-            total.append(float(np.average(drawn, weights=weights)))
+            values = [scored_copies(one, own, patients) for one in rows[row]]
+            total.append(float(np.average(values, weights=of_seeds[row][sample])))
     check_entry(found["metrics"]["mAP"], *totals)
 
 
@@ -287,27 +275,6 @@ def test_several_runs_see_the_same_patients_in_every_sample() -> None:
     for sample in range(1, 61):
         assert np.isclose(halves @ own[:, sample], overall["AP@0.10"][sample]).any()
     assert np.isnan(per_class["absent"]["mAP"]).all()
-
-
-def test_folds_are_drawn_the_same_for_both_rows() -> None:
-    """Two folds of one patient each: fold 0 gains nothing, fold 1 something, so samples hold 0, half or all of it."""
-    predictions, targets = distinct(4, 6)
-    parts = [sorted(targets)[:3], sorted(targets)[3:]]
-    groups = {name: str(number) for number, part in enumerate(parts) for name in part}
-
-    def fold(part: list[str], share: float) -> Any:
-        found = shifted({name: predictions[name] for name in part}, share)
-        return match(found, {name: targets[name] for name in part}, CLASSES)
-
-    a = [fold(parts[0], 0.0), fold(parts[1], 0.95)]
-    b = [fold(parts[1], 0.0), fold(parts[0], 0.0)]  # in any order
-    gain = bootstrap(b[0], 0)["metrics"]["mAP"]["value"] - bootstrap(a[1], 0)["metrics"]["mAP"]["value"]
-    entry = paired_difference(a, b, samples=200, groups=groups)["metrics"]["mAP"]
-    assert gain > 0 and [entry["low"], entry["difference"], entry["high"]] == pytest.approx([0, gain / 2, gain])
-    with pytest.raises(UserError, match="'p' is among the cases of two folds"):
-        paired_difference(a, b, groups=dict.fromkeys(targets, "p"))
-    with pytest.raises(UserError, match="cannot be paired"):
-        paired_difference(a, b[:1])
 
 
 def test_holm() -> None:

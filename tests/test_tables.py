@@ -21,8 +21,13 @@ def result(name="a", value=0.5, seed=0, data="h", cases=("c0", "c1"), interval=T
     }  # fmt: skip
 
 
+def rows(*results):
+    """Rows of results that need no pooling."""
+    return {name: [results[index] for (index,) in row] for name, row in rows_of(results).items()}
+
+
 def test_a_row_holds_values_and_intervals():
-    table, classes = make_tables([result("a", 0.5), result("b|c", 0.25, interval=False), result("none", None)])
+    table, classes = make_tables(rows(result("a", 0.5), result("b|c", 0.25, interval=False), result("none", None)))
     assert table.header == ["run", *KEYS] and classes.header == ["run", "nodule", "other"]
     assert table.rows[0] == ["a", *["0.500 [0.400, 0.600]"] * 4]
     assert table.rows[1] == ["b|c", *["0.250"] * 4]
@@ -45,11 +50,11 @@ def test_tested_cases_that_the_pretraining_has_seen_stand_beside_the_results():
 def test_seeds_become_mean_and_deviation():
     values = [0.4, 0.5, 0.75]
     runs = [result(f"x-s{s}", v, s, transfer={"path": f"runs/mae-s{s}/backbone.pt"}) for s, v in enumerate(values)]
-    table = make_tables([*runs, result("y-s0", 0.1)])[0]
+    table = make_tables(rows(*runs, result("y-s0", 0.1)))[0]
     expected = f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
     assert table.rows[0] == ["x-s* (3 seeds)", *[expected] * 4]
     assert table.rows[1][0] == "y-s0"
-    assert table.title.endswith("over patients; mean ± standard deviation over seeds or folds")
+    assert table.title.endswith("over patients; mean ± standard deviation over seeds or runs")
 
 
 @pytest.mark.parametrize(
@@ -62,9 +67,7 @@ def test_seeds_become_mean_and_deviation():
     ],
 )
 def test_runs_that_differ_otherwise_keep_their_rows(second):
-    rows = rows_of([result("x-s0"), second])
-    assert [len(group) for group in rows.values()] == [1, 1]
-    assert len(set(rows)) == 2
+    assert [*rows_of([result("x-s0"), second]).values()] == [[[0]], [[1]]]
 
 
 @pytest.mark.parametrize(
@@ -98,11 +101,11 @@ def test_trainings_that_end_by_their_time_share_a_row():
 
 
 def test_different_cases_never_share_a_table():
-    tables = make_tables([result("a"), result("b", data="other"), result("c", cases=("c0",)), result("d")])
+    tables = make_tables(rows(result("a"), result("b", data="other"), result("c", cases=("c0",)), result("d")))
     assert [[row[0] for row in table.rows] for table in tables[::2]] == [["a", "d"], ["b"], ["c"]]
     other_task = result("e") | {"per_class": {"organ": None}}
     annotated_anew = result("f") | {"cases": [{"case": "c0", "objects": 3}, {"case": "c1", "objects": 1}]}
-    tables = make_tables([result("a"), other_task, annotated_anew, result("d")])
+    tables = make_tables(rows(result("a"), other_task, annotated_anew, result("d")))
     assert [[row[0] for row in table.rows] for table in tables[::2]] == [["a", "d"], ["e"], ["f"]]
 
 
@@ -113,36 +116,32 @@ def fold(number, value, seed=0, **result_of):
     return tested
 
 
-def test_folds_tested_on_their_own_cases_are_one_row():
-    folds = [fold(number, value) for number, value in enumerate((0.4, 0.5, 0.75))]
-    table, classes = make_tables([*folds, result("other", cases=("c0", "c1"))])[:2]
+def test_folds_that_share_cases_are_averaged():
+    """Of a repeated random split: all cases count, and the parts of each run stay apart."""
+    folds = [fold(number, value, cases=("c0", f"c{number + 1}")) for number, value in enumerate((0.4, 0.5, 0.75))]
+    table, classes = make_tables(rows(*folds, result("other", cases=("c0", "c1"))))[:2]
     expected = f"{statistics.mean((0.4, 0.5, 0.75)):.3f} ± {statistics.stdev((0.4, 0.5, 0.75)):.3f}"
-    assert table.rows == [["x-f*-s* (3 folds)", *[expected] * 4]]
-    assert table.title.startswith("set h, 6 test cases, ") and classes.rows[0][1] == expected
-    runs = [fold(number, 0.5, seed) for number in (0, 1) for seed in (0, 1)]
-    assert list(rows_of(runs)) == ["x-f*-s* (4 runs)"]
-    assert len(make_tables(runs)) == 2 and len(part_tables([run | {"by_size": {}} for run in runs])) == 0
+    assert table.rows == [["x-f*-s0 (3 runs)", *[expected] * 4]]
+    assert table.title.startswith("set h, 4 test cases, ") and classes.rows[0][1] == expected
+    parts = [{"metrics": {"AP@0.10": {"value": 0.5, "low": None, "high": None}}, "objects": 3}]
+    measured = [run | {"by_size": {f"0-{number}": parts[0]}} for number, run in enumerate(folds)]
+    assert [table.rows for table in part_tables(rows(*measured))] == [
+        [[f"x-f*-s0 (3 runs): x-f{number}-s0", "0.500"]] for number in range(3)
+    ]
+    same = [fold(number, 0.5, seed, cases=("c0", "c1")) for number in (0, 1) for seed in (0, 1)]
+    assert [table.rows[0][:2] for table in make_tables(rows(*same))] == [["x-f*-s* (4 runs)", "0.500 ± 0.000"]] * 2
 
 
 @pytest.mark.parametrize("second", [fold(0, 0.5, 1, cases=("c0", "c9")), fold(1, 0.5, 1, data="anew"), fold(0, 0.5, 0)])
 def test_a_fold_with_other_cases_or_data_or_again_is_a_row_of_its_own(second):
-    assert [len(row) for row in rows_of([fold(0, 0.5), second]).values()] == [1, 1]
+    assert [*rows_of([fold(0, 0.5), second]).values()] == [[[0]], [[1]]]
 
 
-def test_a_value_that_some_folds_lack_says_how_many_have_it():
-    table = make_tables([fold(0, 0.5), fold(1, None), fold(2, 0.7)])[0]
-    assert table.rows == [["x-f*-s* (3 folds)", *["0.600 ± 0.141 (2 of 3)"] * 4]]
-    table = make_tables([result("x-s0", 0.5, 0), result("x-s1", None, 1)])[0]
+def test_a_value_that_some_runs_lack_says_how_many_have_it():
+    table = make_tables(rows(result("x-s0", 0.5), result("x-s1", None, 1), result("x-s2", 0.7, 2)))[0]
+    assert table.rows == [["x-s* (3 seeds)", *["0.600 ± 0.141 (2 of 3)"] * 4]]
+    table = make_tables(rows(result("x-s0", 0.5, 0), result("x-s1", None, 1)))[0]
     assert table.rows == [["x-s* (2 seeds)", *["0.500 (1 of 2)"] * 4]]
-
-
-def test_parts_of_folds_stay_apart():
-    """Thirds of the objects by volume are others in every fold."""
-    runs = []
-    for number, name in enumerate(("0-5", "0-7")):
-        part = {"metrics": {"AP@0.10": {"value": 0.5, "low": None, "high": None}}, "objects": 3}
-        runs.append(fold(number, 0.5) | {"by_size": {name: part}})
-    assert [table.rows for table in part_tables(runs)] == [[["x-f0-s0", "0.500"]], [["x-f1-s0", "0.500"]]]
 
 
 def test_parts_have_tables_of_their_own():
@@ -155,13 +154,13 @@ def test_parts_have_tables_of_their_own():
         result("x-s1", seed=1) | {"by_size": sizes, "by": {"scanner": {"A": part(0.6, num_cases=2)}}},
         result("old"),
     ]
-    by_size, by_scanner = part_tables(runs)
+    by_size, by_scanner = part_tables(rows(*runs))
     assert by_size.title == "AP@0.10 by object size in mm3, set h, 2 test cases"
     assert by_size.header == ["run", "0-500 (1 object)", "500- (7 objects)"]
     assert by_size.rows == [["x-s* (2 seeds)", "0.200 ± 0.000", "–"], ["old", "–", "–"]]
     assert by_scanner.title == "AP@0.10 by scanner, set h, 2 test cases"
     assert by_scanner.header == ["run", "A (2 cases)"] and by_scanner.rows[0][1] == "0.500 ± 0.141"
-    assert part_tables([result("old")]) == []
+    assert part_tables(rows(result("old"))) == []
 
 
 def test_formats_of_a_table():

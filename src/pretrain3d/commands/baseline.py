@@ -30,7 +30,7 @@ def test(
     """Fits a baseline to the training fold and scores it like a run."""
     from pretrain3d.data.splits import fold_cases
     from pretrain3d.data.store import Store
-    from pretrain3d.evaluation.strata import chosen_strata
+    from pretrain3d.evaluation.strata import chosen_values
 
     if baseline not in ("mean_box", "threshold"):
         raise UserError(f"baseline={baseline}: it is mean_box or threshold")
@@ -38,19 +38,19 @@ def test(
     of_fold = fold_cases(data, fold, num_folds)
     case_ids = held_out(of_fold, split)
     check_annotated(data, case_ids, split)
-    strata = chosen_strata(cases, by, truth_of(data, case_ids))
+    values = chosen_values(cases, by, truth_of(data, case_ids))
     asked = {"baseline": baseline, "fold": fold, "num_folds": num_folds, "split": split, "samples": samples,
              "data": data.data_hash, "cases": hash_of(data, of_fold["train"] + case_ids)}  # fmt: skip
     if is_scored(folder, asked):
         print(f"{folder / 'result.json'} is of this baseline already, nothing to predict")
-        write_strata(folder, by, strata, samples)
+        write_strata(folder, by, values, samples)
         return
     check_writable(folder)
     say_what_is_replaced(folder, asked)
     predict = fit(baseline, data, of_fold["train"])
     about = {"asked": asked, "config": {"baseline": baseline, "fold": fold, "num_folds": num_folds}, "seed": 0}
     score_cases(folder, folder.name, data, case_ids, predict, about, samples)
-    write_strata(folder, by, strata, samples)
+    write_strata(folder, by, values, samples)
 
 
 def fit(baseline: str, data: Any, train: list[str]) -> Callable[[str], Prediction]:

@@ -15,11 +15,12 @@ pretrain3d compare RUN RUN ... [out=FILE] [figure=FILE] [samples=1000] [seed=0] 
 mAP, AP@0.10, AP@0.50 and FROC@0.10 of every run and its difference from the first one, with 95 % intervals and a
 p value from a bootstrap that draws the same patients for both; AP@0.10 per class. With several runs p values are
 corrected by Holm's method over the runs (not over metrics, classes and parts of the cases). Runs that differ by seed
-or fold only, and were tested alike, are one row: the mean over its runs, which are drawn too. A row of one run knows
-nothing of what another seed changes, one of two, three or four too little: where seeds alone made the difference,
-equal methods would have p < 0.05 in 33, 13 and 10 of 100 comparisons.
+or fold only, and were tested alike, are one row: folds tested on cases of their own are pooled as in `table`, and of
+seeds (or folds on the same cases) it is the mean, for which they are drawn too. A row of one seed knows nothing of
+what another one changes, one of two, three or four too little: where seeds alone made the difference, equal methods
+would have p < 0.05 in 33, 13 and 10 of 100 comparisons.
 
-  RUN            a folder after `test`; all must have been tested on the same cases
+  RUN            a folder after `test`; every row must have been tested on the same cases
   out=FILE       the tables: .md, .csv (every metric and class, one per line) or .json (everything)
   figure=FILE    differences with intervals on all cases: .svg, .png or .pdf; default beside out, as .svg
   by=COLUMN      the same differences for the cases of each value of a column (numbers of many values: in thirds) of

@@ -69,11 +69,11 @@ def score_boxes(settings: dict[str, Any]) -> None:
     from pretrain3d.evaluation.scorefile import groups_of, read_pair
     from pretrain3d.evaluation.sizes import by_size, have_sizes
     from pretrain3d.evaluation.statistics import bootstrap
-    from pretrain3d.evaluation.strata import by_stratum, chosen_strata
+    from pretrain3d.evaluation.strata import by_stratum, chosen_values, strata_of
 
     edges, samples = _edges(settings["sizes"]), settings["samples"]
     classes, predictions, targets = read_pair(settings["predictions"], settings["targets"])
-    strata = chosen_strata(settings["cases"], settings["by"], targets)
+    strata = strata_of(chosen_values(settings["cases"], settings["by"], targets))
     matches, groups = match(predictions, targets, classes), groups_of(targets)
     intervals = bootstrap(matches, samples=samples, groups=groups)
     content: dict[str, Any] = flat(intervals)

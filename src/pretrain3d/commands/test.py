@@ -103,13 +103,13 @@ def test_run(
 
     from pretrain3d.backbones.transfer import fingerprint
     from pretrain3d.data.leakage import find, warning
-    from pretrain3d.evaluation.strata import chosen_strata
+    from pretrain3d.evaluation.strata import chosen_values
     from pretrain3d.reporting.case_pictures import save_case_picture
 
     settings = folder.config()
     case_ids = held_out({"test": datamodule.test_ids, "val": datamodule.val_ids}, split)
     check_annotated(datamodule.store, case_ids, split)
-    strata = chosen_strata(cases, by, truth_of(datamodule.store, case_ids))
+    values = chosen_values(cases, by, truth_of(datamodule.store, case_ids))
     chosen = unswept(module, case_ids)
     threshold = chosen["operating"]["threshold"] if chosen else None
     step = module.note["source"]["step"]
@@ -118,7 +118,7 @@ def test_run(
              "threshold": threshold, "cases": hash_of(datamodule.store, case_ids)}  # fmt: skip
     if is_scored(folder.path, asked):
         print(f"{folder.path / 'result.json'} is of these weights already, nothing to predict")
-        write_strata(folder.path, by, strata, samples)
+        write_strata(folder.path, by, values, samples)
         return
 
     check_writable(folder.path)
@@ -143,5 +143,5 @@ def test_run(
     others = [row for row in module.note.get("leakage") or [] if row["split"] != split]  # trained on, chosen by
     about = {"asked": asked, "leakage": leakage + others, **about_run(folder, settings, module)}
     score_cases(folder.path, settings["name"], datamodule.store, case_ids, predict, about, samples, threshold)
-    write_strata(folder.path, by, strata, samples)
+    write_strata(folder.path, by, values, samples)
     log_to_wandb(folder, settings)

@@ -138,20 +138,22 @@ def score_cases(
     print(f"{folder / 'result.json'} ({len(case_ids)} cases, {seconds:.0f} s)")
 
 
-def write_strata(folder: Path, column: str, strata: dict[str, list[str]], samples: int) -> None:
-    """Adds what the tested folder's score files say of each stratum to its `result.json`, and prints it."""
-    if not strata:
+def write_strata(folder: Path, column: str, values: dict[str, str], samples: int) -> None:
+    """Adds what the tested folder's score files say of the cases of each value to its `result.json`, and prints it."""
+    if not values:
         return
     from pretrain3d.commands.score import strata_table
     from pretrain3d.evaluation.matching import match
     from pretrain3d.evaluation.scorefile import groups_of, read_pair
-    from pretrain3d.evaluation.strata import by_stratum
+    from pretrain3d.evaluation.strata import by_stratum, strata_of
     from pretrain3d.reporting.results import read_result, write_json
 
     classes, found, truth = read_pair(folder / "predictions.json", folder / "targets.json")
-    parts = by_stratum(match(found, truth, classes), strata, samples=samples, groups=groups_of(truth))
+    parts = by_stratum(match(found, truth, classes), strata_of(values), samples=samples, groups=groups_of(truth))
     result = read_result(folder)
-    write_json(folder / "result.json", {**result, "by": {**result.get("by", {}), column: parts}})
+    added = {"by": parts, "columns": values}
+    more = {key: {**result.get(key, {}), column: value} for key, value in added.items()}
+    write_json(folder / "result.json", {**result, **more})
     print(strata_table(column, parts))
 
 

@@ -1,6 +1,6 @@
 """How sure the numbers are: bootstrap over cases (or patients) and trainings, alone and paired between two rows.
 
-A row is one method: one run, or several trainings of it that differ by their seed or fold.
+A row is one method: one run, or several repetitions that differ by their seed, each of all cases: see `reporting.rows`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pretrain3d.evaluation.protocol import as_number, summarise, values
 
 SAMPLES = 1000
 LEVEL = 0.95
-# least share of samples that must know a value: what rests on a single patient (or fold) is in 63 to 75 % of them,
+# least share of samples that must know a value: what rests on a single patient is in 63 to 75 % of them,
 # what rests on two in 86 % and more
 LEAST_KNOWN = 0.8
 Numbers = tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]  # as `values` gives them
@@ -84,7 +84,7 @@ def paired_difference(
     """b minus a on the same cases, every sample drawing the same cases for both.
 
     Args:
-        a, b: a run, or the runs of a row; see `row_samples`.
+        a, b: a run, or the repetitions of a row; see `row_samples`.
 
     Returns:
         {"metrics": {key: {"a", "b", "difference", "low", "high", "p"}}, "per_class": {class: {key: {...}}}}; see
@@ -102,40 +102,39 @@ def row_samples(
 ) -> list[Numbers]:
     """The numbers of several rows on the same bootstrap samples, drawn level by level.
 
-    1. Sets of cases: one where all runs were scored on the same test cases; the folds of a cross-validation are several
-       and are drawn with replacement, the same for every row.
-    2. The runs (seeds) of a row on a set: n - 1 of its n with replacement, each row for itself. Their mean then varies
+    1. The repetitions (seeds) of a row: n - 1 of its n with replacement, each row for itself. Their mean then varies
        as much as the mean of n does, where n draws would vary too little by (n - 1) / n.
-    3. The patients of a set: with replacement, the same for every run.
+    2. The patients: with replacement, the same for every row and repetition.
 
-    Of the drawn runs the mean is taken. A few runs cannot show how much seeds differ: where these alone made all the
+    Of the drawn repetitions the mean is taken. A few cannot show how much seeds differ: where these alone made all the
     difference, two methods that are equal would have p < 0.05 in 33, 13, 10 and 7 of 100 comparisons of 2, 3, 4 and 10
-    runs each. Where no level has more than one thing to draw (a single patient and run) there are no samples, and so
+    seeds each. Where no level has more than one thing to draw (a single patient and run) there are no samples, and so
     neither interval nor p value.
+
+    Args:
+        rows: of each row its repetitions: a run, or the folds of a cross-validation that were matched together.
 
     Returns:
         per row {key: (1 + S,)} and {class: {key: (1 + S,)}}: the plain value, then the samples.
 
     Raises:
-        UserError: rows on different cases or classes, or sets of cases that share a case or patient.
+        UserError: runs on different cases or classes.
 
     Source: n - 1 draws: Rao and Wu, Resampling inference with complex survey data (1988).
     """
-    sets = _case_sets(rows, groups)
-    single_run = len(sets) == 1 and all(len(of_row) == 1 for of_row in sets[0])
-    samples = 0 if single_run and _num_patients(rows[0][0].case_ids, groups) == 1 else samples
-    rng = np.random.default_rng([seed, 1])
-    folds = _mean_weights(rng, len(sets), len(sets), samples)
-    totals: list[Numbers] = []
-    weights = [sample_weights(runs[0][0], samples, seed + number, groups) for number, runs in enumerate(sets)]
-    for row in range(len(rows)):
-        parts, shares = [], []
-        for number, of_row in enumerate(sets):
-            parts += [values(run, weights[number]) for run in of_row[row]]
-            count = len(of_row[row])
-            shares += [*(_mean_weights(rng, count, max(count - 1, 1), samples) * folds[number])]
-        totals.append(_weighted_mean(parts, np.stack(shares)))
-    return totals
+    assert rows and all(rows), "every row needs a run"
+    first = rows[0][0]
+    for run in (run for row in rows for run in row):
+        if run.classes != first.classes:
+            raise UserError(f"runs with different classes cannot be paired: {first.classes} and {run.classes}")
+        if lonely := sorted(set(run.case_ids) ^ set(first.case_ids)):
+            raise UserError(f"runs on different cases cannot be paired: {lonely[0]!r} is in one of them only")
+    if all(len(row) == 1 for row in rows) and _num_patients(first.case_ids, groups) == 1:
+        samples = 0
+    rng, weights = np.random.default_rng([seed, 1]), sample_weights(first, samples, seed, groups)
+    return [
+        _weighted_mean([values(run, weights) for run in row], _mean_weights(rng, len(row), samples)) for row in rows
+    ]
 
 
 def sample_weights(matches: Matches, samples: int, seed: int, groups: Groups | None) -> np.ndarray:
@@ -216,36 +215,13 @@ def _difference(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def _case_sets(rows: Sequence[Sequence[Matches]], groups: Groups | None) -> list[list[list[Matches]]]:
-    """Per set of cases, per row, the runs on it; checked."""
-    assert rows and all(rows), "every row needs a run"
-    first = rows[0][0]
-    sets: dict[tuple[str, ...], list[list[Matches]]] = {}
-    for number, row in enumerate(rows):
-        for run in row:
-            if run.classes != first.classes:
-                raise UserError(f"runs with different classes cannot be paired: {first.classes} and {run.classes}")
-            sets.setdefault(tuple(run.case_ids), [[] for _ in rows])[number].append(run)
-    for case_ids, of_rows in sets.items():
-        if not all(of_rows):
-            others = {case for other, runs in sets.items() if any(runs) and other != case_ids for case in other}
-            lonely = sorted(set(case_ids) ^ others) or sorted(case_ids)
-            raise UserError(f"runs on different cases cannot be paired: {lonely[0]!r} is in one of them only")
-    seen: dict[str, tuple[str, ...]] = {}
-    for case_ids in sets:
-        for case_id in case_ids:
-            unit = case_id if groups is None else groups[case_id]
-            if seen.setdefault(unit, case_ids) != case_ids:
-                raise UserError(f"{unit!r} is among the cases of two folds, whose patients must differ")
-    return list(sets.values())
-
-
 def _num_patients(case_ids: Sequence[str], groups: Groups | None) -> int:
     return len({case_id if groups is None else groups[case_id] for case_id in case_ids})
 
 
-def _mean_weights(rng: np.random.Generator, count: int, draws: int, samples: int) -> np.ndarray:
-    """(count, 1 + S) share of each of so many things in the plain mean and in each sample of so many draws."""
+def _mean_weights(rng: np.random.Generator, count: int, samples: int) -> np.ndarray:
+    """(count, 1 + S) share of each repetition in the plain mean, and in each sample of one less than there are."""
+    draws = max(count - 1, 1)
     drawn = rng.multinomial(draws, np.full(count, 1 / count), size=samples).T / draws
     return np.hstack([np.full((count, 1), 1 / count), drawn])
 

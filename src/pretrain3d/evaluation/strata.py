@@ -17,8 +17,8 @@ MOST_NUMBERS = 6  # a column with more distinct numbers is cut into thirds
 SPACING = "spacing"  # the column that needs no table
 
 
-def chosen_strata(table: str, column: str, targets: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The strata that the options ``cases=TABLE by=COLUMN`` of a command ask for; none where both are blank.
+def chosen_values(table: str, column: str, targets: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What the options ``cases=TABLE by=COLUMN`` of a command say of each case; nothing where both are blank.
 
     Without a table `column` may be "spacing": the longest side of a case's voxels, which its targets know.
 
@@ -26,12 +26,12 @@ def chosen_strata(table: str, column: str, targets: Mapping[str, Mapping[str, An
         targets: the cases, as `scorefile.read` gives them.
 
     Raises:
-        UserError: one of the two without the other, a case without ``spacing_mm``, or as `read_strata`.
+        UserError: one of the two without the other, a case without ``spacing_mm``, or as `read_values`.
     """
     if table and not column:
         raise UserError(f"cases={table} needs by=COLUMN as well")
     if table:
-        return read_strata(table, column, sorted(targets))
+        return read_values(table, column, sorted(targets))
     if column and column != SPACING:
         raise UserError(f"by={column} needs cases=TABLE as well (only by={SPACING} is known without a table)")
     if not column:
@@ -39,18 +39,15 @@ def chosen_strata(table: str, column: str, targets: Mapping[str, Mapping[str, An
     for case_id, entry in targets.items():
         if "spacing_mm" not in entry:
             raise UserError(f"by={SPACING}: case {case_id!r} has no spacing_mm in the targets; add it, or cases=TABLE")
-    return _cut({case_id: f"{max(targets[case_id]['spacing_mm']):.4g}" for case_id in sorted(targets)})
+    return {case_id: f"{max(targets[case_id]['spacing_mm']):.4g}" for case_id in sorted(targets)}
 
 
-def read_strata(path: str | Path, column: str, case_ids: Sequence[str]) -> dict[str, list[str]]:
-    """The cases of every value of a column.
+def read_values(path: str | Path, column: str, case_ids: Sequence[str]) -> dict[str, str]:
+    """The value of a column for each of `case_ids`.
 
     Args:
         path: a table whose column ``case`` (or else its first one) holds the case ids; it may hold more cases.
-        column: its name. Numbers of more than six values are cut into thirds of the cases, named "0.5..0.8".
-
-    Returns:
-        value -> cases; together all of `case_ids`. A blank cell is the value "(blank)".
+        column: its name.
 
     Raises:
         UserError: no such file or column, or a case that the table lacks or holds twice.
@@ -69,11 +66,14 @@ def read_strata(path: str | Path, column: str, case_ids: Sequence[str]) -> dict[
         held = f"holds {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}" if names else "is empty"
         raise UserError(f"{table.path} has no row of case {missing[0]!r}{more}; its column {key!r} {held}")
     value_of = dict(zip(names, table.column(column), strict=True))
-    return _cut({case_id: value_of[case_id] for case_id in case_ids})
+    return {case_id: value_of[case_id] for case_id in case_ids}
 
 
-def _cut(value_of: Mapping[str, str]) -> dict[str, list[str]]:
-    """Cases by value; numbers in their order, many numbers in thirds."""
+def strata_of(value_of: Mapping[str, str]) -> dict[str, list[str]]:
+    """The cases of every value, numbers in their order; a blank one is the value "(blank)".
+
+    Numbers of more than six values are cut into thirds of the cases, named "0.5..0.8".
+    """
     numbers = {case_id: each for case_id, value in value_of.items() if np.isfinite(each := number(value))}
     distinct = sorted(set(numbers.values()))
     strata: dict[str, list[str]] = {}

@@ -15,7 +15,7 @@ from pretrain3d.reporting.figures import COLOURS, STYLE
 from pretrain3d.reporting.tables import CLASS_KEY, KEYS, Table, shown
 
 LEVEL = 0.05
-FEW = 5  # runs of a row, below which chance gives a p value below 0.05 clearly more often: see `row_samples`
+FEW = 5  # seeds of a row, below which chance gives a p value below 0.05 clearly more often: see `row_samples`
 HEADER = ("run", "part", "class", "metric", "reference", "value", "reference_value", "difference", "low", "high", "p",
           "p_holm")  # fmt: skip
 
@@ -23,12 +23,12 @@ HEADER = ("run", "part", "class", "metric", "reference", "value", "reference_val
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """A table per metric of all classes together, one per class, and per metric one by the values of a column."""
     notes = ["95 % intervals, paired bootstrap over patients"]
-    if max(comparison.num_runs.values()) > 1:
-        notes.append("means over runs, drawn too")
-    if any(1 < number < FEW for number in comparison.num_runs.values()):
-        notes.append("p is too small where a seed matters much, for the runs are few")
-    if min(comparison.num_runs.values()) == 1:
-        notes.append("a row of one run does not know what another seed changes")
+    if max(comparison.num_repetitions.values()) > 1:
+        notes.append("means over seeds, drawn too")
+    if any(1 < number < FEW for number in comparison.num_repetitions.values()):
+        notes.append("p is too small where a seed matters much, for the seeds are few")
+    if min(comparison.num_repetitions.values()) == 1:
+        notes.append("a row of one seed does not know what another seed changes")
     about = f"{comparison.num_cases} cases; {'; '.join(notes)}"
     header = ["difference", "p", *(["p (Holm)"] if len(comparison.differences) > 1 else [])]
     tables = [Table(f"{key}, {about}", ["run", key, *header], _rows(comparison, key)) for key in KEYS]

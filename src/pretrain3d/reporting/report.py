@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ from pretrain3d.files import write_text
 from pretrain3d.reporting import figures
 from pretrain3d.reporting.case_pictures import case_figure
 from pretrain3d.reporting.cost import duration, in_words
-from pretrain3d.reporting.reported import Run, read_runs, tables_of
-from pretrain3d.reporting.rows import Result
+from pretrain3d.reporting.reported import Reported, Run, results_of
 from pretrain3d.reporting.tables import CLASS_KEY, Table, by_cases, describe_cases, part_tables
 
 CASES = 4  # with pictures
@@ -50,36 +49,34 @@ details { margin: 8px 0 } summary { cursor: pointer }
 """
 
 
-def write_report(path: str | Path, runs: Sequence[str | Path], title: str = "Results", pictures: bool = True) -> None:
+def write_report(path: str | Path, reported: Reported, title: str = "Results", pictures: bool = True) -> None:
     """Writes the page.
 
     Args:
         path: the HTML file.
-        runs: run folders (tested detectors, baselines, pretraining runs) or ``result.json`` files.
+        reported: tested detectors, baselines and pretraining runs.
         title: of the page.
         pictures: False leaves out every image of the data: cases and reconstructions.
-
-    Raises:
-        UserError: a run is not there, or is a detector without a result.
     """
-    read = read_runs(runs)
-    colours = figures.palette([run.label for run in read])
-    tested = [run for run in read if run.result is not None and run.is_detection]
+    runs = reported.runs
+    rows = {name: row for name, row in reported.rows.items() if row[0].is_detection}
+    tested = [run for row in rows.values() for run in row]
+    colours = figures.palette(list(dict.fromkeys(run.label for run in [*tested, *runs])))
     sections = [
-        ("Results", _tables(tables_of(read)) + _per_class(tested, colours)),
-        ("Results in parts", _tables(part_tables(_results(tested)))),
-        ("Training", _training(read, colours)),
-        ("Detection curves", _curves(tested, colours)),
-        ("Cases", _cases(tested) if pictures else ""),
-        ("Reconstruction", "".join(_reconstructions(run) for run in read) if pictures else ""),
+        ("Results", _tables(reported.tables()) + _per_class(rows, colours)),
+        ("Results in parts", _tables(part_tables(results_of(rows)))),
+        ("Training", _training(runs, colours)),
+        ("Detection curves", _curves(rows, colours)),
+        ("Cases", _cases(rows) if pictures else ""),
+        ("Reconstruction", "".join(_reconstructions(run) for run in runs) if pictures else ""),
         ("Cases in numbers", "".join(_case_rows(run) for run in tested)),
-        ("What was run", _facts(read)),
+        ("What was run", _facts(runs)),
     ]
     body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections if content)
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     )
-    about = ", ".join(dict.fromkeys(map(describe_cases, by_cases(_results(tested)))))
+    about = ", ".join(dict.fromkeys(about for about, _ in _same_cases(rows)))
     write_text(
         path,
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body><main>'
@@ -87,27 +84,27 @@ def write_report(path: str | Path, runs: Sequence[str | Path], title: str = "Res
     )
 
 
-def _results(tested: Sequence[Run]) -> list[Result]:
-    return [run.result for run in tested if run.result is not None]
+def _same_cases(rows: Mapping[str, Sequence[Run]]) -> list[tuple[str, list[Run]]]:
+    """What each set of cases is, and the runs that were tested on it."""
+    return [(describe_cases(same), [run for name in same for run in rows[name]]) for same in by_cases(results_of(rows))]
 
 
 def _tables(tables: Sequence[Table]) -> str:
     return "".join(f'<div class="wide">{table.as_html()}</div>' for table in tables)
 
 
-def _per_class(tested: Sequence[Run], colours: dict[str, str]) -> str:
+def _per_class(rows: Mapping[str, Sequence[Run]], colours: dict[str, str]) -> str:
     parts = []
-    for same in by_cases(_results(tested)):
+    for about, of_cases in _same_cases(rows):
         values = {}
-        for run in tested:
-            if run.result in same and run.result is not None:
-                entries = {name: (keys or {}).get(CLASS_KEY) for name, keys in run.result["per_class"].items()}
-                found = {n: (e["value"], e.get("low"), e.get("high")) for n, e in entries.items()
-                         if e is not None and e["value"] is not None}  # fmt: skip
-                if found:
-                    values[run.label] = found
+        for run in of_cases:
+            entries = {name: (keys or {}).get(CLASS_KEY) for name, keys in (run.result or {})["per_class"].items()}
+            found = {n: (e["value"], e.get("low"), e.get("high")) for n, e in entries.items()
+                     if e is not None and e["value"] is not None}  # fmt: skip
+            if found:
+                values[run.label] = found
         if values:
-            parts.append(_svg(figures.values_per_class(values, CLASS_KEY, colours), describe_cases(same)))
+            parts.append(_svg(figures.values_per_class(values, CLASS_KEY, colours), about))
     return "".join(parts)
 
 
@@ -127,11 +124,9 @@ def _training(runs: Sequence[Run], colours: dict[str, str]) -> str:
     return "".join(_svg(figure, caption if index == 0 else "") for index, figure in enumerate(drawings))
 
 
-def _curves(tested: Sequence[Run], colours: dict[str, str]) -> str:
+def _curves(rows: Mapping[str, Sequence[Run]], colours: dict[str, str]) -> str:
     parts = []
-    for same in by_cases(_results(tested)):
-        of_cases = [run for run in tested if run.result in same]
-        about = describe_cases(same)
+    for about, of_cases in _same_cases(rows):
         froc: dict[str, dict[str, Any]] = {}
         for suffix, threshold in (("", "0.10"), ("@0.50", "0.50")):
             for run in of_cases:
@@ -156,13 +151,13 @@ def _curve_set(run: Run, key: str) -> dict[str, Any]:
     return (run.result.get("curves") or {}).get(key) or {}
 
 
-def _cases(tested: Sequence[Run]) -> str:
+def _cases(rows: Mapping[str, Sequence[Run]]) -> str:
     """The kept pictures of each data set, case by case, the runs under each other."""
     shown: list[tuple[str, list[tuple[Run, Path]]]] = []
-    for same in by_cases(_results(tested)):
+    for _, of_cases in _same_cases(rows):
         files: dict[str, list[tuple[Run, Path]]] = {}
-        for run in tested:
-            for path in sorted((run.folder / "pictures").glob("test_*.npz")) if run.result in same else ():
+        for run in of_cases:
+            for path in sorted((run.folder / "pictures").glob("test_*.npz")):
                 files.setdefault(path.stem.removeprefix("test_"), []).append((run, path))
         shown += list(files.items())[:CASES]
     parts = []

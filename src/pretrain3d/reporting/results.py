@@ -19,7 +19,9 @@ from pretrain3d.files import write_text
 SHAPES: dict[str, tuple[type, ...]] = {
     "run": (str,), "metrics": (dict,), "per_class": (dict,), "cases": (list,), "config": (dict,), "seed": (int,),
 }  # fmt: skip
-OPTIONAL = ("curves", "commit", "environment", "cost", "data", "backbone", "asked", "by_size", "by")  # objects or null
+OPTIONAL = (  # objects or null
+    "curves", "commit", "environment", "cost", "data", "backbone", "asked", "by_size", "by", "columns",
+)  # fmt: skip
 SCORE_FILES = ("predictions.json", "targets.json")  # beside the result of a detector or baseline
 PACKAGES = ("torch", "lightning", "monai", "numpy")
 

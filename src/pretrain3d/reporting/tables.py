@@ -1,4 +1,4 @@
-"""Tables of results: one row per run, or per group of runs that differ by seed or fold only."""
+"""Tables of results: one row per run, or per group of runs that differ by seed or fold only (`reporting.rows`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from pretrain3d.config import UserError
 from pretrain3d.reporting.cost import in_words
 from pretrain3d.reporting.results import read_result
-from pretrain3d.reporting.rows import Result, cases_of, data_of, rows_of
+from pretrain3d.reporting.rows import Result, cases_of, data_of, distinct, kind_of
 
 KEYS = ("mAP", "AP@0.10", "AP@0.50", "FROC@0.10")
 CLASS_KEY = "AP@0.10"
@@ -21,6 +21,7 @@ RECONSTRUCTION = {
     "network": "network", "mean_predictor": "mean predictor", "inpainting_linear": "tri-linear in-painting",
     "network/mean_predictor": "network : mean", "network/inpainting_linear": "network : in-painting",
 }  # fmt: skip
+Rows = Mapping[str, Sequence[Result]]  # of each row its repetitions, a result each
 SEGMENTATION = {"dice": "Dice", "volume_error": "volume error", "trivial_dice": "Dice of everything"}
 
 
@@ -76,43 +77,51 @@ def check_paths(paths: Sequence[str | Path]) -> None:
             raise UserError(f"{paths[index]} is given twice")
 
 
-def make_tables(results: Sequence[Result]) -> list[Table]:
+def make_tables(rows: Rows) -> list[Table]:
     """Two tables (all classes together, and per class) for each set of cases that the results are of.
 
     Numbers of different cases are not comparable, so they never share a table. Results of pretraining come last:
     errors of reconstruction (`evaluation.reconstruction`), Dice of segmentation (`evaluation.segmentation`).
     """
     tables = []
-    for same_cases in by_cases(of_kind(results, "detection")):
-        rows = _rows(same_cases)
-        about = describe_cases(same_cases)
-        several = "; mean ± standard deviation over seeds or folds" if any(len(group) > 1 for _, group in rows) else ""
-        body = [[name, *(shown([r["metrics"].get(key) for r in group]) for key in KEYS)] for name, group in rows]
+    for same in by_cases(_of_kind(rows, "detection")):
+        about = describe_cases(same)
+        several = "; mean ± standard deviation over seeds or runs" if any(len(row) > 1 for row in same.values()) else ""
+        body = [[name, *(shown([r["metrics"].get(key) for r in row]) for key in KEYS)] for name, row in same.items()]
         tables.append(Table(f"{about}, 95 % intervals over patients{several}", ["run", *KEYS], body))
-        classes = list(dict.fromkeys(name for result in same_cases for name in result["per_class"]))
-        body = [[name, *(shown([_of_class(r, one) for r in group]) for one in classes)] for name, group in rows]
-        tables.append(Table(f"{CLASS_KEY} per class, {about}", ["run", *classes], body))
-    tables += [_reconstruction_table(same_cases) for same_cases in by_cases(of_kind(results, "reconstruction"))]
-    for same_cases in by_cases(of_kind(results, "segmentation")):
-        tables += _segmentation_tables(same_cases)
+        tables.append(_class_table(same, f"{CLASS_KEY} per class, {about}", CLASS_KEY))
+    tables += [_reconstruction_table(same) for same in by_cases(_of_kind(rows, "reconstruction"))]
+    for same in by_cases(_of_kind(rows, "segmentation")):
+        about = describe_cases(same)
+        body = [[name, *(shown([r["metrics"].get(key) for r in row]) for key in SEGMENTATION)]
+                for name, row in same.items()]  # fmt: skip
+        title = f"segmentation: {about}, 95 % intervals over patients"
+        tables.append(Table(title, ["run", *SEGMENTATION.values()], body))
+        tables.append(_class_table(same, f"Dice per class, {about}", "dice"))
     return tables
 
 
-def part_tables(results: Sequence[Result]) -> list[Table]:
-    """`CLASS_KEY` by object size and by every column of ``test by=COLUMN``, per set of cases; not of reconstruction.
+def part_tables(rows: Rows) -> list[Table]:
+    """`CLASS_KEY` by object size and by every column of ``test by=COLUMN``, per set of cases; not of pretraining.
 
-    A run that was not measured in a part has a dash there.
+    A run that was not measured in a part has a dash there. Runs of a row that are of different cases stay apart: a
+    third of the objects by volume is another one in each.
     """
+    apart: dict[str, list[Result]] = {}
+    for name, row in _of_kind(rows, "detection").items():
+        if len({cases_of(result) for result in row}) == 1:
+            apart[name] = row
+            continue
+        for result in row:
+            apart[distinct(f"{name}: {result['run']}", apart)] = [result]
     tables = []
-    for same_cases in by_cases(of_kind(results, "detection"), folds=False):
-        rows = _rows(same_cases)
-        for title in dict.fromkeys(title for result in same_cases for title in _parts(result)):
-            of_title = [_parts(result).get(title, {}) for result in same_cases]
+    for same in by_cases(apart):
+        for title in dict.fromkeys(title for row in same.values() for result in row for title in _parts(result)):
+            of_title = [_parts(result).get(title, {}) for row in same.values() for result in row]
             header = {name: f"{name} ({_counted(part)})" for parts in of_title for name, part in parts.items()}
-            body = [[row, *(shown([_of_part(r, title, one) for r in group]) for one in header)] for row, group in rows]
-            tables.append(
-                Table(f"{CLASS_KEY} by {title}, {describe_cases(same_cases)}", ["run", *header.values()], body)
-            )
+            body = [[name, *(shown([_of_part(r, title, one) for r in row]) for one in header)]
+                    for name, row in same.items()]  # fmt: skip
+            tables.append(Table(f"{CLASS_KEY} by {title}, {describe_cases(same)}", ["run", *header.values()], body))
     return tables
 
 
@@ -151,68 +160,48 @@ def leakage_table(results: Mapping[str, Result]) -> Table | None:
     return Table(title, ["run", "tested cases", *ways], body) if body else None
 
 
-def kind_of(result: Result) -> str:
-    """``"detection"``, or what a pretraining was tested on: ``"reconstruction"`` or ``"segmentation"``."""
-    return {"network": "reconstruction", "dice": "segmentation"}.get(next(iter(result["metrics"]), ""), "detection")
+def _of_kind(rows: Rows, kind: str) -> dict[str, list[Result]]:
+    return {name: list(row) for name, row in rows.items() if kind_of(row[0]) == kind}
 
 
-def of_kind(results: Sequence[Result], kind: str) -> list[Result]:
-    """Those of a `kind_of`."""
-    return [result for result in results if kind_of(result) == kind]
+def _reconstruction_table(same: Rows) -> Table:
+    body = []
+    for name, row in same.items():
+        asked = row[0].get("asked") or {}
+        cells = [shown([result["metrics"].get(key) for result in row]) for key in RECONSTRUCTION]
+        body.append([name, str(asked.get("measure", "–")), str(asked.get("patches", "–")), *cells])
+    title = f"reconstruction, held-out patches: {describe_cases(same)}, 95 % intervals over patients"
+    return Table(title, ["run", "error", "patches per case", *RECONSTRUCTION.values()], body)
 
 
-def _reconstruction_table(same_cases: Sequence[Result]) -> Table:
-    rows = []
-    for name, group in _rows(same_cases):
-        asked = group[0].get("asked") or {}
-        cells = [shown([result["metrics"].get(key) for result in group]) for key in RECONSTRUCTION]
-        rows.append([name, str(asked.get("measure", "–")), str(asked.get("patches", "–")), *cells])
-    title = f"reconstruction, held-out patches: {describe_cases(same_cases)}, 95 % intervals over patients"
-    return Table(title, ["run", "error", "patches per case", *RECONSTRUCTION.values()], rows)
+def _class_table(same: Rows, title: str, key: str) -> Table:
+    classes = list(dict.fromkeys(name for row in same.values() for result in row for name in result["per_class"]))
+    body = [[name, *(shown([_of_class(r, one, key) for r in row]) for one in classes)] for name, row in same.items()]
+    return Table(title, ["run", *classes], body)
 
 
-def _segmentation_tables(same_cases: Sequence[Result]) -> list[Table]:
-    rows = _rows(same_cases)
-    about = describe_cases(same_cases)
-    body = [[name, *(shown([result["metrics"].get(key) for result in group]) for key in SEGMENTATION)]
-            for name, group in rows]  # fmt: skip
-    overall = Table(f"segmentation: {about}, 95 % intervals over patients", ["run", *SEGMENTATION.values()], body)
-    classes = list(dict.fromkeys(name for result in same_cases for name in result["per_class"]))
-    body = [[name, *(shown([_of_class(r, one, "dice") for r in group]) for one in classes)] for name, group in rows]
-    return [overall, Table(f"Dice per class, {about}", ["run", *classes], body)]
+def by_cases(rows: Rows) -> list[dict[str, list[Result]]]:
+    """Rows by the cases that their results are of, and by what was annotated there: classes, and objects of each case.
 
-
-def by_cases(results: Sequence[Result], folds: bool = True) -> list[list[Result]]:
-    """Results by the cases that they are of, and by what was annotated there: classes, and objects of each case.
-
-    Args:
-        folds: of a row of `rows_of` the cases of all its results count together, as of a cross-validation whose folds
-            are of different cases; False: those of each result.
+    Those of all results of a row count together, as where folds share cases and are averaged.
     """
-    rows = list(rows_of(results).values()) if folds else [[index] for index in range(len(results))]
-    groups: dict[str, list[Result]] = {}
-    for row in rows:
-        members = [results[index] for index in row]
-        cases = sorted({case for result in members for case in cases_of(result)})
-        key = json.dumps([data_of(members[0]), cases])
-        groups.setdefault(key, []).extend(members)
+    groups: dict[str, dict[str, list[Result]]] = {}
+    for name, row in rows.items():
+        cases = sorted({case for result in row for case in cases_of(result)})
+        groups.setdefault(json.dumps([data_of(row[0]), cases]), {})[name] = list(row)
     return list(groups.values())
 
 
-def describe_cases(same_cases: Sequence[Result]) -> str:
+def describe_cases(same: Rows) -> str:
     """``"phantom, 24 test cases"``."""
-    result = same_cases[0]
-    name = (result.get("data") or {}).get("name") or "data"
-    split = (result.get("asked") or {}).get("split")
-    number = len({case.get("case", place) for one in same_cases for place, case in enumerate(one["cases"])})
+    results = [result for row in same.values() for result in row]
+    name = (results[0].get("data") or {}).get("name") or "data"
+    split = (results[0].get("asked") or {}).get("split")
+    number = len({case.get("case", place) for one in results for place, case in enumerate(one["cases"])})
     return f"{name}, {number} {f'{split} ' if split else ''}cases"
 
 
-def _rows(same_cases: Sequence[Result]) -> list[tuple[str, list[Result]]]:
-    return [(name, [same_cases[index] for index in row]) for name, row in rows_of(same_cases).items()]
-
-
-def _of_class(result: Result, name: str, key: str = CLASS_KEY) -> dict[str, Any] | None:
+def _of_class(result: Result, name: str, key: str) -> dict[str, Any] | None:
     return (result["per_class"].get(name) or {}).get(key)
 
 
@@ -234,7 +223,7 @@ def _counted(part: Mapping[str, Any]) -> str:
 def shown(entries: Sequence[Mapping[str, Any] | None]) -> str:
     """``0.512 [0.431, 0.580]`` of one run, ``0.512 ± 0.020`` of several, a dash where there is no value.
 
-    Where some of several have none, as a fold without an object of a class, it says how many: ``0.5 ± 0.1 (4 of 5)``.
+    Where some of several have none, as a run without an object of a class, it says how many: ``0.5 ± 0.1 (4 of 5)``.
     """
     values = [entry["value"] for entry in entries if entry is not None and entry["value"] is not None]
     if not values:
