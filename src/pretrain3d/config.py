@@ -7,6 +7,7 @@ answered at once.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,17 @@ def suggestion(word: str, choices: Iterable[str]) -> str:
     """``", did you mean 'x'?"`` for the closest choice, or nothing when none is close."""
     close = difflib.get_close_matches(word, list(choices), n=1)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def by_text(sizes: Iterable[float]) -> str:
+    """Sizes along the axes in words: "64 x 64 x 32"."""
+    return " x ".join(f"{size:g}" for size in sizes)
+
+
+def short(value: Any) -> str:
+    """A value of a JSON file in words, cut after 80 characters."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def parse_value(text: str) -> Any:

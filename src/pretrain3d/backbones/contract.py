@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from pretrain3d.config import UserError
+from pretrain3d.config import UserError, by_text
 
 Triple = tuple[int, int, int]
 
@@ -140,8 +140,3 @@ def triple(value: int | Sequence[int]) -> Triple:
     """One number for all axes, or one per axis."""
     x, y, z = (value,) * 3 if isinstance(value, int) else value
     return int(x), int(y), int(z)
-
-
-def by_text(size: Sequence[int]) -> str:
-    """A size for an error: "64 x 64 x 32"."""
-    return " x ".join(str(s) for s in size)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain3d.backbones.attention import rotation_table
-from pretrain3d.backbones.contract import Level, Triple, by_text, check_drop_path, check_image, check_sizes, triple
-from pretrain3d.config import UserError
+from pretrain3d.backbones.contract import Level, Triple, check_drop_path, check_image, check_sizes, triple
+from pretrain3d.config import UserError, by_text
 from pretrain3d.sparse import visible_cells
 
 

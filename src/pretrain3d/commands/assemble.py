@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pretrain3d.commands.settings import with_anchors, with_levels
-from pretrain3d.config import UserError
+from pretrain3d.config import UserError, by_text
 from pretrain3d.registry import build, check
 from pretrain3d.reporting.run_folder import RunFolder
 
@@ -91,7 +91,6 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
 
 def check_patch(datamodule: Any, backbone: Any, settings: dict[str, Any]) -> None:
     """Raises UserError when patches are no multiple of what the backbone needs; crops of views are no patches."""
-    from pretrain3d.backbones.contract import by_text
 
     patch, multiple = datamodule.patch_size, backbone.size_multiple
     if settings["module"]["name"] == "contrastive" or not any(s % m for s, m in zip(patch, multiple, strict=True)):
@@ -141,8 +140,8 @@ def warn_of_spacing(pretrained_mm: Sequence[float] | None, store_mm: Sequence[fl
     """Says so when the transferred weights know objects at another size in voxels."""
     if pretrained_mm is None or all(abs(a / b - 1) <= 0.1 for a, b in zip(pretrained_mm, store_mm, strict=True)):
         return
-    texts = [" x ".join(f"{value:g}" for value in spacing) for spacing in (pretrained_mm, store_mm)]
-    print(f"note: the weights were pretrained at {texts[0]} mm, the store has voxels of {texts[1]} mm", file=sys.stderr)
+    sizes = f"{by_text(pretrained_mm)} mm, the store has voxels of {by_text(store_mm)} mm"
+    print(f"note: the weights were pretrained at {sizes}", file=sys.stderr)
 
 
 def warn_of_anchors(sizes: Any, datamodule: Any, backbone: str, own_levels: bool) -> None:

@@ -90,37 +90,37 @@ def backbone_of(source: Path, which: str, stem: str = "") -> dict[str, Any]:
 
     from pretrain3d.data.leakage import merged
     from pretrain3d.modules.base import NOTE
-    from pretrain3d.modules.checkpoint import read_checkpoint
+    from pretrain3d.modules.checkpoint import read_checkpoint, used_weights
 
     checkpoint = read_checkpoint(path)
     note = checkpoint[NOTE]
-    prefix = "backbone." if note["weights"] == "online" else "averaged.backbone."
-    state = checkpoint["state_dict"]
     content = {
         "backbone": note["backbone"],
         "preprocessing": note["preprocessing"],
         "source": {**note["source"], "weights": note["weights"]},
         "corpus": merged(note.get("pretrained_on"), note.get("corpus")),
-        "weights": {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)},
+        "weights": used_weights(checkpoint, "backbone"),
     }
-    return with_stem(content, stem, note, state) if stem else content
+    return with_stem(content, stem, checkpoint) if stem else content
 
 
-def with_stem(content: dict[str, Any], stem: str, note: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+def with_stem(content: dict[str, Any], stem: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The export with the stem, and the preprocessing, of one data set of a supervised run.
 
     Raises:
         UserError: that data set has no stem of its own.
     """
+    from pretrain3d.modules.base import NOTE
+    from pretrain3d.modules.checkpoint import used_weights
+
+    note = checkpoint[NOTE]
     stems = list(note["module"].get("method", {}).get("stems", ()))
     if stem not in stems:
         raise UserError(f"stem={stem}: the run has stems of its own for {', '.join(stems) or 'no data set'}")
-    averaged = "" if note["weights"] == "online" else "averaged."
-    prefix = f"{averaged}method.stems.{stems.index(stem)}."
-    own = {f"stem.{name.removeprefix(prefix)}": state[name] for name in state if name.startswith(prefix)}
+    own = used_weights(checkpoint, f"method.stems.{stems.index(stem)}")
     return {
         **content,
-        "weights": content["weights"] | own,
+        "weights": content["weights"] | {f"stem.{name}": value for name, value in own.items()},
         "preprocessing": note["sets"][stem]["preprocessing"],
         "source": {**content["source"], "stem": stem},
     }

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import UserError
+from pretrain3d.config import UserError, by_text
 from pretrain3d.options import REQUIRED, read_options
 from pretrain3d.registry import resolve
 
@@ -114,12 +114,12 @@ def _prepare(
     if old is None:
         store = Store(out)
         write_plan(path, make_plan(store, patch), store)
-        print(f"{path}: planned, patch {_by(store.plan['patch_size'])}; edit it as you like")
+        print(f"{path}: planned, patch {by_text(store.plan['patch_size'])}; edit it as you like")
     elif (before := old.get("planned_for", {}).get("spacing_mm")) not in (None, list(summary.spacing_mm)):
         store = Store(out)
         write_plan(path, plan_again(store, old), store)
-        print(f"{path}: planned again for voxels of {_by(summary.spacing_mm)} mm, was {_by(before)} mm; patch "
-              f"{_by(store.plan['patch_size'])}")  # fmt: skip
+        print(f"{path}: planned again for voxels of {by_text(summary.spacing_mm)} mm, was {by_text(before)} mm; patch "
+              f"{by_text(store.plan['patch_size'])}")  # fmt: skip
     return 0
 
 
@@ -150,9 +150,9 @@ def _report(out: Path, summary: Any) -> None:
         named = [f"{case.id} ({case.split})" for case in cases if case.group == min(shared)]
         print(f"  warning: {len(shared)} patients have training and test cases, the first {min(shared)!r}: "
               f"{', '.join(named)}", file=sys.stderr)  # fmt: skip
-    print(f"  {len(cases)} cases, {sum(len(c.boxes) for c in cases)} objects, voxels of {_by(summary.spacing_mm)} mm"
-          + (f", {summary.folds} given folds" if summary.folds else ""))  # fmt: skip
     thinnest = [float((box[3:] - box[:3]).min()) for case in cases for box in case.boxes]
+    print(f"  {len(cases)} cases, {len(thinnest)} objects, voxels of {by_text(summary.spacing_mm)} mm"
+          + (f", {summary.folds} given folds" if summary.folds else ""))  # fmt: skip
     if thin := [size for size in thinnest if size < THIN]:
         print(f"  note: {len(thin)} of {len(thinnest)} objects are thinner than a voxel along an axis, at worst "
               f"{min(thin):.2g} of one; a smaller spacing_mm shows more of them")  # fmt: skip
@@ -189,7 +189,3 @@ def _modality(given: Any, of_reader: list[str]) -> list[str]:
     if of_reader and len(names) != len(of_reader):
         raise UserError(f"modality={given}: the data set has {len(of_reader)} channels: {of_reader}")
     return names
-
-
-def _by(values: Any) -> str:
-    return " x ".join(f"{value:g}" for value in values)

@@ -26,7 +26,7 @@ Says in plain lines what each path is:
 
 def run(paths: list[str], options: dict[str, object]) -> int:
     """Prints the lines of every path; returns the exit status."""
-    from pretrain3d.reporting.inspection import describe
+    from pretrain3d.reporting.inspection.describe import describe
 
     if not paths:
         raise UserError("show takes at least one path; see pretrain3d show --help")

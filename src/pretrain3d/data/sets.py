@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pretrain3d.config import UserError
+from pretrain3d.config import UserError, by_text
 from pretrain3d.data.batch import generator
 from pretrain3d.data.case import Case
 from pretrain3d.data.normalise import check_intensity, normalisation_for
@@ -227,15 +227,12 @@ def same_channels(sets: Sequence[DataSet]) -> int:
             )
         if not np.allclose(other.store.spacing_mm, first.store.spacing_mm, rtol=0.01):
             warnings.warn(
-                f"data.store: the voxels of {first.name} are {_mm(first)} and those of {other.name} {_mm(other)}; "
-                "`pretrain3d prepare` with spacing_mm= makes them the same",
+                f"data.store: the voxels of {first.name} are {by_text(first.store.spacing_mm)} mm and those of "
+                f"{other.name} {by_text(other.store.spacing_mm)} mm; `pretrain3d prepare` with spacing_mm= makes them "
+                "the same",
                 stacklevel=3,
             )
     return first.in_channels
-
-
-def _mm(part: DataSet) -> str:
-    return " x ".join(f"{value:g}" for value in part.store.spacing_mm) + " mm"
 
 
 def cases_of_pool(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain3d.backbones.contract import Level, Triple, by_text, triple
+from pretrain3d.backbones.contract import Level, Triple, triple
 from pretrain3d.backbones.convolution import Conv3d
-from pretrain3d.config import UserError
+from pretrain3d.config import UserError, by_text
 
 MIN_CHANNELS = 8
 GROUP_CHANNELS = 8  # per group of the channel mapper's norm

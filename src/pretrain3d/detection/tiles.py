@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pretrain3d import boxes as box_ops
 from pretrain3d.backbones.contract import Triple, triple
-from pretrain3d.config import UserError
+from pretrain3d.config import UserError, by_text
 from pretrain3d.detection.contract import MIN_SIZE, Detections
 from pretrain3d.detection.merge import TileDetections, center_weight, is_cut
 from pretrain3d.devices import is_out_of_memory
@@ -119,10 +119,9 @@ def _memory_named(batch_size: int, patch: Triple) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         less = "a lower tile_batch, " if batch_size > 1 else ""
-        size = " x ".join(map(str, patch))
         raise UserError(
-            f"out of memory with tiles of {size}, {batch_size} at once: try {less}precision bf16, or smaller tiles "
-            "(module.tile_size)"
+            f"out of memory with tiles of {by_text(patch)}, {batch_size} at once: try {less}precision bf16, or smaller "
+            "tiles (module.tile_size)"
         ) from error
 
 

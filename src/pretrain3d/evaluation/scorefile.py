@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pretrain3d.config import UserError
+from pretrain3d.config import UserError, short
 from pretrain3d.files import write_text
 
 Kind = Literal["predictions", "targets"]
@@ -108,11 +108,11 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f'{path}: not a score file: expected {{"classes": [...], "cases": {{...}}}}')
     classes = content["classes"]
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
-        raise UserError(f"{path}: classes must be a list of names, not {_short(classes)}")
+        raise UserError(f"{path}: classes must be a list of names, not {short(classes)}")
     if len(set(classes)) < len(classes):
         raise UserError(f"{path}: classes holds a name twice: {', '.join(classes)}")
     if not isinstance(content["cases"], dict) or not content["cases"]:
-        raise UserError(f"{path}: cases must map at least one case id to its boxes, not {_short(content['cases'])}")
+        raise UserError(f"{path}: cases must map at least one case id to its boxes, not {short(content['cases'])}")
     return content
 
 
@@ -145,10 +145,10 @@ def _check_case(case_id: str, entry: Any, kind: Kind, num_classes: int, problems
 def _list_problems(entry: Any, keys: tuple[str, ...]) -> list[str]:
     """Lists that are missing, are none, or differ in length."""
     if not isinstance(entry, dict):
-        return [f"expected an object with {', '.join(keys)}, not {_short(entry)}"]
+        return [f"expected an object with {', '.join(keys)}, not {short(entry)}"]
     found = [f"{key} is missing" for key in keys if key not in entry]
     wrong = [key for key in keys if key in entry and not isinstance(entry[key], list)]
-    found += [f"{key} must be a list, not {_short(entry[key])}" for key in wrong]
+    found += [f"{key} must be a list, not {short(entry[key])}" for key in wrong]
     if not found and len({len(entry[key]) for key in keys}) > 1:
         found = ["lists of different lengths: " + ", ".join(f"{len(entry[key])} {key}" for key in keys)]
     return found
@@ -158,20 +158,20 @@ def _value_problems(entry: dict[str, Any], kind: Kind, num_classes: int) -> Iter
     """Boxes, labels, scores and annotated classes that cannot be."""
     for index, box in enumerate(entry["boxes"]):
         if reason := _box_problem(box, kind):
-            yield f"box {index} {_short(box)} {reason}"
+            yield f"box {index} {short(box)} {reason}"
     for index, label in enumerate(entry["labels"]):
         if not _is_label(label, num_classes):
-            yield f"label {index} is {_short(label)}, not a class index of 0..{num_classes - 1}"
+            yield f"label {index} is {short(label)}, not a class index of 0..{num_classes - 1}"
     if kind == "predictions":
         for index, score in enumerate(entry["scores"]):
             if not _is_finite(score):
-                yield f"score {index} is {_short(score)}, not a finite number"
+                yield f"score {index} is {short(score)}, not a finite number"
         return
     yield from _about_problems(entry)
     if "annotated" in entry:
         annotated = entry["annotated"]
         if not isinstance(annotated, list) or not all(_is_label(label, num_classes) for label in annotated):
-            yield f"annotated must list class indices of 0..{num_classes - 1}, not {_short(annotated)}"
+            yield f"annotated must list class indices of 0..{num_classes - 1}, not {short(annotated)}"
             return
         for label in dict.fromkeys(label for label in entry["labels"] if _is_label(label, num_classes)):
             if label not in annotated:
@@ -183,9 +183,9 @@ def _about_problems(entry: dict[str, Any]) -> Iterator[str]:
     for key, count in (("volumes_mm3", len(entry["boxes"])), ("spacing_mm", 3)):
         values = entry.get(key, [1.0] * count)
         if not isinstance(values, list) or len(values) != count or not all(_is_finite(v) and v > 0 for v in values):
-            yield f"{key} must be {count} positive numbers, not {_short(values)}"
+            yield f"{key} must be {count} positive numbers, not {short(values)}"
     if not isinstance(entry.get("group", ""), str):
-        yield f"group must be a name, not {_short(entry['group'])}"
+        yield f"group must be a name, not {short(entry['group'])}"
 
 
 def _box_problem(box: Any, kind: Kind) -> str:
@@ -209,11 +209,6 @@ def _is_finite(value: Any) -> bool:
 
 def _is_label(value: Any, num_classes: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < num_classes
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _refuse(problems: list[str], prefix: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pretrain3d.backbones import BACKBONES
 from pretrain3d.backbones.torchfile import read_torch
@@ -32,6 +34,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or NOTE not in checkpoint:
         raise UserError(f"{path} is not a checkpoint of pretrain3d: it has no {NOTE!r} entry")
     return checkpoint
+
+
+def used_weights(checkpoint: Mapping[str, Any], part: str) -> dict[str, Tensor]:
+    """The weights of a part of the module that predict and are exported: the average's where there is one.
+
+    Args:
+        checkpoint: see `read_checkpoint`.
+        part: dotted attribute of the module, such as "backbone".
+    """
+    prefix = f"{part}." if checkpoint[NOTE]["weights"] == "online" else f"averaged.{part}."
+    state = checkpoint["state_dict"]
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def store_inference(path: Path, inference: dict[str, Any]) -> None:

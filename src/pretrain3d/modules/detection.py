@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain3d.backbones.contract import by_text
-from pretrain3d.config import UserError
+from pretrain3d.config import UserError, by_text
 from pretrain3d.data.module import NO_CASE
 from pretrain3d.data.semantic import unpaired_sides
 from pretrain3d.detection import DETECTORS

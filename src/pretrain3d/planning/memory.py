@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from pretrain3d.backbones import BACKBONES
-from pretrain3d.config import UserError
+from pretrain3d.config import UserError, by_text
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.necks import pyramid_levels
 from pretrain3d.devices import GIB
@@ -228,7 +228,7 @@ def out_of_memory_advice(
         patch_size: voxels.
         tile_batch: tiles predicted at once, where the prediction of a validation case failed.
     """
-    patch = " x ".join(map(str, patch_size))
+    patch = by_text(patch_size)
     if tile_batch is not None:
         return (
             f"out of memory in validation, with {tile_batch} tiles of {patch} at once: lower module.tile_batch, or "

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pretrain3d.config import UserError
+from pretrain3d.config import UserError, by_text
 from pretrain3d.devices import GIB
 from pretrain3d.planning.memory import Footprint, usable_bytes
 
@@ -65,7 +65,7 @@ def plan_patch(
             batch = smaller.pop(0)
         else:
             raise UserError(
-                f"memory_gb={memory_gb:g}: the smallest patch, {' x '.join(map(str, patch))}, needs "
+                f"memory_gb={memory_gb:g}: the smallest patch, {by_text(patch)}, needs "
                 f"{need.bytes(patch, 1) / GIB:.1f} GiB for tensors alone; take a smaller backbone or more memory"
             )
     x, y, z = patch

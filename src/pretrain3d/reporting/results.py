@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pretrain3d.config import UserError
+from pretrain3d.config import UserError, short
 from pretrain3d.files import write_text
 
 SHAPES: dict[str, tuple[type, ...]] = {
@@ -124,13 +124,13 @@ def read_result(path: str | Path) -> dict[str, Any]:
     for key, shape in (SHAPES | dict.fromkeys(OPTIONAL, (dict, type(None)))).items():
         if not isinstance(result.get(key), shape):
             names = " or ".join(_SAID[kind] for kind in shape)
-            raise UserError(f"{path}: {key} is {_short(result[key])}; expected {names}")
+            raise UserError(f"{path}: {key} is {short(result[key])}; expected {names}")
     for case in result["cases"]:
         if not isinstance(case, dict):
-            raise UserError(f"{path}: cases holds {_short(case)}; expected an object for each case")
+            raise UserError(f"{path}: cases holds {short(case)}; expected an object for each case")
     for key, entry in _entries(result):
         if not isinstance(entry, dict) or "value" not in entry or not all(map(_is_number, map(entry.get, _NUMBERS))):
-            raise UserError(f"{path}: {key} is {_short(entry)}; expected {{value, low, high}}")
+            raise UserError(f"{path}: {key} is {short(entry)}; expected {{value, low, high}}")
     return result
 
 
@@ -160,11 +160,6 @@ def _entries(result: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _is_number(value: Any) -> bool:
     return value is None or isinstance(value, int | float)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def environment() -> dict[str, Any]:

@@ -14,9 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from pretrain3d.backbones.checkpoints.contract import Ledger, shown, three
-from pretrain3d.backbones.contract import by_text
 from pretrain3d.backbones.primus import LAYER_SCALE
-from pretrain3d.config import UserError
+from pretrain3d.config import UserError, by_text
 
 ENCODER, STEM = "eva", "down_projection"
 ORDERS = ("hwd", "whd")
