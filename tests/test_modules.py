@@ -104,7 +104,7 @@ def test_averaged_weights_validate_and_predict(kind: str, monkeypatch: pytest.Mo
     else:
         detector = {"name": "retinanet", "anchors": {"boxes": [[4, 4, 4]]}, "fpn_channels": 8, "num_convs": 0}
         module = DetectionModule(backbone, detector, ["nodule"], {}, SIZE, {}, {}, ema=0.9)
-        predict = lambda: module.predict_image(torch.zeros(1, *SIZE))  # noqa: E731
+        predict = lambda: module.predict_views(torch.zeros(1, *SIZE))  # noqa: E731
     module.eval()
     seen: list[object] = []
     for name, network in module.networks.items():

@@ -203,8 +203,7 @@ def _normalised(cached: Cached, about: dict[str, Any]) -> tuple[torch.Tensor, tu
     """A prepared volume as the network was trained on it, and the value that stands for outside it."""
     body = image_histograms(cached.image, {"body": cached.body}, about["modality"])["body"]
     normalisation = normalisation_of(about["intensity"], len(about["modality"]))(body, cached.moments)
-    pad = normalisation(torch.tensor(normalisation.pad_value).view(-1, 1, 1, 1)).flatten().tolist()
-    return normalisation(torch.from_numpy(cached.image)), tuple(pad)
+    return normalisation(torch.from_numpy(cached.image)), normalisation.padding
 
 
 def _check_members(checkpoints: Sequence[str | Path], members: list[Any]) -> None:

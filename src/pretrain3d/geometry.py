@@ -93,13 +93,6 @@ class Frame:
         array = array.transpose(*range(lead), *(lead + axis for axis in self.permutation))
         return array[(..., *(slice(None, None, -1) if flip else slice(None) for flip in self.flipped))]
 
-    def unorient(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `orient`. A view."""
-        array = array[(..., *(slice(None, None, -1) if flip else slice(None) for flip in self.flipped))]
-        lead = array.ndim - 3
-        inverse = np.argsort(self.permutation)
-        return array.transpose(*range(lead), *(lead + int(axis) for axis in inverse))
-
     def to_original(self, boxes: np.ndarray) -> np.ndarray:
         """(N, 6) boxes in cached voxels -> (N, 6) float64 boxes in the input file's voxels and axis order."""
         boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 6)

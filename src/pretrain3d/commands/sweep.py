@@ -113,11 +113,7 @@ def _predicted(module: Any, datamodule: Any) -> dict[str, Any]:
 
     cases = {}
     for case_id in tqdm(held_out({"val": datamodule.val_ids}, "val"), desc="sweep", unit="case"):
-        image, case = datamodule.volume(case_id)
-        target: dict[str, Any] = {"boxes": case.boxes, "labels": case.labels, "annotated": case.annotated}
-        try:
-            views = module.predict_views(image, datamodule.pad_value(case_id))
-        except UserError as error:
-            raise UserError(f"case {case_id}: {error}") from error
+        _, case, views = module.predict_case(datamodule, case_id)
+        target = {"boxes": case.boxes, "labels": case.labels, "annotated": case.annotated}
         cases[case_id] = SweepCase(views, target)
     return cases

@@ -103,6 +103,7 @@ def test_run(
 
     from pretrain3d.backbones.transfer import fingerprint
     from pretrain3d.data.leakage import find, warning
+    from pretrain3d.detection.merge import merge
     from pretrain3d.evaluation.strata import chosen_values
     from pretrain3d.reporting.case_pictures import save_case_picture
 
@@ -125,11 +126,8 @@ def test_run(
     say_what_is_replaced(folder.path, asked)
 
     def predict(case_id: str) -> Prediction:
-        image, case = datamodule.volume(case_id)
-        try:
-            found = module.predict_image(image, datamodule.pad_value(case_id))
-        except UserError as error:
-            raise UserError(f"case {case_id}: {error}") from error
+        image, case, views = module.predict_case(datamodule, case_id)
+        found = merge(views, module.merging)
         boxes, scores, labels = (value.cpu().numpy() for value in (found.boxes, found.scores, found.labels))
         if case_ids.index(case_id) < pictures:
             path = folder.path / "pictures" / f"test_{case_id}.npz"

@@ -37,7 +37,7 @@ class _CaseNames(Dataset[dict[str, str]]):
 
 
 class DataModule(lightning.LightningDataModule):
-    """Patches for training, whole cases (or fixed patches) for validation, whole cases for test and prediction.
+    """Patches for training, whole cases or fixed patches for validation; any whole case for who asks.
 
     Several processes need ``Trainer(use_distributed_sampler=False)``: samples are dealt out here. Endless training
     batches need ``max_steps`` and ``val_check_interval`` with ``check_val_every_n_epoch=None``.
@@ -152,8 +152,7 @@ class DataModule(lightning.LightningDataModule):
     def pad_value(self, case_id: str) -> tuple[float, ...]:
         """Per channel, the normalised intensity that stands for outside the volume."""
         part, case = self._find(case_id)
-        normalisation = part.normalisation(case)
-        return tuple(normalisation(torch.tensor(normalisation.pad_value).view(-1, 1, 1, 1)).flatten().tolist())
+        return part.normalisation(case).padding
 
     def label_map(self, case_id: str) -> LabelMap:
         """What a whole case teaches voxel by voxel; only with ``labels``."""
@@ -227,21 +226,13 @@ class DataModule(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Whole cases, or fixed patches; each on one process only. A process without a case sees `NO_CASE`."""
-        if self.validation == "volumes":
-            return self._volumes(self.val_ids)
         rank, world_size = self._process()
+        if self.validation == "volumes":
+            return DataLoader(_CaseNames(self.val_ids[rank::world_size] or [NO_CASE]), batch_size=None)
         dataset = self._patches("val", 0, STILL, {})  # seed 0: the same patches for all runs
         indices = list(range(rank, max(self.num_val_patches, world_size), world_size))
         batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
         return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available())
-
-    def test_dataloader(self) -> DataLoader:
-        """Whole test cases, each on one process only."""
-        return self._volumes(self.test_ids)
-
-    def predict_dataloader(self) -> DataLoader:
-        """Same as `test_dataloader`."""
-        return self._volumes(self.test_ids)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Raw patches become a batch on the device; names of cases pass."""
@@ -258,10 +249,6 @@ class DataModule(lightning.LightningDataModule):
             for part in self.sets
         }  # fmt: skip
         return PatchMixture(parts, seed) if len(parts) > 1 else parts[self.sets[0].name]
-
-    def _volumes(self, case_ids: Sequence[str]) -> DataLoader:
-        rank, world_size = self._process()
-        return DataLoader(_CaseNames(case_ids[rank::world_size] or [NO_CASE]), batch_size=None)
 
     def _process(self) -> tuple[int, int]:
         """Rank and number of processes."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +21,6 @@ KEYS = ("scheme", "foreground", "low", "high", "mean", "std")
 FOREGROUNDS = {"ct": ("objects", "body"), "zscore": ("body", "image")}  # of schemes that measure something
 PERCENTILES = (0.5, 99.5)
 MIN_STD = 1e-6
-
-Array = TypeVar("Array", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True)
@@ -47,24 +44,23 @@ class Normalisation:
         """(C) raw value outside the volume: ``low`` where it is finite, else ``mean``."""
         return tuple(a if math.isfinite(a) else m for a, m in zip(self.low, self.mean, strict=True))
 
-    def __call__(self, image: Array) -> Array:
-        """(C, X, Y, Z) raw intensities -> float32, an array for an array and a tensor for a tensor."""
-        assert len(image) in (1, len(self.mean)), (image.shape, len(self.mean))
-        if isinstance(image, Tensor):
-            low, high, mean, std = (
-                torch.tensor(v, dtype=torch.float32, device=image.device).view(-1, 1, 1, 1) for v in self._parts
-            )
-            return (image.float().clamp(low, high) - mean) / std
-        low, high, mean, std = (np.asarray(v, dtype=np.float32).reshape(-1, 1, 1, 1) for v in self._parts)
-        return (np.clip(image.astype(np.float32), low, high) - mean) / std
-
     @property
-    def _parts(self) -> tuple[tuple[float, ...], ...]:
-        return self.low, self.high, self.mean, self.std
+    def padding(self) -> tuple[float, ...]:
+        """(C) `pad_value`, normalised."""
+        return tuple(self(torch.tensor(self.pad_value).view(-1, 1, 1, 1)).flatten().tolist())
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(C, X, Y, Z) raw intensities -> float32."""
+        assert len(image) in (1, len(self.mean)), (image.shape, len(self.mean))
+        low, high, mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=image.device).view(-1, 1, 1, 1)
+            for values in (self.low, self.high, self.mean, self.std)
+        )
+        return (image.float().clamp(low, high) - mean) / std
 
 
 def normalisation_for(
-    store: Store, intensity: dict[str, Any], fold: int, num_folds: int = 5, seed: int = 0
+    store: Store, intensity: dict[str, Any], fold: int, num_folds: int = 5
 ) -> Callable[[Case], Normalisation]:
     """How to normalise each case of a store.
 
@@ -73,12 +69,11 @@ def normalisation_for(
         intensity: the plan's ``intensity``; see `resolve_intensity`.
         fold: "ct" takes its statistics from the training cases of this fold only.
         num_folds: as in `fold_cases`.
-        seed: as in `fold_cases`.
 
     Raises:
         UserError: unknown scheme or foreground, missing or senseless values.
     """
-    resolved = resolve_intensity(store, intensity, fold, num_folds, seed)
+    resolved = resolve_intensity(store, intensity, fold, num_folds)
     of_image = normalisation_of(resolved, len(store.modality))
     if resolved.get("foreground") == "image" and not all(case.moments for case in store.cases.values()):
         raise UserError(f"{store.path} does not hold what intensity.foreground=image needs; prepare the data again")
@@ -109,9 +104,7 @@ def normalisation_of(
     return lambda body, image: fixed
 
 
-def resolve_intensity(
-    store: Store, intensity: dict[str, Any], fold: int, num_folds: int = 5, seed: int = 0
-) -> dict[str, Any]:
+def resolve_intensity(store: Store, intensity: dict[str, Any], fold: int, num_folds: int = 5) -> dict[str, Any]:
     """The plan's ``intensity`` with every number filled in, so that it means the same without the store.
 
     "ct": percentiles 0.5 and 99.5, then mean and standard deviation of the values clipped to them, of the foreground of
@@ -145,7 +138,7 @@ def resolve_intensity(
         }
     else:
         if any(value is None for value in given.values()):
-            defaults = _foreground_statistics(store, intensity, fold, num_folds, seed)
+            defaults = _foreground_statistics(store, intensity, fold, num_folds)
     return {"scheme": scheme, **{k: defaults[k] if value is None else value for k, value in given.items()}}
 
 
@@ -172,10 +165,10 @@ def _num_windows(given: dict[str, Any], channels: int) -> int:
 
 
 def _foreground_statistics(
-    store: Store, intensity: dict[str, Any], fold: int, num_folds: int, seed: int
+    store: Store, intensity: dict[str, Any], fold: int, num_folds: int
 ) -> dict[str, list[float]]:
     """Per channel, from the merged histograms of the fold's training cases ("pretrain" cases where there are none)."""
-    splits = fold_cases(store, fold, num_folds, seed)
+    splits = fold_cases(store, fold, num_folds)
     cases = [store.cases[case_id] for case_id in splits["train"] or splits["pretrain"]]
     has_objects = any(case.histograms["objects"][0].total for case in cases)
     foreground = intensity.get("foreground") or ("objects" if has_objects else "body")

@@ -79,8 +79,7 @@ class ProbePatches:
         region = tuple(int(value) for value in start), tuple(int(value) for value in stop)
         normalisation = self.normalisation(case)
         image = normalisation(torch.from_numpy(self.store.read(case.id, "image", *region)))
-        pads = normalisation(torch.tensor(normalisation.pad_value).view(-1, 1, 1, 1))  # (C, 1, 1, 1)
-        padded = pads.expand(-1, *self.patch.tolist()).clone()
+        padded = torch.tensor(normalisation.padding).view(-1, 1, 1, 1).expand(-1, *self.patch.tolist()).clone()
         padded[:, : image.shape[1], : image.shape[2], : image.shape[3]] = image
         organs = np.zeros(stop - start, dtype=np.int64)
         if self.has_organs:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain3d.config import UserError, by_text
+from pretrain3d.data.case import Case
 from pretrain3d.data.module import NO_CASE
 from pretrain3d.data.semantic import unpaired_sides
 from pretrain3d.detection import DETECTORS
@@ -102,9 +103,21 @@ class DetectionModule(BaseModule):
             losses = self.detector.loss(outputs, batch)
         return self.finish_losses(losses, batch, "train")
 
-    def predict_image(self, image: Tensor, pad_value: tuple[float, ...] = (0.0,)) -> Detections:
-        """Boxes of a whole volume, in its voxels; see `predict_views`."""
-        return merge(self.predict_views(image, pad_value), self.merging)
+    def predict_case(self, data: Any, case_id: str) -> tuple[Tensor, Case, list[TileDetections]]:
+        """A whole case, in its cached voxels: its image, what its store knows of it, and its boxes, not merged yet.
+
+        Args:
+            data: the `DataModule` that has the case.
+            case_id: of the case.
+
+        Raises:
+            UserError: the network gives NaN; names the case.
+        """
+        image, case = data.volume(case_id)
+        try:
+            return image, case, self.predict_views(image, data.pad_value(case_id))
+        except UserError as error:
+            raise UserError(f"case {case_id}: {error}") from error
 
     @torch.no_grad()
     def predict_views(self, image: Tensor, pad_value: tuple[float, ...] = (0.0,)) -> list[TileDetections]:
@@ -167,14 +180,10 @@ class DetectionModule(BaseModule):
         case_id = batch["case_id"]
         if case_id == NO_CASE:
             return {}
-        image, case = datamodule.volume(case_id)
-        try:
-            found = self.predict_image(image, datamodule.pad_value(case_id))
-        except UserError as error:
-            raise UserError(f"case {case_id}: {error}") from error
+        _, case, views = self.predict_case(datamodule, case_id)
         self.metric.update(
             datamodule.val_ids.index(case_id),
-            found,
+            merge(views, self.merging),
             torch.as_tensor(case.boxes),
             torch.as_tensor(case.labels),
             case.annotated,
