@@ -23,29 +23,57 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
     from pretrain3d.backbones.transfer import transfer_into
     from pretrain3d.data.leakage import Corpus, find, merged, warning
     from pretrain3d.modules import MODULES
-    from pretrain3d.modules.monitors import through_shared_stem
-    from pretrain3d.reporting.results import commit
 
-    store = datamodule.store
     backbone_node = {**settings["backbone"], "in_channels": datamodule.in_channels}
     backbone = build(BACKBONES, backbone_node, "backbone")
     check_patch(datamodule, backbone, settings)
+    module_node, given = _module_of(settings, datamodule)
+    note = _note(settings, datamodule, backbone_node, module_node)
     transfer = settings.get("transfer") or {}
-    module_node = dict(settings["module"])
-    given: dict[str, Any] = {"backbone": backbone, "patch_size": tuple(datamodule.patch_size)}
-    method = module_node.get("method", {}).get("name", "")
-    if module_node["name"] == "segmentation":
-        given["label_classes"] = datamodule.label_classes
-    if module_node["name"] == "detection":
-        if len(datamodule.sets) > 1:
-            raise UserError("data.store lists several stores; a detector is trained on one")
-        detector = with_levels(module_node["detector"], store.plan, settings["backbone"]["name"])
-        detector = with_anchors(detector, store.plan.get("anchors"))
-        module_node["detector"] = detector
-        given |= {"classes": store.classes, "mirror_classes": store.mirror_classes}
-        method = detector["name"]
+    if transfer.get("path"):
+        report = transfer_into(backbone, str(transfer["path"]), adapt=tuple(transfer.get("adapt") or ()))
+        note["transfer"] = report.to_dict()
+        note["pretrained_on"] = report.corpus
+        print(f"{folder.path}: {report}")
+        warn_of_spacing(report.preprocessing.get("spacing_mm"), datamodule.store.spacing_mm)
+    cases = [(part.store, split, getattr(part, f"{split}_ids")) for part in datamodule.sets for split in SPLITS]
+    note["leakage"] = find(note.get("pretrained_on"), cases)
+    note["corpus"] = merged(*(Corpus.of(part.store, part.train_ids).to_dict() for part in datamodule.sets))
+    if note["leakage"]:
+        print(warning(note["leakage"], str(transfer["path"])), file=sys.stderr)
+    given |= {"backbone": backbone, "patch_size": tuple(datamodule.patch_size), "note": note}
+    module = build(MODULES, module_node, "module", **given)
+    asked = settings["module"].get("detector", {})
+    if "anchors" in module_node.get("detector", {}) and asked.get("anchors") is None:
+        name, own = settings["backbone"]["name"], asked.get("detection_levels") is not None
+        warn_of_anchors(module.detector.anchors.level_sizes(), datamodule, name, own)
+    return module
+
+
+def _module_of(settings: dict[str, Any], datamodule: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The node of the module, completed by the plan, and what it is given of the data."""
+    node, store = dict(settings["module"]), datamodule.store
+    if node["name"] == "segmentation":
+        return node, {"label_classes": datamodule.label_classes}
+    if node["name"] != "detection":
+        return node, {}
+    if len(datamodule.sets) > 1:
+        raise UserError("data.store lists several stores; a detector is trained on one")
+    detector = with_levels(node["detector"], store.plan, settings["backbone"]["name"])
+    node["detector"] = with_anchors(detector, store.plan.get("anchors"))
+    return node, {"classes": store.classes, "mirror_classes": store.mirror_classes}
+
+
+def _note(
+    settings: dict[str, Any], datamodule: Any, backbone_node: dict[str, Any], module_node: dict[str, Any]
+) -> dict[str, Any]:
+    """What a checkpoint says of its run, before anything is transferred."""
+    from pretrain3d.modules.monitors import through_shared_stem
+    from pretrain3d.reporting.results import commit
+
+    store, trainer = datamodule.store, settings["trainer"]
     shared = through_shared_stem(datamodule.sets, module_node.get("method", {}))[0]
-    note = {
+    return {
         "version": 1,
         "kind": module_node["name"],
         "seed": settings["seed"],
@@ -57,41 +85,23 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         "sets": about_sets(datamodule),
         "batch": {
             "batch_size": datamodule.batch_size,
-            "accumulate_grad_batches": settings["trainer"].get("accumulate_grad_batches", 1),
+            "accumulate_grad_batches": trainer.get("accumulate_grad_batches", 1),
         },
-        "precision": settings["trainer"].get("precision", "32-true"),
+        "precision": trainer.get("precision", "32-true"),
         "source": {
             "run": settings["name"],
             "commit": commit(),
-            "method": method,
+            "method": module_node.get("detector", module_node.get("method", {})).get("name", ""),
             "data": "+".join(part.name for part in datamodule.sets),
             "data_hash": datamodule.data_hash,
             "licence": ", ".join(dict.fromkeys(part.store.licence for part in datamodule.sets)),
         },
         "transfer": None,
     }
-    if transfer.get("path"):
-        report = transfer_into(backbone, str(transfer["path"]), adapt=tuple(transfer.get("adapt") or ()))
-        note["transfer"] = report.to_dict()
-        note["pretrained_on"] = report.corpus
-        print(f"{folder.path}: {report}")
-        warn_of_spacing(report.preprocessing.get("spacing_mm"), store.spacing_mm)
-    cases = [(part.store, split, getattr(part, f"{split}_ids")) for part in datamodule.sets for split in SPLITS]
-    note["leakage"] = find(note.get("pretrained_on"), cases)
-    note["corpus"] = merged(*(Corpus.of(part.store, part.train_ids).to_dict() for part in datamodule.sets))
-    if note["leakage"]:
-        print(warning(note["leakage"], str(transfer["path"])), file=sys.stderr)
-    module = build(MODULES, module_node, "module", note=note, **given)
-    asked = settings["module"].get("detector", {})
-    if "anchors" in module_node.get("detector", {}) and asked.get("anchors") is None:
-        name, own = settings["backbone"]["name"], asked.get("detection_levels") is not None
-        warn_of_anchors(module.detector.anchors.level_sizes(), datamodule, name, own)
-    return module
 
 
 def check_patch(datamodule: Any, backbone: Any, settings: dict[str, Any]) -> None:
     """Raises UserError when patches are no multiple of what the backbone needs; crops of views are no patches."""
-
     patch, multiple = datamodule.patch_size, backbone.size_multiple
     if settings["module"]["name"] == "contrastive" or not any(s % m for s, m in zip(patch, multiple, strict=True)):
         return

@@ -65,11 +65,10 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
     import torch
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from pretrain3d.devices import is_out_of_memory, short_precision
+    from pretrain3d.devices import short_precision
     from pretrain3d.modules import MODULES
     from pretrain3d.modules.base import NOTE
     from pretrain3d.modules.checkpoint import read_checkpoint
-    from pretrain3d.planning.memory import out_of_memory_advice
 
     check_arguments(settings)
     check_precision(settings["trainer"].get("precision"))
@@ -108,8 +107,7 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
             error.filename = str(folder.path)
         raise
     except SystemExit as error:  # how Lightning ends after either signal
-        terminated, interrupted = isinstance(error, SIGTERMException), isinstance(error.__context__, KeyboardInterrupt)
-        if not terminated and not interrupted:
+        if not isinstance(error, SIGTERMException) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         if trainer.is_global_zero:
             end = f" of {trainer.max_steps}" if trainer.max_steps > 0 else ""
@@ -117,25 +115,34 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
             kept = f"continues from the checkpoint of step {folder.state()['step']}"
             begins = "begins again, there is no checkpoint yet"
             print(f"{folder.path}: {at}; the same call {kept if folder.last.is_file() else begins}", file=sys.stderr)
-        return 143 if terminated else 130
+        return 143 if isinstance(error, SIGTERMException) else 130
     except (RuntimeError, MemoryError) as error:
-        if found := re.match(r"(\w+) does not have a deterministic implementation", str(error)):
-            raise UserError(
-                f"trainer.deterministic={settings['trainer'].get('deterministic')}: {found[1]} has no deterministic "
-                "form; trainer.deterministic=warn goes on without one"
-            ) from error
-        if not is_out_of_memory(error):
-            raise
-        functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-        tiles = getattr(module, "tile_batch", None) if "validation_step" in functions else None
-        sizes = datamodule.batch_size, datamodule.patch_size
-        raise UserError(out_of_memory_advice(settings, *sizes, tiles)) from error
+        if advice := advice_on(error, settings, module, datamodule):
+            raise UserError(advice) from error
+        raise
     if trainer.is_global_zero:
         timed_out = settings["trainer"].get("max_time") is not None and folder.state()["status"] == "running"
         why = ", stopped by trainer.max_time; a longer one goes on" if timed_out else ""
         why = ", tried out: no checkpoint is kept" if trainer.fast_dev_run else why
         print(f"{folder.path}: {trainer.global_step} steps{why}")
     return 0
+
+
+def advice_on(error: RuntimeError | MemoryError, settings: dict[str, Any], module: Any, datamodule: Any) -> str | None:
+    """What to change in the config so that a training goes without the error; None where nobody knows."""
+    from pretrain3d.devices import is_out_of_memory
+    from pretrain3d.planning.memory import out_of_memory_advice
+
+    if found := re.match(r"(\w+) does not have a deterministic implementation", str(error)):
+        return (
+            f"trainer.deterministic={settings['trainer'].get('deterministic')}: {found[1]} has no deterministic "
+            "form; trainer.deterministic=warn goes on without one"
+        )
+    if not is_out_of_memory(error):
+        return None
+    functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    tiles = getattr(module, "tile_batch", None) if "validation_step" in functions else None
+    return out_of_memory_advice(settings, datamodule.batch_size, datamodule.patch_size, tiles)
 
 
 def train(trainer: Any, module: Any, datamodule: Any, checkpoint: Path | None) -> None:

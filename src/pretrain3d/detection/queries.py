@@ -78,14 +78,12 @@ def candidates(
     Source: Carion et al. 2020, "DETR", equation 1; weights as in the pretraining study.
     """
     step = max(1, PAIRS // (logits.shape[1] * labels.shape[1]))
-    rows = [slice(first, first + step) for first in range(0, len(logits), step)]
-    best = [
-        _cheapest(
-            logits[row].float(), boxes[row].float(), targets[row], labels[row], valid[row], image_shape, gamma, alpha
-        )
-        for row in rows
-    ]
-    return torch.cat([costs for costs, _ in best]), torch.cat([index for _, index in best])
+    parts = zip(
+        logits.float().split(step), boxes.float().split(step), targets.split(step), labels.split(step),
+        valid.split(step), strict=True,
+    )  # fmt: skip
+    costs, queries = zip(*(_cheapest(*part, image_shape, gamma, alpha) for part in parts), strict=True)
+    return torch.cat(costs), torch.cat(queries)
 
 
 def _cheapest(

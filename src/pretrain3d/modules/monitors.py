@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from pretrain3d.config import UserError
 from pretrain3d.data.probe import ProbePatches
 from pretrain3d.evaluation.probe import probe
 from pretrain3d.objectives.collapse import MIN_LEVEL_STD, MIN_STD, effective_rank, spread, warning
@@ -45,8 +44,6 @@ class FeatureMonitor(Callback):
     """
 
     def __init__(self, probe_every_n_validations: int = 1, patches: int = 48) -> None:
-        if probe_every_n_validations < 0:
-            raise UserError(f"trainer.probe_every_n_validations={probe_every_n_validations}: 0 (never) or more")
         self.probe_every = probe_every_n_validations
         self.num_patches = patches
         self.validations = 0

@@ -40,11 +40,14 @@ class Embedding(Protocol):
 class Method(Protocol):
     """A pretraining method; an ``nn.Module`` whose parameters are its decoder, tokens and heads.
 
-    Built as ``PRETRAINING[name](levels, in_channels, patch_size, decoder, **arguments)``; ``decoder`` builds a decoder
-    for the levels. A class that needs more of a backbone than a call has a static ``check_backbone(backbone)``, which
-    raises a UserError; one to which mirrored patches may be wrong has ``check_mirrors(flip_axes)``, which does so at
-    the start of `fit`. One that restores intensities has ``measure``, the name of its error; one that calls its
-    networks in another way in every batch, ``compilable = False``.
+    Built as ``PRETRAINING[name](levels, in_channels, patch_size, decoder, **arguments)``: the levels of the backbone,
+    finest first; the channels of the image; the (3,) voxels of a training patch; and what builds a decoder from the
+    levels and the number of its output channels, see `Decoder`.
+
+    A class that needs more of a backbone than a call has a static ``check_backbone(backbone)``, which raises a
+    UserError; one to which mirrored patches may be wrong has ``check_mirrors(flip_axes)``, which does so at the start
+    of `fit`. One that restores intensities has ``measure``, the name of its error; one that calls its networks in
+    another way in every batch, ``compilable = False``.
     """
 
     def prepare(self, batch: dict[str, Any], generator: list[torch.Generator]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ drawn on the host, so nothing waits for the device; fields of noise are drawn on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -161,6 +161,21 @@ def cut_out_windows(rng: np.random.Generator, shape: Sequence[int], most: float 
         dropped += int((stops - starts).prod())
         windows.append(_window(starts, stops))
     return windows
+
+
+def restored_pictures(restored: Tensor, prepared: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Central slices along z of the first sample's first channel, (X, Y) float32 each.
+
+    Args:
+        restored: (B, C, X, Y, Z).
+        prepared: ``targets`` and ``inputs`` of that shape.
+
+    Returns:
+        ``original``, ``corrupted``, ``restored``.
+    """
+    arrays = {"original": prepared["targets"], "corrupted": prepared["inputs"], "restored": restored}
+    middle = restored.shape[-1] // 2
+    return {name: array[0, 0, :, :, middle].detach().float().cpu().numpy() for name, array in arrays.items()}
 
 
 def _window(starts: np.ndarray, stops: np.ndarray) -> Window:

@@ -25,10 +25,7 @@ class MAE(nn.Module):
     looks at all of them.
 
     Args:
-        levels: of the backbone, finest first.
-        in_channels: of the image.
-        patch_size: (3,) voxels.
-        decoder: builds the decoder from the levels and the number of output channels; see `contract.Decoder`.
+        levels, in_channels, patch_size, decoder: see `contract.Method`.
         ratio: share of blocks that are hidden, in (0, 1).
         block: side of a block in voxels, (3,) or one number; ``None`` = one token on a Transformer, else
             `masking.block_size` of the patch.

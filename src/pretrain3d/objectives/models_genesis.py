@@ -26,10 +26,7 @@ class ModelsGenesis(nn.Module):
     what lies beyond the range is clipped in both. Probabilities are those of the original.
 
     Args:
-        levels: of the backbone, finest first.
-        in_channels: of the image.
-        patch_size: (3,) voxels.
-        decoder: builds the decoder from the levels and the number of output channels.
+        levels, in_channels, patch_size, decoder: see `contract.Method`.
         flip: probability of a flip of a random axis, up to three times in turn, the same for input and target.
         shuffle: probability of `corruptions.shuffle_windows`.
         bend: probability of a random intensity curve, `corruptions.bezier_table`.
@@ -152,11 +149,5 @@ class ModelsGenesis(nn.Module):
         return mean_errors(guesses, targets, inside, self.training)
 
     def pictures(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """Central slices along z of the first sample's first channel: ``original``, ``corrupted``, ``restored``."""
-        arrays = {
-            "original": prepared["targets"],
-            "corrupted": prepared["inputs"],
-            "restored": outputs["reconstruction"],
-        }
-        middle = prepared["targets"].shape[-1] // 2
-        return {name: array[0, 0, :, :, middle].detach().float().cpu().numpy() for name, array in arrays.items()}
+        """``original``, ``corrupted``, ``restored``; see `corruptions.restored_pictures`."""
+        return corruptions.restored_pictures(outputs["reconstruction"], prepared)

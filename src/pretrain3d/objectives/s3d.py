@@ -46,10 +46,7 @@ class S3D(nn.Module):
     is active everywhere. `Densify` fills each level, a U-Net decoder predicts the normalised intensities.
 
     Args:
-        levels: of the backbone, finest first.
-        in_channels: of the image.
-        patch_size: (3,) voxels.
-        decoder: builds the decoder from the levels and the number of output channels.
+        levels, in_channels, patch_size, decoder: see `contract.Method`.
         ratio: share of blocks that are hidden, in (0, 1).
         block: side of a block in voxels, (3,) or one number; ``None`` = `masking.block_size` of the patch.
 

@@ -32,10 +32,7 @@ class Segmentation(nn.Module):
     without a voxel in the batch counts in the cross-entropy only, since its Dice would be a constant.
 
     Args:
-        levels: of the backbone, finest first.
-        in_channels: of the image.
-        patch_size: (3,) voxels.
-        decoder: builds the decoder from the levels and the number of output channels.
+        levels, in_channels, patch_size, decoder: see `contract.Method`.
         classes: names of the classes of each data set; outputs stand in this order.
         make_stem: a copy of the backbone's stem; ``None`` where it has none that can be replaced.
         outputs: see above; several data sets need ``sigmoid``.

@@ -21,10 +21,8 @@ class SimMIM(nn.Module):
     """All tokens are encoded, the hidden ones as one learned token at their positions; a light head predicts the image.
 
     Args:
-        levels: of a backbone with ``embed`` and ``encode`` (Primus, ViT, Swin), finest first.
-        in_channels: of the image.
-        patch_size: (3,) voxels.
-        decoder: builds the decoder from the levels and the number of output channels; see `contract.Decoder`.
+        levels, in_channels, patch_size, decoder: see `contract.Method`; the backbone has ``embed`` and ``encode``
+            (Primus, ViT, Swin).
         ratio: share of blocks that are hidden, in (0, 1).
         block: side of a block in voxels, (3,) or one number, a multiple of the patches that are embedded; ``None`` =
             one token on a Transformer of one level, else `masking.block_size` of the patch.

@@ -27,10 +27,7 @@ class SliceMAE(nn.Module):
     it do nothing. So every weight learns, whichever axis is drawn, and the weights fit volumes as they are.
 
     Args:
-        levels: of the backbone, finest first.
-        in_channels: of the image.
-        patch_size: (3,) voxels.
-        decoder: builds the decoder from the levels and the number of output channels.
+        levels, in_channels, patch_size, decoder: see `contract.Method`.
         ratio: share of blocks that are hidden, in (0, 1).
         block: side of a block in voxels, (3,) or one number; ``None`` = `masking.block_size` of the patch.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pretrain3d.config import UserError
 from pretrain3d.devices import sent
 from pretrain3d.objectives.contract import Backbone, Decoder, PyramidLevel
-from pretrain3d.objectives.corruptions import cut_out_windows, host_rng
+from pretrain3d.objectives.corruptions import cut_out_windows, host_rng, restored_pictures
 from pretrain3d.objectives.inpainting import visible_mean
 from pretrain3d.objectives.simclr import nt_xent
 from pretrain3d.parallel import all_gather, all_sum
@@ -33,10 +33,7 @@ class SwinMix(nn.Module):
     (``data.flip_axes``): that is half a turn, and the quarters could be told from each other only up to it.
 
     Args:
-        levels: of the backbone, finest first.
-        in_channels: of the image.
-        patch_size: (3,) voxels; x and y must be equal.
-        decoder: builds the decoder, a light one without skips, from the levels and the number of output channels.
+        levels, in_channels, patch_size, decoder: see `contract.Method`; x and y of the patch must be equal.
         drop: at most this share of a view becomes noise, and at most this share another sample's.
         temperature: of NT-Xent.
         reconstruction, rotation, contrast: weights of the three losses.
@@ -209,14 +206,8 @@ class SwinMix(nn.Module):
         return torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
 
     def pictures(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """Central slices along z of the first view's first channel: ``original``, ``corrupted``, ``restored``."""
-        arrays = {
-            "original": prepared["targets"],
-            "corrupted": prepared["inputs"],
-            "restored": outputs["reconstruction"],
-        }
-        middle = prepared["targets"].shape[-1] // 2
-        return {name: array[0, 0, :, :, middle].detach().float().cpu().numpy() for name, array in arrays.items()}
+        """``original``, ``corrupted``, ``restored``, of the first view; see `corruptions.restored_pictures`."""
+        return restored_pictures(outputs["reconstruction"], prepared)
 
 
 def by_patch(views: Tensor) -> Tensor:

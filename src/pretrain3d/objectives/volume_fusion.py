@@ -26,10 +26,7 @@ class VolumeFusion(nn.Module):
     an earlier one. Loss: cross-entropy plus soft Dice, 1 : 1, background included.
 
     Args:
-        levels: of the backbone, finest first.
-        in_channels: of the image.
-        patch_size: (3,) voxels.
-        decoder: builds the decoder from the levels and the number of output channels.
+        levels, in_channels, patch_size, decoder: see `contract.Method`.
         classes: number of mixing weights, evenly from 0 to 1.
         boxes: (2,) fewest and most boxes per patch.
         side: (2,) shortest and longest side of a box, as shares of the axis.

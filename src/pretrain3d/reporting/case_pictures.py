@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 TRUE, PREDICTED = "#3ddc62", "#ff9d2e"
+POINTS = 3  # that planes are laid through
 PLANES = ("sagittal", "coronal", "axial")  # perpendicular to x, y, z of RAS axes
 
 
@@ -31,7 +32,6 @@ def case_picture(
     scores: np.ndarray,
     classes: Sequence[str],
     spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
-    num_points: int = 3,
     points: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Three planes through a few objects of a case, and its boxes.
@@ -42,8 +42,8 @@ def case_picture(
         true_labels, labels, scores: (N,), (M,), (M,).
         classes: names of the labels.
         spacing_mm: size of a voxel.
-        num_points: objects to cut through: the largest of every class first; without objects the best prediction.
-        points: (P, 3) voxels to cut through instead.
+        points: (P, 3) voxels to cut through; None: `POINTS` objects, the largest of every class first; without objects
+            the best prediction.
 
     Returns:
         ``slice_<point>_<axis>`` (uint8, the plane perpendicular to that axis, the other axes in order), ``points``
@@ -54,7 +54,7 @@ def case_picture(
     true_boxes, boxes = (np.asarray(array, np.float32).reshape(-1, 6) for array in (true_boxes, boxes))
     best = np.argsort(-np.asarray(scores), kind="stable")[:100]
     if points is None:
-        points = _points(image.shape, true_boxes, np.asarray(true_labels), boxes[best[:1]], num_points)
+        points = _points(image.shape, true_boxes, np.asarray(true_labels), boxes[best[:1]])
     low, high = np.percentile(image[::2, ::2, ::2], (1.0, 99.8))
     planes: dict[str, Any] = {}
     for index, point in enumerate(points):
@@ -70,14 +70,14 @@ def case_picture(
     }  # fmt: skip
 
 
-def _points(shape: tuple[int, ...], boxes: np.ndarray, labels: np.ndarray, best: np.ndarray, count: int) -> np.ndarray:
+def _points(shape: tuple[int, ...], boxes: np.ndarray, labels: np.ndarray, best: np.ndarray) -> np.ndarray:
     """(P, 3) voxels to cut at: centres of true objects, of the best prediction, or of the volume."""
     if len(boxes):
         volume = np.prod(boxes[:, 3:] - boxes[:, :3], axis=1)
         by_size = np.argsort(-volume, kind="stable")
         _, first = np.unique(labels[by_size], return_index=True)  # the largest of each class
         order = [*by_size[np.sort(first)], *np.delete(by_size, first)]
-        boxes = boxes[order[:count]]
+        boxes = boxes[order[:POINTS]]
     elif len(best):
         boxes = best
     else:

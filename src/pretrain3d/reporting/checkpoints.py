@@ -43,8 +43,7 @@ class Checkpoints(Checkpoint):
     def __init__(
         self, folder: str | Path, every_n_steps: int, monitor: str | None = "val/mAP", mode: str = "max"
     ) -> None:
-        if every_n_steps < 1:
-            raise UserError(f"checkpoints are to be written every {every_n_steps} steps; expected 1 or more")
+        assert every_n_steps >= 1, every_n_steps
         assert mode in ("max", "min"), mode
         self.run_folder = Path(folder)
         self.folder = self.run_folder / "checkpoints"

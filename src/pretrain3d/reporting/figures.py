@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,11 +33,11 @@ def to_svg(figure: Figure) -> str:
     return svg[svg.index("<svg") :]
 
 
-def to_png(figure: Figure, dpi: int = 110) -> str:
+def to_png(figure: Figure) -> str:
     """A figure as the ``data:`` address of a PNG."""
     file = io.BytesIO()
     FigureCanvasAgg(figure)
-    figure.savefig(file, format="png", dpi=dpi, facecolor=figure.get_facecolor(), metadata={"Software": None})
+    figure.savefig(file, format="png", dpi=110, facecolor=figure.get_facecolor(), metadata={"Software": None})
     return png_address(file.getvalue())
 
 
@@ -71,7 +71,7 @@ def training_curves(panels: Mapping[str, Mapping[str, Mapping[str, Curve]]], col
                 axes.set_ylim(*_range_of_losses(lines))
             else:
                 axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # what varies little would touch the edge
-        _legend(figure, [run for run in colours if any(run in lines for lines in panels.values())], colours)
+        _legend(figure, panels.values(), colours)
     return figure
 
 
@@ -92,7 +92,10 @@ def _range_of_losses(lines: Mapping[str, Mapping[str, Curve]]) -> tuple[float, f
     return float(low) - margin, float(high) + margin
 
 
-def _legend(figure: Figure, runs: Sequence[str], colours: Mapping[str, str]) -> None:
+def _legend(figure: Figure, drawn: Iterable[Iterable[str]], colours: Mapping[str, str]) -> None:
+    """Of the runs that are ``drawn`` in some panel, in the order of the colours."""
+    seen = {run for panel in drawn for run in panel}
+    runs = [run for run in colours if run in seen]
     handles = [Line2D([], [], color=colours[run], marker="o", markersize=4, label=run) for run in runs]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(runs), 2), fontsize=9)
 
@@ -125,25 +128,24 @@ def froc_curves(
             axes.set_xscale("log", base=2)
             axes.set_xticks(rates, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
             axes.set(title=title, xlabel="false positives per case", ylabel="sensitivity", ylim=(0, 1.02))
-        _legend(figure, [run for run in colours if any(run in curves for curves in panels.values())], colours)
+        _legend(figure, panels.values(), colours)
     return figure
 
 
 def precision_recall_curves(
-    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], title: str, colours: Mapping[str, str]
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], colours: Mapping[str, str]
 ) -> Figure:
-    """One panel per class.
+    """One panel per class, at IoU 0.10.
 
     Args:
         panels: ``{class: {run: {"recall", "precision"}}}``.
-        title: above all panels.
         colours: of the runs.
     """
     columns = min(len(panels), 4)
     lines = -(-len(panels) // columns)
     with rc_context(STYLE):
         figure = Figure(figsize=(2.6 * max(columns, 3), 2.5 * lines + 0.9), layout="constrained")
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle("Precision and recall at IoU 0.10", fontsize=11)
         grid = np.ravel(figure.subplots(lines, columns, sharey=True, squeeze=False))
         for axes, (name, curves) in zip(grid, panels.items(), strict=False):
             for run, curve in curves.items():
@@ -152,7 +154,7 @@ def precision_recall_curves(
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
         grid[0].set_ylabel("precision")
-        _legend(figure, [run for run in colours if any(run in curves for curves in panels.values())], colours)
+        _legend(figure, panels.values(), colours)
     return figure
 
 
@@ -179,5 +181,5 @@ def values_per_class(
                 axes.plot([value], [place], "o", color=colours[run], markersize=5)
         axes.set_yticks(range(len(names)), names)
         axes.set(xlim=(-0.01, 1.01), ylim=(len(names) - 0.5, -0.5), xlabel=f"{key} (bars: 95 % interval over patients)")
-        _legend(figure, list(values), colours)
+        _legend(figure, [values], colours)
     return figure

@@ -140,9 +140,7 @@ def _curves(rows: Mapping[str, Sequence[Run]], colours: dict[str, str]) -> str:
                 if curve and curve.get("recall"):
                     panels.setdefault(name, {})[run.label] = curve
         if panels:
-            parts.append(
-                _svg(figures.precision_recall_curves(panels, "Precision and recall at IoU 0.10", colours), about)
-            )
+            parts.append(_svg(figures.precision_recall_curves(panels, colours), about))
     return "".join(parts)
 
 

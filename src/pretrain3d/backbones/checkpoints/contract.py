@@ -183,10 +183,10 @@ def citations_of(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [entry for entry in listed(stated) if isinstance(entry, Mapping)]
 
 
-def method_of(content: Mapping[str, Any], fallback: str) -> str:
-    """The pretraining method that a file of nnssl or nnU-Net names."""
+def method_of(content: Mapping[str, Any]) -> str:
+    """The pretraining method that a file of nnssl or nnU-Net names; "" where it names none."""
     plan = content.get("nnssl_adaptation_plan") or {}
     for entry in citations_of(content):
         if entry.get("type") == "Pretraining Method" and entry.get("name"):
             return str(entry["name"])
-    return str(content.get("trainer_name") or plan.get("trainer_name") or fallback)
+    return str(content.get("trainer_name") or plan.get("trainer_name") or "")

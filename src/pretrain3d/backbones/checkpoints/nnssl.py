@@ -249,4 +249,4 @@ def _source(content: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, An
         for key in ("apa_citations", "bibtex_citations")
         for text in listed(entry.get(key))
     ]
-    return {"method": method_of(content, ""), "data": str(data), "citations": [str(text) for text in citations]}
+    return {"method": method_of(content), "data": str(data), "citations": [str(text) for text in citations]}

@@ -9,10 +9,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from pretrain3d.files import replacing
-from pretrain3d.reporting.case_pictures import case_picture, draw_case
+from pretrain3d.reporting.case_pictures import POINTS, case_picture, draw_case
 from pretrain3d.reporting.formats.found import Found
-
-POINTS = 3  # boxes that planes are laid through
 
 
 def write_png(folder: Path, case: str, classes: Sequence[str], found: Found) -> None:
