@@ -40,11 +40,16 @@ def make(name: str, shape: Shape, channels: int = 1, **arguments: Any) -> tuple[
 
 
 def check_bf16_gradients(name: str, shape: Shape = (16, 16, 16), **arguments: Any) -> None:
+    """`check_bf16_gradients_of` a method of the registry on a tiny ResEnc."""
+    check_bf16_gradients_of(*make(name, shape, **arguments), make_batch(shape))
+
+
+def check_bf16_gradients_of(backbone: nn.Module, method: Any, batch: dict[str, Tensor]) -> None:
     """Under bf16 the losses are float32, and every parameter gets a finite gradient."""
-    backbone, method = make(name, shape, **arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        prepared = method.prepare(make_batch(shape), generators(0, 1))
+        prepared = method.prepare(batch, generators(0, 1))
         outputs = method(backbone, prepared)
+    assert any(output.dtype == torch.bfloat16 for output in outputs.values()), "autocast did nothing"
     losses = method.loss(outputs, prepared)
     for key, value in losses.items():
         assert value.dtype == torch.float32 and value.isfinite() and value.requires_grad == (key == "loss"), key

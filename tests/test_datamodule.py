@@ -216,13 +216,11 @@ def test_mistakes_are_named(path: str):
         ({"patch_size": [16, 16]}, r"patch_size=\[16, 16\]"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"label_fraction": 0.0}, r"label_fraction=0\.0"),
-        ({"pool": "test"}, "pool=test"),
         ({"augment": {"mixup": True}}, "no 'mixup'"),
         ({"intensity": "pretrained"}, "intensity=pretrained"),
         ({"fold": 5}, "fold"),
         ({"seed": -1}, "seed=-1"),
         ({"num_workers": -1}, "num_workers=-1"),
-        ({"validation": "none"}, "validation=none"),
     ]:
         with pytest.raises(UserError, match=message):
             DataModule(path, **settings)

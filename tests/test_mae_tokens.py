@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from backbone_variants import VARIANTS
+from method_checks import check_bf16_gradients_of, generators
 from torch import nn
 
 from pretrain3d.backbones.decoders import TokenDecoder, image_decoder
@@ -17,10 +18,6 @@ from pretrain3d.objectives.mae import MAE, visible_tokens
 from pretrain3d.objectives.masking import hidden_cells
 
 TOKENS = ("primus", "vit")
-
-
-def generators(batch: int = 2) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in range(batch)]
 
 
 def make(name: str, **arguments) -> tuple[nn.Module, MAE, dict[str, torch.Tensor]]:
@@ -34,7 +31,7 @@ def make(name: str, **arguments) -> tuple[nn.Module, MAE, dict[str, torch.Tensor
 @pytest.mark.parametrize("name", VARIANTS)
 def test_loss_voxels_are_exactly_the_hidden_ones(name):
     _, method, batch = make(name)
-    prepared = method.prepare(batch, generators())
+    prepared = method.prepare(batch, generators(0, 1))
     prediction = torch.randn(batch["image"].shape, requires_grad=True)
     method.loss({"reconstruction": prediction}, prepared)["loss"].backward()
     assert torch.equal(prediction.grad != 0, ~prepared["keep"] & batch["inside"])
@@ -45,12 +42,12 @@ def test_loss_voxels_are_exactly_the_hidden_ones(name):
 def test_hidden_voxels_influence_no_prediction_and_visible_ones_do(name):
     backbone, method, batch = make(name)
     backbone.eval()
-    prepared = method.prepare(batch, generators())
+    prepared = method.prepare(batch, generators(0, 1))
     seen = [torch.where(prepared["keep"], batch["image"], value) for value in (7.0, float("nan"))]
     moved = torch.where(prepared["keep"], batch["image"] * torch.linspace(0.5, 1.5, batch["image"].shape[-1]), 0.0)
     with torch.no_grad():
         a, b, c = (
-            method(backbone, method.prepare({**batch, "image": image}, generators()))["reconstruction"]
+            method(backbone, method.prepare({**batch, "image": image}, generators(0, 1)))["reconstruction"]
             for image in (*seen, moved)
         )
     assert a.shape == batch["image"].shape and a.isfinite().all()
@@ -59,15 +56,7 @@ def test_hidden_voxels_influence_no_prediction_and_visible_ones_do(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_bf16_gives_a_float32_loss_and_every_parameter_a_gradient(name):
-    backbone, method, batch = make(name)
-    with torch.autocast("cpu", torch.bfloat16):
-        prepared = method.prepare(batch, generators())
-        outputs = method(backbone, prepared)
-    loss = method.loss(outputs, prepared)["loss"]
-    assert loss.dtype == torch.float32
-    loss.backward()
-    for key, parameter in nn.ModuleDict({"backbone": backbone, "method": method}).named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+    check_bf16_gradients_of(*make(name))
 
 
 @pytest.mark.parametrize("name", TOKENS)
@@ -84,7 +73,7 @@ def test_only_visible_tokens_are_encoded(name, block):
         backbone.encoder.positions.zero_()
     seen = []
     backbone.encoder.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    prepared = method.prepare({"image": image, "inside": torch.ones_like(image, dtype=torch.bool)}, generators())
+    prepared = method.prepare({"image": image, "inside": torch.ones_like(image, dtype=torch.bool)}, generators(0, 1))
     method(backbone, prepared)
     (tokens,) = seen
     assert method.num_visible == tokens.shape[1] == 16
@@ -99,7 +88,7 @@ def test_the_decoder_sees_one_token_in_every_hidden_place(name):
     backbone, method, batch = make(name)
     fed = []
     method.decoder.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0][0]))
-    prepared = method.prepare(batch, generators())
+    prepared = method.prepare(batch, generators(0, 1))
     method(backbone, prepared)
     features = backbone(prepared["inputs"], prepared["keep"])[0]
     hidden = (features == 0).all(1)  # (B, x, y, z)
@@ -113,12 +102,12 @@ def test_the_decoder_sees_one_token_in_every_hidden_place(name):
 def test_blocks_that_cut_tokens_are_hidden_all_the_same(block):
     backbone, method, batch = make("primus", block=block, decoder_blocks=1)
     assert method.num_visible is None
-    prepared = method.prepare(batch, generators())
+    prepared = method.prepare(batch, generators(0, 1))
     losses = hidden_losses(method(backbone, prepared)["reconstruction"], prepared, True)
     losses["loss"].backward()
     assert all(p.grad.isfinite().all() for p in backbone.parameters())
     noise = torch.where(prepared["keep"], batch["image"], 100.0)
-    other = method.prepare({**batch, "image": noise}, generators())
+    other = method.prepare({**batch, "image": noise}, generators(0, 1))
     assert torch.equal(backbone(noise, other["keep"])[0], backbone(batch["image"], prepared["keep"])[0])
 
 

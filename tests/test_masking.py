@@ -6,12 +6,9 @@ import math
 
 import pytest
 import torch
+from method_checks import generators
 
 from pretrain3d.objectives.masking import block_mask, block_size, hidden_cells
-
-
-def generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 @pytest.mark.parametrize(("block", "hidden", "total"), [(16, 750, 1000), (8, 6000, 8000)])

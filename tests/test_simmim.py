@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from backbone_variants import VARIANTS
+from method_checks import check_bf16_gradients_of, generators
 from torch import nn
 
 from pretrain3d.backbones.decoders import PatchDecoder, UNetDecoder, image_decoder
@@ -18,10 +19,6 @@ from pretrain3d.objectives.simmim import SimMIM
 from pretrain3d.registry import build
 
 EMBEDDING = ("primus", "vit", "swin")
-
-
-def generators(batch: int = 2) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in range(batch)]
 
 
 def make(name: str, channels: int = 1, **arguments) -> tuple[nn.Module, SimMIM, dict[str, torch.Tensor]]:
@@ -38,7 +35,7 @@ def make(name: str, channels: int = 1, **arguments) -> tuple[nn.Module, SimMIM, 
 @pytest.mark.parametrize("channels", [1, 2])
 def test_loss_by_loops(channels, error):
     backbone, method, batch = make("primus", channels, error=error)
-    prepared = method.prepare(batch, generators())
+    prepared = method.prepare(batch, generators(0, 1))
     outputs = method(backbone, prepared)
     losses = method.loss(outputs, prepared)
     predicted, image = outputs["reconstruction"].detach().numpy(), batch["image"].numpy()
@@ -60,7 +57,7 @@ def test_loss_by_loops(channels, error):
 @pytest.mark.parametrize("name", EMBEDDING)
 def test_hidden_patches_are_the_mask_token_and_all_others_themselves(name):
     backbone, method, batch = make(name)
-    prepared = method.prepare(batch, generators())
+    prepared = method.prepare(batch, generators(0, 1))
     fed = []
     encode = backbone.encode
     backbone.encode = lambda embedded: fed.append(embedded) or encode(embedded)
@@ -82,9 +79,9 @@ def test_hidden_patches_are_the_mask_token_and_all_others_themselves(name):
 @pytest.mark.parametrize("name", EMBEDDING)
 def test_hidden_voxels_influence_nothing_and_loss_voxels_are_the_hidden_ones(name):
     backbone, method, batch = make(name, ratio=0.75)
-    prepared = method.prepare(batch, generators())
+    prepared = method.prepare(batch, generators(0, 1))
     noise = torch.where(prepared["keep"], batch["image"], float("nan"))
-    other = method.prepare({**batch, "image": noise}, generators())
+    other = method.prepare({**batch, "image": noise}, generators(0, 1))
     a, b = method(backbone, prepared)["reconstruction"], method(backbone, other)["reconstruction"]
     assert torch.equal(a, b)
     b.sum().backward()
@@ -96,15 +93,7 @@ def test_hidden_voxels_influence_nothing_and_loss_voxels_are_the_hidden_ones(nam
 
 @pytest.mark.parametrize("name", EMBEDDING)
 def test_bf16_gives_a_float32_loss_and_every_parameter_a_gradient(name):
-    backbone, method, batch = make(name)
-    with torch.autocast("cpu", torch.bfloat16):
-        prepared = method.prepare(batch, generators())
-        outputs = method(backbone, prepared)
-    loss = method.loss(outputs, prepared)["loss"]
-    assert loss.dtype == torch.float32
-    loss.backward()
-    for key, parameter in nn.ModuleDict({"backbone": backbone, "method": method}).named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+    check_bf16_gradients_of(*make(name))
 
 
 def test_counts_and_defaults_at_the_reference_size():
@@ -112,7 +101,7 @@ def test_counts_and_defaults_at_the_reference_size():
     method = SimMIM(primus.levels, 1, (160, 160, 160), partial(image_decoder, primus), ratio=0.75)
     assert method.block == (8, 8, 8) and isinstance(method.decoder, PatchDecoder)
     image = torch.zeros(1, 1, 160, 160, 160)
-    keep = method.prepare({"image": image, "inside": image == 0}, generators(1))["keep"]
+    keep = method.prepare({"image": image, "inside": image == 0}, generators(0))["keep"]
     assert (~keep[0, 0, ::8, ::8, ::8]).sum() == 6000 and (~keep).sum() == 6000 * 512
     swin = make("swin")[1]
     assert swin.ratio == 0.6 and swin.error is torch.abs and swin.block == (4, 8, 4)

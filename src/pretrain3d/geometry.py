@@ -7,7 +7,7 @@ affine takes voxel *centres*, hence the ``- 0.5`` in `Frame.to_world` and nowher
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,12 +65,12 @@ class Frame:
         assert self.cached_shape == self.crop_shape, "crop before resampling"
         offset = tuple(int(a + b) for a, b in zip(self.crop_start, start, strict=True))
         size = tuple(int(b - a) for a, b in zip(start, stop, strict=True))
-        return Frame(self.affine, self.shape, self.permutation, self.flipped, offset, size, size)  # type: ignore[arg-type]
+        return replace(self, crop_start=offset, crop_shape=size, cached_shape=size)  # type: ignore[arg-type]
 
     def resampled(self, cached_shape: tuple[int, ...]) -> Frame:
         """The frame after resampling the cropped volume to ``cached_shape`` (edges stay aligned)."""
         size = (int(cached_shape[0]), int(cached_shape[1]), int(cached_shape[2]))
-        return Frame(self.affine, self.shape, self.permutation, self.flipped, self.crop_start, self.crop_shape, size)
+        return replace(self, cached_shape=size)
 
     @property
     def factor(self) -> np.ndarray:
@@ -137,15 +137,7 @@ class Frame:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON and checkpoints."""
-        return {
-            "affine": self.affine.tolist(),
-            "shape": list(self.shape),
-            "permutation": list(self.permutation),
-            "flipped": list(self.flipped),
-            "crop_start": list(self.crop_start),
-            "crop_shape": list(self.crop_shape),
-            "cached_shape": list(self.cached_shape),
-        }
+        return {**{key: list(value) for key, value in vars(self).items()}, "affine": self.affine.tolist()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Frame:

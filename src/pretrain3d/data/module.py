@@ -103,7 +103,7 @@ class DataModule(lightning.LightningDataModule):
         self.num_workers = _at_least(0, "num_workers", num_workers)
         self.foreground = foreground
         self.num_val_patches = _at_least(1, "num_val_patches", num_val_patches)
-        self.validation = _one_of(("volumes", "patches"), "validation", validation)
+        self.validation = validation
         plan = self.store.plan
         self.patch_size = _patch_size(plan["patch_size"] if patch_size is None else patch_size)
         self.spatial, self.intensities = _augmentation(augment, tuple(flip_axes))
@@ -258,12 +258,6 @@ class DataModule(lightning.LightningDataModule):
 def _at_least(least: int, name: str, value: int, section: str = "data.") -> int:
     if value < least:
         raise UserError(f"{section}{name}={value}: at least {least}")
-    return value
-
-
-def _one_of(known: tuple[str, ...], name: str, value: str) -> str:
-    if value not in known:
-        raise UserError(f"data.{name}={value}: expected {' or '.join(known)}")
     return value
 
 

@@ -242,8 +242,6 @@ def cases_of_pool(
     for name, value in (("label_fraction", label_fraction), ("val_fraction", val_fraction)):
         if not 0 < value <= 1:
             raise UserError(f"data.{name}={value}: expected more than 0 and at most 1")
-    if pool not in ("train", "pretrain", "all"):
-        raise UserError(f"data.pool={pool}: expected train or pretrain or all")
     parts = fold_cases(store, fold, num_folds)
     train: list[str] = []
     val: list[str] = []

@@ -127,7 +127,7 @@ class VoCo(nn.Module):
             ``embeddings`` (B, T + N, D) float32; with a teacher ``teacher``, its own; ``labels`` (B, T, N).
         """
         # validation batches are not paired between processes
-        gather: Callable[[Tensor], Tensor] = all_gather if self.training else _unchanged
+        gather: Callable[[Tensor], Tensor] = all_gather if self.training else lambda value: value
         features = pooled_views(backbone, prepared["inputs"])  # (B, T + N, channels)
         outputs = {"labels": gather(prepared["labels"])}
         if self.teacher is not None:
@@ -196,10 +196,6 @@ class VoCo(nn.Module):
         slices = prepared["inputs"][0, :, 0, :, :, self.view_size[2] // 2].float().cpu().numpy()
         rows = {"target": 0, "nearest_base": self.targets + nearest, "chosen_base": self.targets + chosen}
         return {name: slices[row] for name, row in rows.items()}
-
-
-def _unchanged(value: Tensor) -> Tensor:
-    return value
 
 
 def similarity(targets: Tensor, bases: Tensor) -> Tensor:

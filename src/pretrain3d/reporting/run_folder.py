@@ -100,7 +100,7 @@ class RunFolder:
         write_json(self.path / "state.json", {**self.state(), "status": "running"})
 
     def drop_requeued(self) -> None:
-        """Removes what Lightning wrote, in earlier versions, when SLURM signalled the end of a job.
+        """Removes what Lightning's own handler writes when SLURM signals the end of a job, see `modules.stopping`.
 
         It is of the middle of a step, and a run would go on from it.
         """
