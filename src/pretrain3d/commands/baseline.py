@@ -13,14 +13,12 @@ from pretrain3d.commands.tested import (
     check_annotated,
     hash_of,
     held_out,
-    is_scored,
-    say_what_is_replaced,
+    is_to_be_tested,
     score_cases,
     truth_of,
     write_strata,
 )
 from pretrain3d.config import UserError
-from pretrain3d.files import check_writable
 from pretrain3d.options import output_folder
 
 
@@ -31,6 +29,7 @@ def test(
     from pretrain3d.data.splits import fold_cases
     from pretrain3d.data.store import Store
     from pretrain3d.evaluation.strata import chosen_values
+    from pretrain3d.reporting.results import SCORE_FILES
 
     if baseline not in ("mean_box", "threshold"):
         raise UserError(f"baseline={baseline}: it is mean_box or threshold")
@@ -41,15 +40,10 @@ def test(
     values = chosen_values(cases, by, truth_of(data, case_ids))
     asked = {"baseline": baseline, "fold": fold, "num_folds": num_folds, "split": split, "samples": samples,
              "data": data.data_hash, "cases": hash_of(data, of_fold["train"] + case_ids)}  # fmt: skip
-    if is_scored(folder, asked):
-        print(f"{folder / 'result.json'} is of this baseline already, nothing to predict")
-        write_strata(folder, by, values, samples)
-        return
-    check_writable(folder)
-    say_what_is_replaced(folder, asked)
-    predict = fit(baseline, data, of_fold["train"])
-    about = {"asked": asked, "config": {"baseline": baseline, "fold": fold, "num_folds": num_folds}, "seed": 0}
-    score_cases(folder, folder.name, data, case_ids, predict, about, samples)
+    if is_to_be_tested(folder, asked, "this baseline", SCORE_FILES):
+        predict = fit(baseline, data, of_fold["train"])
+        about = {"asked": asked, "config": {"baseline": baseline, "fold": fold, "num_folds": num_folds}, "seed": 0}
+        score_cases(folder, folder.name, data, case_ids, predict, about, samples)
     write_strata(folder, by, values, samples)
 
 

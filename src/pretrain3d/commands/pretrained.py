@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain3d.commands.tested import held_out, say_what_is_replaced
+from pretrain3d.commands.tested import held_out, is_to_be_tested
 from pretrain3d.commands.trained import about_run, log_to_wandb
 from pretrain3d.config import UserError
-from pretrain3d.files import check_writable
 from pretrain3d.reporting.run_folder import RunFolder
 
 
@@ -51,18 +50,15 @@ def write_held_out(
     """
     from pretrain3d.backbones.transfer import fingerprint
     from pretrain3d.data.leakage import find, merged, warning
-    from pretrain3d.reporting.results import is_current, write_result
+    from pretrain3d.reporting.results import write_result
 
     settings, source, split = folder.config(), module.note["source"], asked["split"]
     if split == "test" and not datamodule.test_ids:
         raise UserError(f"the data of {folder.path} hold no test case; split=val takes those that `fit` held out")
     case_ids = held_out({"test": datamodule.test_ids, "val": datamodule.val_ids}, split)
     asked = {**asked, "step": source["step"], "fingerprint": fingerprint(module.state_dict())}
-    if is_current(folder.path / "result.json", asked):
-        print(f"{folder.path / 'result.json'} is of these weights already, nothing to predict")
+    if not is_to_be_tested(folder.path, asked, "these weights"):
         return
-    check_writable(folder.path)
-    say_what_is_replaced(folder.path, asked)
     ids = [(part.store, split, getattr(part, f"{split}_ids")) for part in datamodule.sets]
     leakage = find(merged(module.note.get("pretrained_on"), module.note["corpus"]), ids)
     if leakage:

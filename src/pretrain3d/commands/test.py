@@ -12,15 +12,13 @@ from pretrain3d.commands.tested import (
     check_annotated,
     hash_of,
     held_out,
-    is_scored,
-    say_what_is_replaced,
+    is_to_be_tested,
     score_cases,
     truth_of,
     write_strata,
 )
 from pretrain3d.commands.trained import about_run, load_run, log_to_wandb, unswept
 from pretrain3d.config import UserError
-from pretrain3d.files import check_writable
 from pretrain3d.options import REQUIRED, read_options
 from pretrain3d.reporting.run_folder import RunFolder
 
@@ -106,6 +104,7 @@ def test_run(
     from pretrain3d.detection.merge import merge
     from pretrain3d.evaluation.strata import chosen_values
     from pretrain3d.reporting.case_pictures import save_case_picture
+    from pretrain3d.reporting.results import SCORE_FILES
 
     settings = folder.config()
     case_ids = held_out({"test": datamodule.test_ids, "val": datamodule.val_ids}, split)
@@ -117,13 +116,9 @@ def test_run(
     asked = {"checkpoint": checkpoint, "split": split, "samples": samples, "step": step,
              "fingerprint": fingerprint(module.state_dict()), "merging": module.merging.to_dict(),
              "threshold": threshold, "cases": hash_of(datamodule.store, case_ids)}  # fmt: skip
-    if is_scored(folder.path, asked):
-        print(f"{folder.path / 'result.json'} is of these weights already, nothing to predict")
+    if not is_to_be_tested(folder.path, asked, "these weights", SCORE_FILES):
         write_strata(folder.path, by, values, samples)
         return
-
-    check_writable(folder.path)
-    say_what_is_replaced(folder.path, asked)
 
     def predict(case_id: str) -> Prediction:
         image, case, views = module.predict_case(datamodule, case_id)

@@ -6,13 +6,14 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pretrain3d.config import UserError
+from pretrain3d.files import check_writable
 
 Prediction = tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes (N, 6) in cached voxels, scores (N,), labels (N,)
 
@@ -62,24 +63,29 @@ def hash_of(data: Any, case_ids: list[str]) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
-def is_scored(folder: Path, asked: dict[str, Any]) -> bool:
-    """Whether the folder holds the result of exactly ``asked``, and the score files that it was made from."""
-    from pretrain3d.reporting.results import SCORE_FILES, is_current
+def is_to_be_tested(folder: Path, asked: dict[str, Any], what: str, files: Iterable[str] = ()) -> bool:
+    """Whether the folder lacks the result of exactly ``asked``, or one of the ``files`` that it was made from.
 
-    return all((folder / name).is_file() for name in SCORE_FILES) and is_current(folder / "result.json", asked)
+    Prints a line if it has all, as ``what`` was tested, or if it has the result of another split, checkpoint or
+    baseline, which is replaced.
 
+    Raises:
+        OSError: no file can be written there.
+    """
+    from pretrain3d.reporting.results import is_current, read_result
 
-def say_what_is_replaced(folder: Path, asked: dict[str, Any]) -> None:
-    """Prints a line if the folder holds the result of another split, checkpoint or baseline."""
-    from pretrain3d.reporting.results import read_result
-
-    if not (folder / "result.json").is_file():
-        return
-    old = read_result(folder).get("asked") or {}
-    keys = [key for key in ("baseline", "checkpoint", "split") if key in old]
-    if any(old[key] != asked.get(key) for key in keys):
-        was = ", ".join(f"{key}={old[key]}" for key in keys)
-        print(f"{folder / 'result.json'} of {was} is replaced", file=sys.stderr)
+    path = folder / "result.json"
+    if all((folder / name).is_file() for name in files) and is_current(path, asked):
+        print(f"{path} is of {what} already, nothing to predict")
+        return False
+    check_writable(folder)
+    if path.is_file():
+        old = read_result(path).get("asked") or {}
+        keys = [key for key in ("baseline", "checkpoint", "split") if key in old]
+        if any(old[key] != asked.get(key) for key in keys):
+            was = ", ".join(f"{key}={old[key]}" for key in keys)
+            print(f"{path} of {was} is replaced", file=sys.stderr)
+    return True
 
 
 def score_cases(

@@ -17,8 +17,6 @@ from pretrain3d.backbones.torchfile import read_torch
 from pretrain3d.backbones.transfer import FORMAT, check_names, meta_backbone
 from pretrain3d.config import UserError
 
-AXES = ("xyz", "zyx")
-
 
 def read_foreign(path: str | Path) -> dict[str, Any]:
     """A file of ``torch.save`` on the CPU; executes nothing that is stored in it.

@@ -18,7 +18,6 @@ from pretrain3d.backbones.primus import LAYER_SCALE
 from pretrain3d.config import UserError, by_text
 
 ENCODER, STEM = "eva", "down_projection"
-ORDERS = ("hwd", "whd")
 HEADS = {396: 6, 792: 12, 864: 12, 1056: 16}  # by width: S, B, M, L and nnFoundation's deeper one
 CLASSES = {"primus_s": "PrimusS", "primus_b": "PrimusB", "primus_m": "PrimusM", "primus_l": "PrimusL"}
 SHAPES = {  # width, depth, heads; patches of 8^3
