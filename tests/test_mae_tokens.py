@@ -54,7 +54,9 @@ def test_hidden_voxels_influence_no_prediction_and_visible_ones_do(name):
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "resenc_xs" else ()) for n in VARIANTS]
+)
 def test_bf16_gives_a_float32_loss_and_every_parameter_a_gradient(name):
     check_bf16_gradients_of(*make(name))
 
