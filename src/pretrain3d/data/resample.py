@@ -87,17 +87,21 @@ def _restore_ends(
                     continue
                 if share is None:
                     share = _coverage(mask[boxes[label - 1]] == label, boxes[label - 1], weights, crop)
-                here = share.take([end - crop[axis].start], axis)
-                for flat in np.argsort(-here, axis=None, kind="stable")[: np.count_nonzero(here)]:
-                    place = np.unravel_index(flat, here.shape)
-                    owner = int(out[plane][place])
-                    if owner == 0 or counts[owner] > 1:
-                        out[plane][place] = label
-                        counts[label] += 1
-                        counts[owner] -= 1
-                        break
+                _take_voxel(out[plane], share.take([end - crop[axis].start], axis), label, counts)
         if not counts[label]:
             raise UserError(f"instance {label} has no voxel of its own at this spacing; use a finer spacing_mm")
+
+
+def _take_voxel(out: np.ndarray, share: np.ndarray, label: int, counts: np.ndarray) -> None:
+    """Gives a label the voxel that it covers most, of those that are not another's last; ``counts`` go along."""
+    for flat in np.argsort(-share, axis=None, kind="stable")[: np.count_nonzero(share)]:
+        place = np.unravel_index(flat, share.shape)
+        owner = int(out[place])
+        if owner == 0 or counts[owner] > 1:
+            out[place] = label
+            counts[label] += 1
+            counts[owner] -= 1
+            return
 
 
 def _ends(part: slice, factor: float) -> tuple[int, int]:

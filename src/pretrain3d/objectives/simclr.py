@@ -23,10 +23,8 @@ class SimCLR(nn.Module):
     """Pairs of crops of a region, at most half a side apart along each axis, compared by NT-Xent.
 
     Args:
-        levels: of the backbone; all are pooled.
-        in_channels: of the image.
-        patch_size: (3,) voxels of the region that the crops are cut from.
-        decoder: not used: nothing is decoded.
+        levels, in_channels, patch_size, decoder: see `contract.Method`. All levels are pooled, nothing is decoded, and
+            the patch is the region that the crops are cut from.
         crop_size: (3,) voxels, or one number; ``None`` = a cube with the region's shortest side.
         pairs: of crops per region. Crops of other pairs of the same region count as negatives.
         temperature: of NT-Xent.

@@ -15,9 +15,10 @@ from pretrain3d.config import UserError
 from pretrain3d.devices import sent
 from pretrain3d.objectives.contract import Backbone, Decoder, PyramidLevel
 from pretrain3d.objectives.corruptions import cut_out_windows, host_rng, restored_pictures
+from pretrain3d.objectives.hidden import mean_errors
 from pretrain3d.objectives.inpainting import visible_mean
 from pretrain3d.objectives.simclr import nt_xent
-from pretrain3d.parallel import all_gather, all_sum
+from pretrain3d.parallel import all_gather
 
 QUARTERS = 4  # rotations about z, by 0, 90, 180 and 270 degrees
 EMBEDDING = 512
@@ -173,21 +174,21 @@ class SwinMix(nn.Module):
             learned nothing has; ``rotation_accuracy``; ``top1``, the share of views whose nearest is their partner.
         """
         targets, inside = prepared["targets"].float(), prepared["inside"]
-        guesses = (outputs["reconstruction"].float(), visible_mean(prepared["inputs"].float(), inside))
-        sums = [(guess - targets).abs().mul(inside).sum() for guess in guesses]
-        totals = torch.stack([*sums, inside.sum().float() * targets.shape[1]])
-        if self.training:
-            totals = all_sum(totals)
+        guesses = {
+            "loss": outputs["reconstruction"].float(),
+            "mean_predictor": visible_mean(prepared["inputs"].float(), inside),
+        }
+        errors = mean_errors(guesses, targets, inside, self.training, torch.abs)
         turns, quarters = outputs["turns"].float().flatten(0, 1), outputs["quarters"].flatten()
         views = outputs["embeddings"].float()
         if self.training and len(views) == 1 and self.weights["contrast"]:
             raise UserError(
                 "swin_mix tells the patches of a batch apart; data.batch_size is 1, take 2 or more, or contrast=0"
             )
-        voxels, rotation = totals[2].detach().clamp(min=1.0), F.cross_entropy(turns, quarters)
         contrast, top1 = nt_xent(views[:, 0], views[:, 1], self.temperature)
-        parts = {"reconstruction": totals[0] / voxels, "rotation": rotation, "contrast": contrast}
-        mean_predictor = (totals[1] / voxels).detach()
+        rotation = F.cross_entropy(turns, quarters)
+        parts = {"reconstruction": errors["loss"], "rotation": rotation, "contrast": contrast}
+        mean_predictor = errors["mean_predictor"]
         levels = {
             "reconstruction": mean_predictor,
             "rotation": mean_predictor.new_full((), math.log(QUARTERS)),

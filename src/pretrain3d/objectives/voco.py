@@ -38,10 +38,8 @@ class VoCo(nn.Module):
       + the mean of s^2 between bases.
 
     Args:
-        levels: of the backbone; all are pooled.
-        in_channels: of the image.
-        patch_size: (3,) voxels of the region.
-        decoder: not used: nothing is decoded.
+        levels, in_channels, patch_size, decoder: see `contract.Method`. All levels are pooled, nothing is decoded, and
+            the patch is the region.
         grid: (3,) number of bases along each axis; it must divide the region, whose share is the size of all crops.
         targets: random crops per region.
         bases: the form, see above.
