@@ -98,18 +98,30 @@ def test_the_name_of_data_is_a_label(folder: Path) -> None:
     assert values["data"]["store"] == "stores/toy" and values["name"].startswith("spleen/")
 
 
-def test_two_levels_of_base_at_most(folder: Path) -> None:
-    (folder / "grandchild.yaml").write_text("base: child.yaml\nseed: 4\n")
-    (folder / "fourth.yaml").write_text("base: grandchild.yaml\n")
-    assert load(folder / "grandchild.yaml")["trainer"]["max_steps"] == 20
+def test_three_levels_of_base_at_most(folder: Path) -> None:
+    for name, base in (("second", "child"), ("third", "second"), ("fourth", "third")):
+        (folder / f"{name}.yaml").write_text(f"base: {base}.yaml\nseed: 4\n")
+    assert load(folder / "third.yaml")["trainer"]["max_steps"] == 20
     assert message(load, folder / "fourth.yaml") == (
-        f"{folder}/child.yaml: `base: base.yaml` is a third level; a configuration inherits two deep at most"
+        f"{folder}/fourth.yaml inherits more than three deep, {folder}/child.yaml with `base: base.yaml` is the "
+        "fourth; start from one of its bases and repeat here what those between say"
     )
 
 
-def test_a_file_that_is_its_own_base(folder: Path) -> None:
-    (folder / "loop.yaml").write_text("base: loop.yaml\n")
-    assert "third level" in message(load, folder / "loop.yaml")
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_every_ready_config_can_be_the_base_of_ones_own(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"base: configs/{path.parent.name}/{path.name}\nname: mine\n")
+    assert load(tmp_path / "mine.yaml") == load(path) | {"name": "mine"}
+
+
+@pytest.mark.parametrize("files", [["a"], ["a", "b"]])
+def test_a_file_that_is_its_own_base(folder: Path, files: list[str]) -> None:
+    for name, base in zip(files, [*files[1:], files[0]], strict=True):
+        (folder / f"{name}.yaml").write_text(f"base: {base}.yaml\n")
+    last = folder / f"{files[-1]}.yaml"
+    assert message(load, folder / "a.yaml") == (
+        f"{last}: `base: a.yaml` leads back to {folder}/a.yaml; a file cannot be its own base"
+    )
 
 
 def test_a_missing_base(folder: Path) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 SECTIONS = ("name", "out", "seed", "data", "backbone", "transfer", "module", "trainer", "logger")
 
+MAX_BASES = 3  # the ready configs are two deep at most, so that a user's own file may start from any of them
+
 # Here `name:` is a label; elsewhere it names the component that its neighbours belong to.
 _LABELLED = ("", "data", "transfer")
 
@@ -53,7 +55,7 @@ def parse_value(text: str) -> Any:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Reads the configuration of one run.
 
-    ``base:`` files come first (two deep at most), then the file, then the overrides, then ``${...}`` is resolved. A
+    ``base:`` files come first (three deep at most), then the file, then the overrides, then ``${...}`` is resolved. A
     node with another ``name:`` replaces the base's node whole. ``name`` defaults to `default_name`, ``out`` to
     ``runs``, ``seed`` to 0.
 
@@ -158,7 +160,8 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dict(values)))
 
 
-def _compose(path: Path, depth: int = 0) -> dict[str, Any]:
+def _compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file over its bases; ``above`` are the files that it is a base of."""
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected sections ({', '.join(SECTIONS)}), got {type(values).__name__}")
@@ -178,9 +181,14 @@ def _compose(path: Path, depth: int = 0) -> dict[str, Any]:
         raise UserError(
             f"{path}: no base file {str(file)!r} (base is relative to the file that names it, or configs/...)"
         )
-    if depth == 2:
-        raise UserError(f"{path}: `base: {base}` is a third level; a configuration inherits two deep at most")
-    return _put(_compose(file, depth + 1), values, "")
+    if file.resolve() in [each.resolve() for each in (*above, path)]:
+        raise UserError(f"{path}: `base: {base}` leads back to {file}; a file cannot be its own base")
+    if len(above) == MAX_BASES:
+        raise UserError(
+            f"{(*above, path)[0]} inherits more than three deep, {path} with `base: {base}` is the fourth; start from "
+            "one of its bases and repeat here what those between say"
+        )
+    return _put(_compose(file, (*above, path)), values, "")
 
 
 def _put(old: Any, new: Any, where: str) -> Any:
