@@ -4,6 +4,7 @@ import statistics
 
 import pytest
 
+from pretrain3d.__main__ import main
 from pretrain3d.config import UserError
 from pretrain3d.reporting.results import write_result
 from pretrain3d.reporting.rows import rows_of
@@ -180,3 +181,15 @@ def test_reading_takes_folders_and_files_once_each(tmp_path):
         read_results([tmp_path / "a", tmp_path / "a" / "result.json"])
     with pytest.raises(UserError, match="no run is given"):
         read_results([])
+
+
+@pytest.mark.parametrize(
+    ("option", "endings"), [("out=table.html", ".md"), ("out=table", ".md"), ("report=table.md", ".html, .htm")]
+)
+def test_the_name_of_a_file_says_what_it_holds(tmp_path, capsys, option, endings):
+    write_result(tmp_path, curves={}, **result())
+    key, _, name = option.partition("=")
+    assert main(["table", str(tmp_path), f"{key}={tmp_path / name}"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.endswith(f"the name must end in {endings}\n") and not captured.out
+    assert not (tmp_path / name).exists()

@@ -15,20 +15,21 @@ one run on all cases, scores as they are, as nnDetection does. Seeds, and folds 
 and standard deviation. A seed that lacks folds is of other cases, and a row of its own.
 
   RUN              a run folder after `test`, or a result.json; of a pretraining run without a result, its folder
-  out=FILE         the tables as Markdown
-  report=FILE      one self-contained HTML page: tables, curves, FROC, slices with boxes, reconstructions
+  out=FILE.md      the tables as Markdown
+  report=FILE.html one self-contained HTML page: tables, curves, FROC, slices with boxes, reconstructions
   title=TEXT       title of the report
   pictures=false   leaves out everything that shows an image, for data whose pictures must not be passed on"""
 
 DEFAULTS = {"out": "", "report": "", "title": "Results", "pictures": True}
+ENDINGS = {"out": (".md",), "report": (".html", ".htm")}
 
 
 def run(paths: list[str], options: dict[str, object]) -> int:
     """Tabulates runs; returns the exit status."""
     given = read_options(options, DEFAULTS)
-    for key in ("out", "report"):
+    for key, endings in ENDINGS.items():
         if given[key]:
-            output_file(key, given[key])
+            output_file(key, given[key], endings)
     from pretrain3d.files import write_text
     from pretrain3d.reporting.reported import read_runs
 
