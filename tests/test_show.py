@@ -95,7 +95,7 @@ RESULT: dict[str, Any] = {
     "seed": 3,
     "cost": {"seconds": 61.4, "steps": 1500, "samples": 6000},
     "data": {"name": "phantom", "hash": "abc"},
-    "backbone": {"name": "resenc_xs", "fingerprint": "f00d"},
+    "backbone": {"name": "resenc_xs", "fingerprint": "f00d", "init": "mae", "transfer": {"path": "mae.pt"}},
     "commit": {"hash": "1234", "dirty": True},
 }
 
@@ -111,6 +111,7 @@ def test_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "  mAP of lesion  null (no object of this class)\n"
         "  cases          2, of phantom, hash abc\n"
         "  backbone       name resenc_xs fingerprint f00d\n"
+        "  transfer       mae.pt\n"
         "  seed           3\n"
         "  steps          1,500\n"
         "  samples        6,000\n"
@@ -134,7 +135,7 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith(
         f"{run}: run\n"
         "  name          toy/mae\n"
-        "  state         running at step 4 of 9\n"
+        "  state         unfinished at step 4 of 9\n"
         "  store         stores/toy\n"
         "  backbone      resenc_xs\n"
         "  transfer      none, from scratch\n"

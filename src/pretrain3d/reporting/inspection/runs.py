@@ -41,13 +41,14 @@ def run_lines(path: Path) -> list[str]:
     folder = RunFolder(path)
     config, state = folder.config(), folder.state()
     steps = (config.get("trainer") or {}).get("max_steps")
+    status = "unfinished" if state["status"] == "running" else state["status"]  # one that was killed says running
     checkpoints = sorted((path / "checkpoints").glob("*.ckpt"))
     rows: Rows = [
         ("name", config.get("name", path.name)),
-        ("state", f"{state['status']} at step {state['step']}" + (f" of {steps}" if steps and steps > 0 else "")),
+        ("state", f"{status} at step {state['step']}" + (f" of {steps}" if steps and steps > 0 else "")),
         ("store", (config.get("data") or {}).get("store", "")),
         ("backbone", (config.get("backbone") or {}).get("name", "")),
-        ("transfer", (config.get("transfer") or {}).get("path") or "none, from scratch"),
+        ("transfer", _transfer(config.get("transfer"))),
         ("module", components(config.get("module") or {})),
         *_last_metrics(path / "metrics.csv"),
         ("checkpoints", ", ".join(f"{file.name} ({file.stat().st_size / 1e6:.1f} MB)" for file in checkpoints)),
@@ -99,7 +100,8 @@ def _result(path: Path) -> list[str]:
             if key in (keys or {})
         ],
         ("cases", f"{len(result['cases'])}, of {data.get('name', 'unknown data')}, hash {data.get('hash', 'unknown')}"),
-        ("backbone", " ".join(f"{key} {value}" for key, value in backbone.items())),
+        ("backbone", " ".join(f"{key} {backbone[key]}" for key in ("name", "fingerprint") if key in backbone)),
+        ("transfer", _transfer(backbone["transfer"]) if "transfer" in backbone else ""),
         ("seed", result["seed"]),
         *in_words(cost).items(),
         ("commit", f"{commit.get('hash', 'unknown')}{' with changes' if commit.get('dirty') else ''}"),
