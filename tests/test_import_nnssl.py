@@ -431,6 +431,8 @@ def test_a_file_that_needs_code_is_refused(tmp_path, capsys):
     (tmp_path / "text.pth").write_text("no checkpoint")
     torch.save([1], tmp_path / "list.pth")
     torch.save({"a": 1}, tmp_path / "other.pth")
+    torch.save({"state_dict": {}, "pretrain3d": {}}, tmp_path / "own.ckpt")
+    (tmp_path / "run").mkdir()
     for name, message in [
         ("bad.pth", "is refused: reading it would run code that it names (posix.mkdir)"),
         ("odd.pth", "is refused: reading it would run code that it names (datetime.timedelta)"),
@@ -438,7 +440,9 @@ def test_a_file_that_needs_code_is_refused(tmp_path, capsys):
         ("text.pth", "cannot be read as a file of torch.save"),
         ("list.pth", "holds a list, not a table of weights"),
         ("other.pth", "is of no known format (nnssl, nnunet, monai_swin); it holds a"),
+        ("own.ckpt", "own.ckpt is a checkpoint of `fit`; `pretrain3d export RUN out=FILE` writes the file of its run"),
         ("none.pth", "no such file"),
+        ("run", "run is a folder; give the checkpoint in it"),
     ]:
         assert main(["import", str(tmp_path / name), f"out={tmp_path / 'out.pt'}"]) == 2
         error = capsys.readouterr().err

@@ -41,6 +41,20 @@ def folder(tmp_path: Path) -> RunFolder:
     return run
 
 
+def test_what_is_no_run_or_not_far_enough(tmp_path: Path, folder: RunFolder) -> None:
+    folder.last.unlink()
+    for path, said in [
+        (folder.path, "r has no checkpoint last yet; `fit` writes one every trainer.checkpoint_every_n_steps"),
+        (tmp_path, "holds no checkpoints/last.ckpt; is it the folder of a run?"),
+        (tmp_path / "none", "none does not exist"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            RunFolder(path).checkpoint("last")
+        assert str(caught.value).endswith(said)
+    with pytest.raises(UserError, match="none does not exist"):
+        RunFolder(tmp_path / "none").config()
+
+
 @pytest.mark.parametrize("status", ["running", "finished"])
 def test_steps_that_were_done_stay_done(folder: RunFolder, status: str) -> None:
     write_json(folder.path / "state.json", {"status": status, "step": 4})

@@ -273,7 +273,7 @@ def test_merging_may_be_configured(run: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [(["metric=mAPP"], "metric=mAPP is unknown"), (["false_positives=0"], "expected a number above 0"),
-     (["checkpoint=best"], "holds no checkpoints/best.ckpt"), (["tile_batch=0"], "tile_batch=0: expected a whole")],
+     (["checkpoint=best"], "has no checkpoint best yet"), (["tile_batch=0"], "tile_batch=0: expected a whole")],
 )  # fmt: skip
 def test_mistakes_of_the_command(run: Path, capsys: pytest.CaptureFixture[str], options: list[str], line: str) -> None:
     assert main(["sweep", str(run), *options]) == 2

@@ -298,7 +298,7 @@ def test_export_names_the_mistake(run_folder, tmp_path, capsys):
             [str(run_folder), f"out={tmp_path / 'notes.txt'}"],
             "notes.txt cannot be read as a file of torch.save: it is of another kind",
         ),
-        ([str(tmp_path / "none"), f"out={tmp_path / 'a.pt'}"], "holds no checkpoints/last.ckpt"),
+        ([str(tmp_path / "none"), f"out={tmp_path / 'a.pt'}"], "none does not exist"),
         ([str(run_folder), f"out={tmp_path / 'a.pt'}", "checkpoint=first"], "last or best"),
         ([str(run_folder), f"out={tmp_path / 'a.pt'}", "chekpoint=best"], "did you mean 'checkpoint'"),
     ]

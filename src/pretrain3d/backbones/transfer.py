@@ -117,6 +117,11 @@ def export_weights(
     return content
 
 
+def is_checkpoint(content: Mapping[str, Any]) -> bool:
+    """Whether a file of `torch.save` holds a checkpoint of `fit`."""
+    return "pretrain3d" in content and "state_dict" in content
+
+
 def load_export(path: str | PathLike[str]) -> dict[str, Any]:
     """Reads a file of `export_weights` on the CPU; executes nothing that is stored in it.
 
@@ -135,7 +140,7 @@ def load_export(path: str | PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         keys = f"it holds {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else "it is no table"
         hint = f"; `pretrain3d import {path} out=FILE` may read it" if isinstance(content, dict) else ""
-        if isinstance(content, dict) and "pretrain3d" in content and "state_dict" in content:
+        if isinstance(content, dict) and is_checkpoint(content):
             hint = "; it is a checkpoint, `pretrain3d export RUN out=FILE` writes the file of its run"
         raise UserError(f"{path} is not a file of `pretrain3d export` ({keys}){hint}")
     if content.get("version") != VERSION:

@@ -45,8 +45,15 @@ class RunFolder:
             raise UserError(f"checkpoint={which}: it is last or best")
         path = self.path / "checkpoints" / f"{which}.ckpt"
         if not path.is_file():
-            raise UserError(f"{self.path} holds no checkpoints/{which}.ckpt; is it the folder of a run?")
+            if (self.path / "config.yaml").is_file():
+                writes = "trainer.checkpoint_every_n_steps" if which == "last" else "trainer.val_every_n_steps"
+                raise UserError(f"{self.path} has no checkpoint {which} yet; `fit` writes one every {writes}")
+            raise UserError(self._no_run(f"checkpoints/{which}.ckpt"))
         return path
+
+    def _no_run(self, lacks: str) -> str:
+        there = f"holds no {lacks}; is it the folder of a run?" if self.path.exists() else "does not exist"
+        return f"{self.path} {there}"
 
     def state(self) -> dict[str, Any]:
         """``{"status": "new" | "running" | "finished", "step": n, "seconds": s}``, no seconds if it never began.
@@ -74,7 +81,7 @@ class RunFolder:
         """
         path = self.path / "config.yaml"
         if not path.is_file():
-            raise UserError(f"{self.path} holds no config.yaml; is it the folder of a run?")
+            raise UserError(self._no_run("config.yaml"))
         return read_yaml(path)
 
     def open(self, settings: dict[str, Any]) -> None:

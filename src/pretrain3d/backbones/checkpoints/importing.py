@@ -14,7 +14,7 @@ from pretrain3d.backbones.checkpoints.axes import permuted
 from pretrain3d.backbones.checkpoints.contract import Imported, Ledger, Wishes, shown
 from pretrain3d.backbones.checkpoints.hub import local, name_of
 from pretrain3d.backbones.torchfile import read_torch
-from pretrain3d.backbones.transfer import FORMAT, check_names, meta_backbone
+from pretrain3d.backbones.transfer import FORMAT, check_names, is_checkpoint, meta_backbone
 from pretrain3d.config import UserError
 
 
@@ -28,7 +28,7 @@ def read_foreign(path: str | Path) -> dict[str, Any]:
     """
     file = local(path)
     if not file.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path} is a folder; give the checkpoint in it" if file.is_dir() else f"{path}: no such file")
     content = read_torch(file, str(path))
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a table of weights")
@@ -84,5 +84,7 @@ def _recognised(content: Mapping[str, Any], path: str) -> str:
         raise UserError(f"{path} is a file of `pretrain3d export` already; give it to transfer.path as it is")
     if name := form_of(content):
         return name
+    if is_checkpoint(content):
+        raise UserError(f"{path} is a checkpoint of `fit`; `pretrain3d export RUN out=FILE` writes the file of its run")
     held = ", ".join(map(str, list(content)[:5]))
     raise UserError(f"{path} is of no known format ({', '.join(FORMATS)}); it holds {held}")
