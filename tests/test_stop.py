@@ -72,6 +72,24 @@ def test_a_signal_is_one_line(
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+def test_a_signal_to_all_processes_of_a_job_is_one_line_too(phantom_store: Path, tmp_path: Path) -> None:
+    """As `timeout`, `scancel` and a terminal that is closed send it: to those that read patches as well."""
+    line = ["fit", "--config", "configs/pretrain/phantom_mae.yaml", "name=run", f"out={tmp_path}",
+            f"data.store={phantom_store}", "data.patch_size=[32,32,32]", "data.batch_size=2", "data.num_workers=1",
+            "module.warmup_steps=1", "trainer.max_steps=2000", "trainer.accelerator=cpu"]  # fmt: skip
+    kill = "os.kill(os.getpid(), getattr(signal, sys.argv[1]))"
+    driver = DRIVER.replace(kill, "print('told', flush=True); __import__('time').sleep(60)")  # until the worker ends
+    call = [sys.executable, "-c", driver, "", "1", *line]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(call, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
+        assert any("told" in text for text in process.stdout)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 143, said[-3000:]
+    assert f"{tmp_path / 'run'}: stopped at step 1 of 2000; the same call begins again" in said
+    assert "Traceback" not in said
+
+
 def test_a_job_that_slurm_requeues(phantom_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first checkpoint and after it; nothing is written in the middle of a step."""
     asked, steps = tmp_path / "asked", PretrainingModule.training_step

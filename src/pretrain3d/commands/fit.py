@@ -109,14 +109,12 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
     except SystemExit as error:  # how Lightning ends after either signal
         if not isinstance(error, SIGTERMException) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        if trainer.is_global_zero:
-            end = f" of {trainer.max_steps}" if trainer.max_steps > 0 else ""
-            at = f"stopped at step {trainer.global_step}{end}"
-            kept = f"continues from the checkpoint of step {folder.state()['step']}"
-            begins = "begins again, there is no checkpoint yet"
-            print(f"{folder.path}: {at}; the same call {kept if folder.last.is_file() else begins}", file=sys.stderr)
+        say_stopped(trainer, folder)
         return 143 if isinstance(error, SIGTERMException) else 130
     except (RuntimeError, MemoryError) as error:
+        if str(error).startswith("DataLoader worker") and (trainer.received_sigterm or module.told_to_stop):
+            say_stopped(trainer, folder)  # who ends a job tells all its processes, and the workers heed it at once
+            return 143
         if advice := advice_on(error, settings, module, datamodule):
             raise UserError(advice) from error
         raise
@@ -143,6 +141,16 @@ def advice_on(error: RuntimeError | MemoryError, settings: dict[str, Any], modul
     functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
     tiles = getattr(module, "tile_batch", None) if "validation_step" in functions else None
     return out_of_memory_advice(settings, datamodule.batch_size, datamodule.patch_size, tiles)
+
+
+def say_stopped(trainer: Any, folder: RunFolder) -> None:
+    """Prints at which step a signal ended the training, and from which one the same call goes on."""
+    if trainer.is_global_zero:
+        end = f" of {trainer.max_steps}" if trainer.max_steps > 0 else ""
+        at = f"stopped at step {trainer.global_step}{end}"
+        kept = f"continues from the checkpoint of step {folder.state()['step']}"
+        begins = "begins again, there is no checkpoint yet"
+        print(f"{folder.path}: {at}; the same call {kept if folder.last.is_file() else begins}", file=sys.stderr)
 
 
 def train(trainer: Any, module: Any, datamodule: Any, checkpoint: Path | None) -> None:
