@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,3 +183,15 @@ def test_a_bad_plan_is_named(written, text, message):
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(UserError, match=message):
         Store(written[0].path).plan  # noqa: B018
+
+
+def test_a_store_that_is_not_there_is_looked_for_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        Store(Path("stores/toy"))
+    assert str(caught.value) == (
+        f"stores/toy is not a store (no index.json), looked for in {tmp_path}; "
+        "`pretrain3d prepare RAW_FOLDER out=stores/toy` makes one"
+    )
+    with pytest.raises(UserError, match=r"toy is not a store \(no index\.json\); `pretrain3d prepare"):
+        Store(tmp_path / "toy")

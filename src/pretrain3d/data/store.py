@@ -261,7 +261,10 @@ def read_index(path: Path) -> dict[str, Any]:
     """
     file = path / "index.json"
     if not file.is_file():
-        raise UserError(f"{path} is not a store (no index.json); `pretrain3d prepare RAW_FOLDER out={path}` makes one")
+        where = "" if Path(path).is_absolute() else f", looked for in {Path.cwd()}"
+        raise UserError(
+            f"{path} is not a store (no index.json){where}; `pretrain3d prepare RAW_FOLDER out={path}` makes one"
+        )
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
