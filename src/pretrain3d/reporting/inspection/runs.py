@@ -58,6 +58,10 @@ def run_lines(path: Path) -> list[str]:
     return aligned(f"{path}: run", rows) + about_result
 
 
+def _transfer(node: Mapping[str, Any] | None) -> str:
+    return (node or {}).get("path") or "none, from scratch"
+
+
 def _last_metrics(path: Path) -> Rows:
     """The newest value of every logged key, and the best one of what is validated."""
     if not path.is_file():
