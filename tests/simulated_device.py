@@ -211,15 +211,15 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _on_host(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The CPU lacks some operations in bf16 that GPUs have: they are done in float32 and rounded.
 
-    The backward pass of a convolution, too: where an axis is shorter than the kernel, parts of the kernel's gradient
-    are whatever the memory held (`backbones.convolution`, which leaves other devices than the CPU alone).
+    Convolutions, too: where an axis is shorter than the kernel, parts of the kernel's gradient are whatever the memory
+    held (`backbones.convolution`, which leaves other devices than the CPU alone), and a CPU without bf16 is slow.
     """
 
     def change(found: torch.dtype, wanted: torch.dtype, values: Any) -> Any:
         return tree_map(lambda v: v.to(wanted) if isinstance(v, Tensor) and v.dtype == found else v, values)
 
     rounded = any(isinstance(leaf, Tensor) and leaf.dtype == torch.bfloat16 for leaf in tree_leaves(args))
-    if not (rounded and func is aten.convolution_backward.default):
+    if not (rounded and func in (aten.convolution.default, aten.convolution_backward.default)):
         try:
             return func(*args, **kwargs)
         except NotImplementedError as error:

@@ -20,7 +20,7 @@ from pretrain3d.commands.settings import of_plan, with_levels
 from pretrain3d.config import UserError
 from pretrain3d.data.store import Store
 from pretrain3d.detection.retina import RetinaUNet
-from pretrain3d.devices import GIB, is_out_of_memory
+from pretrain3d.devices import GIB, cpu_has_bf16, is_out_of_memory
 from pretrain3d.planning import memory
 from pretrain3d.planning.anchors import plan_levels, relative_strides
 from pretrain3d.planning.counting import GpuAutocast
@@ -36,6 +36,7 @@ from pretrain3d.planning.plan import make_plan, write_plan
 from pretrain3d.registry import build
 
 SMALL = {"name": "retina_unet", "fpn_channels": 16, "num_convs": 1}
+PRECISION = "bf16-mixed" if cpu_has_bf16() else "32-true"  # of a real step on this CPU
 
 
 def test_a_step_needs_weights_and_activations() -> None:
@@ -76,7 +77,7 @@ def real_peak(size: int, batch_size: int) -> int:
         "valid": torch.ones(batch_size, 1, dtype=torch.bool), "mask": torch.zeros(batch_size, size, size, size).byte(),
     }  # fmt: skip
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
             outputs = detector(backbone(image), (size,) * 3)
         loss = detector.loss(outputs, batch)["loss"]
         del outputs
@@ -91,7 +92,7 @@ def real_peak(size: int, batch_size: int) -> int:
 
 @pytest.mark.slow
 def test_the_estimate_is_that_of_a_real_step() -> None:
-    need = footprint("resenc_xs", SMALL, on_gpu=False)
+    need = footprint("resenc_xs", SMALL, precision=PRECISION, on_gpu=False)
     for size, batch_size in ((48, 1), (48, 2), (80, 1)):
         estimate = need.bytes((size,) * 3, batch_size) - need.fixed
         assert estimate == pytest.approx(real_peak(size, batch_size), rel=0.25), (size, batch_size)
@@ -112,8 +113,8 @@ def test_the_estimate_is_that_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_measured_step_is_about_the_estimate(detector: str, off: float) -> None:
     size, count = (48, 48, 48), 2
-    measured = measure_step("resenc_xxs", detector, size, count, torch.device("cpu"))
-    need = footprint("resenc_xxs", detector, on_gpu=False)
+    measured = measure_step("resenc_xxs", detector, size, count, torch.device("cpu"), precision=PRECISION)
+    need = footprint("resenc_xxs", detector, precision=PRECISION, on_gpu=False)
     assert measured == pytest.approx(need.bytes(size, count), rel=off)
 
 

@@ -211,8 +211,9 @@ def test_mistakes_are_named(runs, tmp_path):
     assert is_pretraining(runs[3]) and not is_pretraining(runs[0])
     with pytest.raises(UserError, match="given twice"):
         table.run([str(runs[3]), str(runs[3])], {})
+    (tmp_path / "table.md").mkdir()
     with pytest.raises(UserError, match="is a folder"):
-        table.run([str(runs[0])], {"out": str(tmp_path)})
+        table.run([str(runs[0])], {"out": str(tmp_path / "table.md")})
     with pytest.raises(UserError, match="does not exist"):
         read_runs([tmp_path / "nowhere"])
 
