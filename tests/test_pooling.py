@@ -119,7 +119,7 @@ def test_the_table_of_folds(tmp_path: Path, cases: tuple[Cases, Cases], capsys: 
     capsys.readouterr()
     out, report = tmp_path / "table.md", tmp_path / "report.html"
     assert main(["table", *map(str, [*runs, *lacking, whole]), f"out={out}", f"report={report}"]) == 0
-    lines = {line.split("|")[1].strip(): line for line in out.read_text().splitlines()[::-1] if line.startswith("| ")}
+    lines = {line.split("|")[1].strip(): line for line in out.read_text(encoding="utf-8").splitlines()[::-1] if line.startswith("| ")}
     low, high = expected["x", 0]["intervals"]["mAP"]
     assert f"| {expected['x', 0]['mAP']:.3f} [{low:.3f}, {high:.3f}] |" in lines["x-f*-s0 (3 folds)"]
     of_seeds = [expected["y", seed]["mAP"] for seed in (0, 1)]
