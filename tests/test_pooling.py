@@ -119,16 +119,17 @@ def test_the_table_of_folds(tmp_path: Path, cases: tuple[Cases, Cases], capsys: 
     capsys.readouterr()
     out, report = tmp_path / "table.md", tmp_path / "report.html"
     assert main(["table", *map(str, [*runs, *lacking, whole]), f"out={out}", f"report={report}"]) == 0
-    lines = {line.split("|")[1].strip(): line for line in out.read_text(encoding="utf-8").splitlines()[::-1] if line.startswith("| ")}
+    text = out.read_text(encoding="utf-8")
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines()[::-1] if line.startswith("| ")}
     low, high = expected["x", 0]["intervals"]["mAP"]
     assert f"| {expected['x', 0]['mAP']:.3f} [{low:.3f}, {high:.3f}] |" in lines["x-f*-s0 (3 folds)"]
     of_seeds = [expected["y", seed]["mAP"] for seed in (0, 1)]
     line = lines["y-f*-s* (2 seeds of 3 folds)"]
     assert f"| {np.mean(of_seeds):.3f} ± {np.std(of_seeds, ddof=1):.3f} |" in line
-    first, _, second = out.read_text().split("### ")[1:4]
+    first, _, second = text.split("### ")[1:4]
     assert first.startswith("d, 9 val cases, 95 % intervals") and second.startswith("d, 5 val cases, 95 % intervals")
     assert "| whole |" in first and "| y-f*-s2 (2 folds) |" in second  # a seed that lacks a fold is of other cases
-    page = report.read_text()
+    page = report.read_text(encoding="utf-8")
     assert page.count("<summary>x-f*-s0 (3 folds): 9 cases</summary>") == 1 and "<summary>x-f0-s0:" not in page
     assert all(f"<summary>Configuration of x-f{fold}-s0</summary>" in page for fold in range(3))
 
