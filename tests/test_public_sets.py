@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,18 @@ def test_ribfrac_as_released(tmp_path):
     assert volumes[2].labels == {} and volumes[2].annotated == (0,) and not volumes[2].instances.any()
     assert volumes[3].instances is None and volumes[3].annotated == ()
     assert main(["show", str(tmp_path)]) == 0
+
+
+def test_files_that_are_nearly_of_ribfrac_are_named(tmp_path, capsys):
+    write_ribfrac(tmp_path / "raw")
+    assert RibFrac(tmp_path / "raw").remarks() == []
+    for path in sorted((tmp_path / "raw").rglob("RibFrac301-*")):
+        path.rename(path.with_name(path.name.replace("-", "_")))
+    raw, store = str(tmp_path / "raw"), f"out={tmp_path / 'store'}"
+    assert main(["prepare", raw, store, "reader=ribfrac", "spacing_mm=2", "workers=1"]) == 0
+    said = capsys.readouterr()
+    assert re.search(r"warning: 2 image files RibFrac\* .*, and not read; the first .*RibFrac301_\w+\.nii", said.err)
+    assert "3 cases, 2 objects" in said.out and "note: in 1 of 1 test cases no class was annotated" in said.out
 
 
 def test_cases_without_labels_are_not_tested(tmp_path, capsys):

@@ -157,6 +157,15 @@ def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path, name, spoil, 
     assert text in str(error.value) and str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_folder_in_the_place_of_a_file_is_called_one(tmp_path):
+    write_cases(tmp_path, 1)
+    (tmp_path / "labelsTr" / "case_0.nii.gz").unlink()
+    (tmp_path / "labelsTr" / "case_0.nii.gz").mkdir()
+    reader = NnDetection(tmp_path)
+    with pytest.raises(UserError, match=r"labelsTr/case_0\.nii\.gz: a folder without DICOM slices; expected an image"):
+        reader.read(reader.cases()[0])
+
+
 def test_trailing_axes_of_length_one_are_no_axes(tmp_path):
     write_cases(tmp_path, 1)
     resave(tmp_path / "imagesTr/case_0_0000.nii.gz", lambda v: v[..., None])
@@ -285,6 +294,22 @@ def test_nndetection_refuses_a_file_that_no_case_uses(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("reader", [NnDetection, NnUNet])
+def test_a_subfolder_of_images_is_not_passed_over(tmp_path, reader):
+    write_cases(tmp_path, 2)
+    if reader is NnUNet:
+        labels = {"background": 0, "nodule": 1, "lesion": 2}
+        spoil_json(tmp_path / "dataset.json", {"channel_names": {"0": "CT"}, "labels": labels})
+    (tmp_path / "imagesTr" / "pictures").mkdir()
+    (tmp_path / "imagesTr" / "pictures" / "a.png").write_text("fine")
+    assert len(reader(tmp_path).cases()) == 2
+    (tmp_path / "imagesTr" / "case_0_0000.nii.gz").rename(tmp_path / "imagesTr" / "pictures" / "case_9_0000.nii.gz")
+    (tmp_path / "labelsTr" / "case_0.nii.gz").unlink()
+    (tmp_path / "labelsTr" / "case_0.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"imagesTr/pictures: no case uses it; expected images <case>_0000"):
+        reader(tmp_path).cases()
+
+
 def test_of_many_unused_files_the_first_are_named(tmp_path):
     write_cases(tmp_path, 5)
     for path in (tmp_path / "imagesTr").iterdir():
@@ -409,6 +434,19 @@ def test_openkbp_as_released_is_openkbp_in_nifti(tmp_path):
     assert volume.labels == {2: 1, 3: 2} and volume.annotated == (1, 2)  # one box per organ, whatever its components
     unlabelled = released.read(cases["pt_1"])
     assert unlabelled.instances is None and unlabelled.annotated == () and unlabelled.semantic.max() == 3
+
+
+@pytest.mark.parametrize("kind", ["openkbp", "openkbp_pretrain"])
+def test_openkbp_passes_over_no_file(tmp_path, kind):
+    write_kbp(tmp_path)
+    assert len(OpenKbp(tmp_path / "nifti").cases()) == 3
+    image = min((tmp_path / "nifti" / kind / "imagesTr").glob("*"))
+    image.rename(image.with_name(image.name.removeprefix("openkbp_")))
+    expected = (
+        rf"imagesTr/pt_\d+\.nii\.gz, .*labels_oar/{image.name}: no case uses them; expected openkbp_pt_<N>\.nii\.gz"
+    )
+    with pytest.raises(UserError, match=expected):
+        OpenKbp(tmp_path / "nifti").cases()
 
 
 def test_left_and_right_parotid_are_mirrored(tmp_path):

@@ -159,9 +159,10 @@ def _report(out: Path, summary: Any) -> None:
     if specks := [case.specks for case in cases if case.specks]:
         print(f"  note: {sum(specks)} specks in {len(specks)} cases are no objects, as they have fewer voxels than the "
               "raw data ask of one")  # fmt: skip
-    known = [case for case in cases if store.classes and case.split in ("train", "val")]
-    if blank := [case.id for case in known if not case.annotated]:
-        print(f"  note: in {len(blank)} of {len(known)} training cases no class was annotated, the first {blank[0]}")
+    for kind, splits in (("training", ("train", "val")), ("test", ("test",))) if store.classes else ():
+        known = [case for case in cases if case.split in splits]
+        if blank := [case.id for case in known if not case.annotated]:
+            print(f"  note: in {len(blank)} of {len(known)} {kind} cases no class was annotated, the first {blank[0]}")
     for case_id, problem in sorted(summary.failed.items()):
         print(f"  failed: {case_id}: {' '.join(problem.split())}", file=sys.stderr)
 

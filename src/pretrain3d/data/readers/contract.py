@@ -135,6 +135,8 @@ class Reader:
 def check_all_used(folders: Iterable[Path], cases: Iterable[RawCase], expected: str) -> None:
     """Refuses data that no case uses, so that a misnamed file is not skipped; hidden files and notes may lie there.
 
+    A subfolder counts if there are images in it.
+
     Args:
         folders: of images and labels; one that is missing holds nothing.
         cases: all of the data set.
@@ -148,9 +150,13 @@ def check_all_used(folders: Iterable[Path], cases: Iterable[RawCase], expected: 
         path
         for folder in folders
         for path in sorted(folder.glob("*"))
-        if path.is_file() and not path.name.startswith(".") and path.suffix not in NOTES and path not in used
+        if not path.name.startswith(".") and path not in used and _holds_data(path)
     ]
     if unused:
         more = f" and {len(unused) - MAX_NAMED} more" if len(unused) > MAX_NAMED else ""
         names = ", ".join(map(str, unused[:MAX_NAMED]))
         raise UserError(f"{names}{more}: no case uses {'it' if len(unused) == 1 else 'them'}; expected {expected}")
+
+
+def _holds_data(path: Path) -> bool:
+    return bool(volumes.files_in(path, "**/*")) if path.is_dir() else path.is_file() and path.suffix not in NOTES

@@ -121,6 +121,8 @@ def _sorted(folder: Path) -> list[_Slice]:
         UserError: they are not the slices of one volume.
     """
     slices = [_slice(path) for path in files(folder)]
+    if not slices:
+        raise UserError(f"{folder}: a folder without DICOM slices; expected an image file or the folder of a series")
     if len(slices) < 2:
         raise UserError(f"{folder}: {len(slices)} DICOM slices; a volume needs two at least")
     first = slices[0]

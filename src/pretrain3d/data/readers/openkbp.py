@@ -23,7 +23,7 @@ import numpy as np
 
 from pretrain3d.config import UserError
 from pretrain3d.data.readers import volumes
-from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
+from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader, check_all_used
 
 ORGANS = {  # class name -> file name, in the order of the label map: labels 1..7
     "brainstem": "Brainstem",
@@ -100,6 +100,8 @@ class OpenKbp(Reader):
                 split = next((name for name, last in LAST.items() if _number(case_id) <= last), "test")
                 split = split if folder.name == "openkbp" else "pretrain"
                 cases.append(RawCase(case_id, split, case_id, (image, folder / "labels_oar" / image.name)))
+        folders = [folder / kind for folder in self.nifti_folders for kind in ("imagesTr", "labels_oar")]
+        check_all_used(folders, cases, "openkbp_pt_<N>.nii.gz in imagesTr, and organs of the same name in labels_oar")
         return cases
 
     def _csv_cases(self) -> list[RawCase]:

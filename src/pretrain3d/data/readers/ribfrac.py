@@ -46,8 +46,11 @@ class RibFrac(Reader):
         self.semantic_classes: list[str] = []
         self.licence = "CC BY-NC 4.0"
         self.files: dict[str, dict[str, Path]] = {"image": {}, "label": {}}
+        self.others: list[Path] = []
         for path in volumes.files_in(self.folder, "**/RibFrac*"):
-            if match := NAME.fullmatch(path.name):
+            if path.is_file() and not NAME.fullmatch(path.name):
+                self.others.append(path)
+            elif match := NAME.fullmatch(path.name):
                 known = self.files[match[3]].setdefault(match[1], path)
                 if known != path:
                     raise UserError(f"{path}: {known} is a file of the same name; keep one of them")
@@ -67,6 +70,13 @@ class RibFrac(Reader):
             files = (images[name], labels.get(name, missing)) if labelled else (images[name],)
             cases.append(RawCase(name, "train" if _number(name) <= LAST_LABELLED else "test", name, files))
         return cases
+
+    def remarks(self) -> list[str]:
+        """Files whose names are nearly those of the data set."""
+        if not self.others:
+            return []
+        return [f"{len(self.others)} image files RibFrac* are neither RibFrac<N>-image.nii.gz nor "
+                f"RibFrac<N>-label.nii.gz, and not read; the first {self.others[0]}"]  # fmt: skip
 
     def read(self, case: RawCase) -> RawVolume:
         """CT, and its fractures where there are labels."""
