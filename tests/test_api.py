@@ -16,11 +16,14 @@ import torch
 from raw_folder import affine_of, ct_phantom, save
 from tiny_detector import tiny_checkpoint
 
+from pretrain3d import api
 from pretrain3d.__main__ import main
 from pretrain3d.api import Detector
 from pretrain3d.backbones.resenc import ResEnc
 from pretrain3d.commands.predict import image_files
 from pretrain3d.config import UserError
+from pretrain3d.data.cached import prepare_volume
+from pretrain3d.data.readers.contract import RawVolume
 from pretrain3d.detection.merge import Merging
 from pretrain3d.modules.base import NOTE
 from pretrain3d.modules.checkpoint import read_checkpoint, store_inference
@@ -170,6 +173,10 @@ def test_mistakes_of_a_detector(folder: Path, arguments: dict[str, Any], message
             lambda image: (image, AFFINE @ np.diag([1e3, 1e3, 1e3, 1])),
             r"image: \(18000, 18000, 18000\) voxels at spacing_mm=\[1.0, 1.0, 1.0\] are too many; "
             r"are the file's own of \[1000.0, 1000.0, 1500.0\] mm right\?",
+        ),
+        (  # no side of more than 4,096 voxels, but 22 GiB
+            lambda image: (image, AFFINE @ np.diag([1e2, 1e2, 1e2, 1])),
+            r"image: \(1800, 1800, 1800\) voxels at spacing_mm=\[1.0, 1.0, 1.0\] are too many; ",
         ),
         (lambda image: (torch.from_numpy(image), AFFINE), "a file, a list of files .* or a numpy array, got a Tensor"),
         (lambda image: (None, None), "a file, a list of files .* or a numpy array, got a NoneType"),
@@ -373,6 +380,24 @@ def test_out_of_memory_names_the_file_and_what_to_lower(
     said = "not predicted: .*scan.nii.gz: out of memory with tiles of 16 x 16 x 16, 2 at once: try a lower tile_batch"
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
     assert re.match(said, error)
+
+
+def test_a_volume_for_which_the_memory_is_too_small_is_named_and_the_others_go_on(
+    folder: Path, image: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starved(volume: RawVolume, where: Path, *rest: Any) -> Any:
+        if where.name == "a.nii.gz":
+            raise MemoryError("Unable to allocate 31.6 GiB")
+        return prepare_volume(volume, where, *rest)
+
+    monkeypatch.setattr(api, "prepare_volume", starved)
+    for name in ("a", "b"):
+        save(tmp_path / "scans" / f"{name}.nii.gz", image, AFFINE)
+    out = tmp_path / "out"
+    assert main(["predict", str(folder / "one.ckpt"), str(tmp_path / "scans"), f"out={out}"]) == 1
+    said = capsys.readouterr()
+    assert "not predicted: " in said.err and "a.nii.gz: out of memory (Unable to allocate 31.6 GiB)" in said.err
+    assert "in 1 of 2 images" in said.out and list(json.loads((out / "predictions.json").read_text())["cases"]) == ["b"]
 
 
 @pytest.mark.parametrize(

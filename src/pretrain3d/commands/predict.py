@@ -91,6 +91,9 @@ def predict(
         except UserError as error:
             failed.append(str(error))
             continue
+        except MemoryError as error:  # of a volume, before the network sees it
+            failed.append(f"{files[0]}: out of memory ({error})")
+            continue
         for name in FILES:
             if name in formats:
                 resolve(FILES, name, "format")(out, case, detector.classes, one)

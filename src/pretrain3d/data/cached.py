@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pretrain3d.geometry import Frame
 
 MARGIN_MM = 5.0
 MAX_SIDE = 4096  # cached voxels per axis; more is a mistyped spacing
+MAX_VOXELS = 2**31  # in all, 8 GiB per channel; so are more
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +106,7 @@ def _cached_shape(
     shape: tuple[int, ...], input_spacing: np.ndarray, spacing_mm: tuple[float, ...], where: Path
 ) -> tuple[int, ...]:
     size = tuple(max(round(n * a / b), 1) for n, a, b in zip(shape, input_spacing, spacing_mm, strict=True))
-    if max(size) > MAX_SIDE:
+    if max(size) > MAX_SIDE or math.prod(size) > MAX_VOXELS:
         raise UserError(
             f"{where}: {size} voxels at spacing_mm={list(spacing_mm)} are too many; are the file's own of "
             f"{np.round(input_spacing, 3).tolist()} mm right?"
