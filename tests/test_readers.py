@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from raw_folder import affine_of, ct_phantom, save, write_case, write_cases, write_dataset
 
+from pretrain3d.__main__ import main
 from pretrain3d.config import UserError
 from pretrain3d.data.readers import READERS
 from pretrain3d.data.readers.contract import Reader
@@ -332,6 +333,18 @@ def test_images_are_cases_for_pretraining(tmp_path):
     volume = reader.read(cases[0])
     np.testing.assert_array_equal(volume.image[0], image)
     assert volume.instances is None and volume.semantic is None
+
+
+@pytest.mark.parametrize("name", ["b.NII.GZ", "sub/b.nii.GZ", "b.Nrrd"])
+def test_an_ending_in_capitals_is_not_passed_over(tmp_path, name, capsys):
+    save(tmp_path / "raw" / "a.nii.gz", ct_phantom(np.random.default_rng(0)), np.eye(4))
+    odd = tmp_path / "raw" / name
+    odd.parent.mkdir(exist_ok=True)
+    odd.write_bytes(b"")
+    line = ["prepare", str(tmp_path / "raw"), f"out={tmp_path / 'store'}", "reader=images", "modality=CT"]
+    assert main(line) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"pretrain3d: error: {odd}: its ending must be in lower case, one of .nii.gz, ")
 
 
 def test_images_of_several_channels_are_grouped(tmp_path):

@@ -35,10 +35,16 @@ def files_in(folder: Path, pattern: str = "*") -> list[Path]:
 
     A pattern that descends finds DICOM series, too, the folder itself among them; a subfolder whose own name ends in
     ``.nii`` is no file.
+
+    Raises:
+        UserError: an ending is not in lower case, as some systems write it.
     """
-    found = [p for p in folder.glob(pattern) if not p.name.startswith(".")]
+    found = sorted(p for p in folder.glob(pattern) if not p.name.startswith("."))
+    for path in found:
+        if path.name.lower().endswith(SUFFIXES) and not path.name.endswith(SUFFIXES) and path.is_file():
+            raise UserError(f"{path}: its ending must be in lower case, one of {', '.join(SUFFIXES)}; rename it")
     if not pattern.startswith("**"):
-        return sorted(p for p in found if p.name.endswith(SUFFIXES))
+        return [p for p in found if p.name.endswith(SUFFIXES)]
     folders = {folder, *(p for p in found if p.is_dir())}
     series = [p for p in folders if dicom.is_series(p)]
     return sorted([*series, *(p for p in found if p.name.endswith(SUFFIXES) and p not in folders)])
