@@ -8,12 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from raw_folder import write_cases
+from raw_folder import save, write_cases
 from tiny_store import blocks, image_of, make_case, tiny_store, write_store
 
+from pretrain3d.__main__ import main
 from pretrain3d.config import UserError
 from pretrain3d.data.case import case_path
 from pretrain3d.data.prepare import prepare
@@ -53,6 +55,39 @@ def test_an_unknown_label_of_a_store_is_refused(tmp_path: Path) -> None:
     case_path(path, "train_1").write_text(json.dumps({**record, "labels": [0, 2, 1]}))
     with pytest.raises(UserError, match=r"case train_1: label 2 is not among the 2 classes \(0\.\.1\)"):
         Store(path)
+
+
+@pytest.mark.parametrize(
+    ("reader", "text"),
+    [
+        ("nnunet", " has no class of objects, so that there is nothing to detect; with reader=nnunet name labels"),
+        (
+            "nndetection",
+            "/plan.yaml has no anchors, as no training case held an object when it was made; where some do",
+        ),
+    ],
+)
+def test_a_detector_without_objects_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], reader: str, text: str
+) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "store"
+    write_cases(raw, 2)
+    for path in sorted((raw / "labelsTr").iterdir()):
+        if path.suffix == ".json":
+            path.write_text(json.dumps({"instances": {}}))
+        elif reader == "nndetection":
+            save(path, np.zeros((30, 28, 24), np.uint8), nib.load(path).affine)
+    if reader == "nnunet":
+        labels = {"background": 0, "nodule": 1, "lesion": 2}
+        content = {"channel_names": {"0": "CT"}, "labels": labels}
+        (raw / "dataset.json").write_text(json.dumps(content), encoding="utf-8-sig")  # begins with a byte order mark
+    line = ["prepare", str(raw), f"out={store}", f"reader={reader}", "spacing_mm=2", "patch_size=16", "workers=1"]
+    assert main(line) == 0
+    assert "2 cases, 0 objects" in capsys.readouterr().out
+    out = [f"out={tmp_path}", f"data.store={store}", "data.num_folds=2", "backbone=resenc_xxs"]
+    assert main(["fit", "--config", "configs/detect/base.yaml", "name=det", *out]) == 2
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"pretrain3d: error: {store}{text}")
 
 
 def test_an_unknown_label_of_a_reader_is_named_and_the_other_cases_go_on(

@@ -59,8 +59,14 @@ def _module_of(settings: dict[str, Any], datamodule: Any) -> tuple[dict[str, Any
         return node, {}
     if len(datamodule.sets) > 1:
         raise UserError("data.store lists several stores; a detector is trained on one")
+    if not store.classes:
+        raise UserError(f"{store.path} has no class of objects, so that there is nothing to detect; with reader=nnunet "
+                        "name labels that are objects under objects in dataset.json and prepare again")  # fmt: skip
     detector = with_levels(node["detector"], store.plan, settings["backbone"]["name"])
     node["detector"] = with_anchors(detector, store.plan.get("anchors"))
+    if node["detector"].get("anchors", {}) is None:
+        raise UserError(f"{store.path}/plan.yaml has no anchors, as no training case held an object when it was made; "
+                        f"where some do now: pretrain3d plan {store.path}")  # fmt: skip
     return node, {"classes": store.classes, "mirror_classes": store.mirror_classes}
 
 

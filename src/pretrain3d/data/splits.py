@@ -85,7 +85,7 @@ def read_folds(path: Path, cases: Iterable[RawCase]) -> tuple[Folds, list[str]]:
             is none of the training cases, or the data have a validation split of their own.
     """
     try:
-        folds = json.loads(path.read_text(encoding="utf-8"))
+        folds = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     known = {case.id: case for case in cases}
