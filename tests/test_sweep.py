@@ -247,6 +247,21 @@ def test_the_command_keeps_what_it_found_and_test_uses_it(run: Path, capsys: pyt
     assert result["operating"] is None and result["asked"]["merging"] == Merging().to_dict()
 
 
+def test_pictures_are_of_the_boxes_that_are_reported(run: Path) -> None:
+    def pictures() -> list[str]:
+        return sorted(path.stem for path in (run / "pictures").glob("test_*.npz"))
+
+    assert main(["test", str(run), "samples=0", "split=val"]) == 0
+    (of_val,) = pictures()
+    assert main(["test", str(run), "samples=0"]) == 0
+    of_test = pictures()
+    assert of_test and of_val not in of_test
+    assert main(["test", str(run), "samples=0"]) == 0  # nothing to predict
+    assert pictures() == of_test
+    assert main(["test", str(run), "samples=0", "split=val", "pictures=0"]) == 0
+    assert pictures() == []
+
+
 @pytest.mark.parametrize(("command", "split"), [("test", "test"), ("sweep", "train")])
 def test_a_changed_annotation_counts(run: Path, capsys: pytest.CaptureFixture[str], command: str, split: str) -> None:
     line = [command, str(run), *(["samples=0", "pictures=0"] if command == "test" else [])]

@@ -119,6 +119,8 @@ def test_run(
     if not is_to_be_tested(folder.path, asked, "these weights", SCORE_FILES):
         write_strata(folder.path, by, values, samples)
         return
+    for old in (folder.path / "pictures").glob("test_*.npz"):  # of other boxes than those that are reported
+        old.unlink()
 
     def predict(case_id: str) -> Prediction:
         image, case, views = module.predict_case(datamodule, case_id)
