@@ -120,6 +120,14 @@ def test_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_a_result_says_whether_its_cases_are_those_of_the_validation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("val", "test"):
+        (tmp_path / "result.json").write_text(json.dumps({**RESULT, "asked": {"split": split}}))
+        assert shown(capsys, tmp_path / "result.json")["cases"].strip() == f"2 {split}, of phantom, hash abc"
+
+
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)

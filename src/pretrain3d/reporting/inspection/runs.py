@@ -95,6 +95,8 @@ def json_lines(path: Path) -> list[str]:
 def _result(path: Path) -> list[str]:
     result = read_result(path)
     data, backbone, cost, commit = (result.get(key) or {} for key in ("data", "backbone", "cost", "commit"))
+    split = (result.get("asked") or {}).get("split")
+    number = f"{len(result['cases'])} {split}" if split else f"{len(result['cases'])}"
     rows: Rows = [
         *[(key, _interval(entry)) for key, entry in result["metrics"].items() if key in HEADLINE],
         *[
@@ -103,7 +105,7 @@ def _result(path: Path) -> list[str]:
             for key in ("mAP", "dice")
             if key in (keys or {})
         ],
-        ("cases", f"{len(result['cases'])}, of {data.get('name', 'unknown data')}, hash {data.get('hash', 'unknown')}"),
+        ("cases", f"{number}, of {data.get('name', 'unknown data')}, hash {data.get('hash', 'unknown')}"),
         ("backbone", " ".join(f"{key} {backbone[key]}" for key in ("name", "fingerprint") if key in backbone)),
         ("transfer", _transfer(backbone["transfer"]) if "transfer" in backbone else ""),
         ("seed", result["seed"]),
