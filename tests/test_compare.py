@@ -295,6 +295,7 @@ def test_mistakes_are_one_line(tmp_path: Path, cases: tuple[Cases, Cases], capsy
     b = run_folder(tmp_path / "b", predictions, targets)
     fewer = [name for name in targets if name != "case4"]
     part = run_folder(tmp_path / "part", {i: predictions[i] for i in fewer}, {i: targets[i] for i in fewer})
+    again = run_folder(tmp_path / "val" / "a", {i: predictions[i] for i in fewer}, {i: targets[i] for i in fewer})
     moved = {**targets, "case2": {**targets["case2"], "boxes": targets["case2"]["boxes"] + 1}}
     assert len(targets["case2"]["labels"])
     other = run_folder(tmp_path / "other", predictions, moved)
@@ -311,6 +312,7 @@ def test_mistakes_are_one_line(tmp_path: Path, cases: tuple[Cases, Cases], capsy
         ([a], "compare takes at least two run folders, got 1"),
         ([a, a], "is given twice"),
         ([a, part], "part was not tested on the cases of a: 'case4' is in one of them only"),
+        ([a, again], "a #2 was not tested on the cases of a: 'case4' is in one of them only"),
         ([a, other], "have other objects in case 'case2'"),
         ([a, *folds], f"{folds[1]} holds no targets.json, which its fold needs to be pooled with the others; run "),
         ([a, *more], "g-f*-s0 (2 folds) was not tested on the cases of a: 'case9' is in one of them only"),

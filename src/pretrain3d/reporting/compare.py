@@ -85,7 +85,7 @@ def compare(
     for name, row in rows_of(results).items():
         for members in row:
             classes, found, true = read_boxes([folders[index] for index in members])
-            own = name_of([[results[index] for index in members]])
+            own = name if len(row) == 1 else name_of([[results[index] for index in members]])
             rows.setdefault(name, []).append(Repetition(own, match(found, true, classes), true))
     if len(rows) < 2:
         raise UserError(
