@@ -260,6 +260,10 @@ def test_pictures_are_of_the_boxes_that_are_reported(run: Path) -> None:
     assert pictures() == of_test
     assert main(["test", str(run), "samples=0", "split=val", "pictures=0"]) == 0
     assert pictures() == []
+    assert main(["test", str(run), "samples=0", "split=val"]) == 0  # nothing to predict, as none was asked for
+    assert pictures() == []
+    assert main(["test", str(run), "samples=0", "split=val", "pictures=1"]) == 0
+    assert pictures() == [of_val]
 
 
 @pytest.mark.parametrize(("command", "split"), [("test", "test"), ("sweep", "train")])

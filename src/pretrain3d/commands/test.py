@@ -66,7 +66,7 @@ def run(paths: list[str], options: dict[str, object]) -> int:
                             "test a detector that starts from it")  # fmt: skip
         defaults = {"checkpoint": "last", "split": "test", "samples": 1000, "pictures": 4, "by": "", "cases": "",
                     "tile_batch": None}  # fmt: skip
-        test_run(folder, **_checked(read_options(options, defaults)))
+        test_run(folder, **_checked(read_options(options, defaults)), drawn="pictures" in options)
         return 0
     if paths:
         raise UserError(f"test takes one run folder, got {len(paths)}: {' '.join(paths)}")
@@ -95,8 +95,12 @@ def test_run(
     by: str,
     cases: str,
     tile_batch: int | None,
+    drawn: bool,
 ) -> None:
-    """Predicts with the run's weights; skips what `result.json` already holds for the same weights and options."""
+    """Predicts with the run's weights; skips what `result.json` already holds for the same weights and options.
+
+    Args: see `USAGE`; ``drawn``: not skipped where one of the pictures is missing.
+    """
     module, datamodule = load_run(folder, checkpoint, tile_batch=tile_batch)
 
     from pretrain3d.backbones.transfer import fingerprint
@@ -116,7 +120,9 @@ def test_run(
     asked = {"checkpoint": checkpoint, "split": split, "samples": samples, "step": step,
              "fingerprint": fingerprint(module.state_dict()), "merging": module.merging.to_dict(),
              "threshold": threshold, "cases": hash_of(datamodule.store, case_ids)}  # fmt: skip
-    if not is_to_be_tested(folder.path, asked, "these weights", SCORE_FILES):
+    drawings = {case_id: folder.path / "pictures" / f"test_{case_id}.npz" for case_id in case_ids[:pictures]}
+    needed = [*SCORE_FILES, *(f"pictures/{path.name}" for path in drawings.values() if drawn)]
+    if not is_to_be_tested(folder.path, asked, "these weights", needed):
         write_strata(folder.path, by, values, samples)
         return
     for old in (folder.path / "pictures").glob("test_*.npz"):  # of other boxes than those that are reported
@@ -126,10 +132,9 @@ def test_run(
         image, case, views = module.predict_case(datamodule, case_id)
         found = merge(views, module.merging)
         boxes, scores, labels = (value.cpu().numpy() for value in (found.boxes, found.scores, found.labels))
-        if case_ids.index(case_id) < pictures:
-            path = folder.path / "pictures" / f"test_{case_id}.npz"
-            save_case_picture(path, image[0].numpy(), case.boxes, case.labels, boxes, labels, scores, module.classes,
-                              spacing_mm=case.frame.spacing_mm)  # fmt: skip
+        if case_id in drawings:
+            save_case_picture(drawings[case_id], image[0].numpy(), case.boxes, case.labels, boxes, labels, scores,
+                              module.classes, spacing_mm=case.frame.spacing_mm)  # fmt: skip
         return boxes, scores, labels
 
     leakage = find(module.note.get("pretrained_on"), [(datamodule.store, split, case_ids)])
