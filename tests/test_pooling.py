@@ -86,12 +86,16 @@ def test_scores_of_all_folds_are_ranked_together(tmp_path: Path, cases: tuple[Ca
     assert abs(values[0] - values[1]) > 1e-3
 
 
-def test_a_column_that_a_fold_was_not_measured_by_is_left_out(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:
+def test_a_column_that_a_fold_was_not_measured_by_is_left_out(
+    tmp_path: Path, cases: tuple[Cases, Cases], capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = folds_of(tmp_path, "x", *cases, parts=THIRDS)
     for run in runs[:2]:
         measured(run, 50, "spacing")
     ((row,),) = read_runs([measured(runs[2], 50), *runs[:2]]).rows.values()
     assert row.result is not None and row.result["by"] == {}
+    said = f"{row.label}: its numbers by spacing are left out, as {runs[2]} has none; test with by=spacing\n"
+    assert capsys.readouterr().err == said
 
 
 def test_without_samples_or_voxel_sizes(tmp_path: Path, cases: tuple[Cases, Cases]) -> None:

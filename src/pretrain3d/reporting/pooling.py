@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def pooled(results: Sequence[Result], folders: Sequence[Path]) -> Result:
     """One result of the folds of a cross-validation, as if all boxes were of a single run.
 
     Scores of different folds are ranked together as they are. Numbers by a column of ``test by=COLUMN`` are there where
-    every fold has them.
+    every fold has them; a line on stderr says which are left out.
 
     Args:
         results: of the folds.
@@ -65,11 +66,15 @@ def pooled(results: Sequence[Result], folders: Sequence[Path]) -> Result:
     samples = (first.get("asked") or {}).get("samples", SAMPLES)
     sizes = by_size(matches, predictions, targets, samples=samples, groups=groups) if have_sizes(targets) else {}
     scored = evaluate_with_intervals(matches, samples, groups=groups)
-    by = {}
-    for column in first.get("columns") or {}:
-        known = [(result.get("columns") or {}).get(column, {}) for result in results]
-        values = {case_id: of_fold[case_id] for of_fold in known for case_id in of_fold}
+    name, by = name_of([results]), {}
+    columns = [result.get("columns") or {} for result in results]
+    for column in dict.fromkeys(key for of_fold in columns for key in of_fold):
+        values = {case_id: value for of_fold in columns for case_id, value in of_fold.get(column, {}).items()}
         if set(values) == set(targets):
             strata = strata_of({case_id: values[case_id] for case_id in sorted(values)})
             by[column] = by_stratum(matches, strata, samples, groups=groups)
-    return {**first, "run": name_of([results]), **scored, "by_size": sizes, "by": by, "operating": None}
+        else:
+            lack = [str(folder) for folder, of_fold in zip(folders, columns, strict=True) if column not in of_fold]
+            print(f"{name}: its numbers by {column} are left out, as {', '.join(lack)} has none; test with by={column}",
+                  file=sys.stderr)  # fmt: skip
+    return {**first, "run": name, **scored, "by_size": sizes, "by": by, "operating": None}
