@@ -76,7 +76,7 @@ def test_what_predict_cannot_use_is_said_before_it_predicts(
     runs: Path, phantom_raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = str(min((phantom_raw / "imagesTs").glob("*_0000.nii.gz")))
-    (tmp_path / "text.ckpt").write_text("text")
+    (tmp_path / "text.ckpt").write_text("case,score\na,0.5\n")
     for weights, message in (
         (runs / "mae.pt", "mae.pt is a file of `pretrain3d export`, a backbone alone; a checkpoint of `fit` is needed"),
         (runs / "mae", "holds a reconstruction module; a detection module is needed; `fit` with transfer.path= trains"),

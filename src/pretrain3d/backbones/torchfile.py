@@ -29,7 +29,8 @@ def read_torch(path: Path, name: str | Path | None = None, mmap: bool = False) -
         with torch.serialization.safe_globals(_numbers()):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # what a damaged or foreign file makes the unpickler raise has no common class
-        if code := re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>", str(error)):
+        code = re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>", str(error))
+        if code and _is_pickled(path):  # a text's first letter may be the unpickler's command, too
             raise UserError(
                 f"{name} is refused: reading it would run code that it names ({code[1] or code[2]}); save its tensors "
                 "and plain values alone, where you trust it"
@@ -38,6 +39,13 @@ def read_torch(path: Path, name: str | Path | None = None, mmap: bool = False) -
         if not isinstance(error, OSError | MemoryError) and not zipfile.is_zipfile(path):
             reason = "it is of another kind, or was cut short"  # an unpickler's word for it helps nobody
         raise UserError(f"{name} cannot be read as a file of torch.save: {reason}") from error
+
+
+def _is_pickled(path: Path) -> bool:
+    if zipfile.is_zipfile(path):
+        return True
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80"  # of every pickle since protocol 2
 
 
 def _numbers() -> list[Any]:
