@@ -11,6 +11,7 @@ from pretrain3d.detection.merge import (
     TileDetections,
     ViewDetections,
     _best_of_tiles,
+    _part_of_whole,
     center_weight,
     is_cut,
     merge,
@@ -72,6 +73,18 @@ def test_parts_that_agree_where_both_tiles_look_become_one():
 def test_a_cut_box_goes_when_more_than_half_of_it_is_in_a_whole_one(start, left):
     whole, cut = [18.0, 4, 4, 44, 30, 30], [22.0, 4, start, 32, 30, start + 10]
     assert len(merged([(whole, 0.8, 0, RIGHT, False), (cut, 0.9, 0, LEFT, True)])) == left
+
+
+@pytest.mark.parametrize("share_cut", [0.0, 0.6, 1.0])
+def test_parts_of_wholes_are_those_of_the_definition(share_cut):
+    """Of several chunks of parts, which are compared with the wholes near them only."""
+    low = torch.rand(900, 3) * torch.tensor([20.0, 200, 50])
+    boxes = torch.cat([low, low + 2 + 18 * torch.rand(900, 3)], dim=1)
+    rank, cut = torch.rand(900), torch.rand(900) < share_cut
+    shared = box_ops.intersection(boxes[:, None], boxes[None])
+    covers = (shared > 0.5 * box_ops.area(boxes)[:, None]) & (rank[None] >= rank[:, None]) & ~cut[None]
+    expected = cut & covers.any(dim=1)
+    assert torch.equal(_part_of_whole(boxes, rank, cut), expected) and bool(expected.any()) == (0 < share_cut < 1)
 
 
 @pytest.mark.parametrize(("shift", "left"), [(3.0, 1), (5.0, 2)])  # IoU 0.6 and 0.41 where both tiles look

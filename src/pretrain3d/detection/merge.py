@@ -190,12 +190,17 @@ def _best_of_tiles(found: Detections, tile: Tensor, num_tiles: int, iou_threshol
 
 def _part_of_whole(boxes: Tensor, rank: Tensor, cut: Tensor) -> Tensor:
     """(N,) bool: cut boxes that a better-ranked whole box covers for the most part."""
-    parts, wholes = cut.nonzero()[:, 0], (~cut).nonzero()[:, 0]
     drop = torch.zeros_like(cut)
-    for chunk in parts.split(256):
-        shared = box_ops.intersection(boxes[chunk][:, None], boxes[wholes][None])  # (n, m)
+    if not cut.any() or cut.all():
+        return drop
+    axis = int((boxes[:, :3].amax(dim=0) - boxes[:, :3].amin(dim=0)).argmax())
+    low, high = boxes[:, axis], boxes[:, axis + 3]
+    parts, wholes = cut.nonzero()[:, 0], (~cut).nonzero()[:, 0]
+    for chunk in parts[low[parts].argsort()].split(256):  # neighbours, which few of the wholes can touch
+        near = wholes[(low[wholes] < high[chunk].max()) & (high[wholes] > low[chunk].min())]
+        shared = box_ops.intersection(boxes[chunk][:, None], boxes[near][None])  # (n, m)
         covered = shared > COVERED * box_ops.area(boxes[chunk])[:, None]
-        drop[chunk] = (covered & (rank[wholes][None] >= rank[chunk][:, None])).any(dim=1)
+        drop[chunk] = (covered & (rank[near][None] >= rank[chunk][:, None])).any(dim=1)
     return drop
 
 
