@@ -59,6 +59,17 @@ def test_mistakes(config: str, overrides: list[str], message: str, tmp_path: Pat
     assert message in said and "Traceback" not in said
 
 
+def test_a_longer_run_goes_on_at_its_own_rate(tmp_path: Path) -> None:
+    """The checkpoint of a finished run holds the rate after its last step, which is 0."""
+    tiny_store(tmp_path / "store")
+    line = ["fit", "--config", "configs/pretrain/mae.yaml", "name=run", f"out={tmp_path}",
+            f"data.store={tmp_path / 'store'}", *TINY, "trainer.log_every_n_steps=1"]  # fmt: skip
+    for steps in (2, 4):
+        assert main([*line, "module.schedule=poly", f"trainer.max_steps={steps}"]) == 0
+    rates = [float(row["lr/backbone"]) for row in read_rows(tmp_path / "run" / "metrics.csv")]
+    assert rates == pytest.approx([1e-3 * (1 - s / n) ** 0.9 for s, n in ((0, 2), (1, 2), (2, 4), (3, 4))])
+
+
 def test_a_base_config_wants_a_store(capsys: Any) -> None:
     assert main(["fit", "--config", "configs/detect/base.yaml"]) == 2
     assert capsys.readouterr().err.startswith("pretrain3d: error: data.store is not given; it is the folder that")

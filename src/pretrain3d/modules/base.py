@@ -210,6 +210,13 @@ class BaseModule(lightning.LightningModule):
         if self.averaged is not None and due:
             self.averaged.update(self.networks)
 
+    def on_train_start(self) -> None:
+        """A resumed run goes on at the rate that its own length asks for: the checkpoint's is of the length then."""
+        scheduler: Any = self.lr_schedulers()
+        rows = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        for group, rate, factor in rows:
+            group["lr"] = rate * factor(scheduler.last_epoch)
+
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Anything that draws from torch's global generator (stochastic depth, say) becomes a function of the step."""
         self._enter_phase(self.global_step)
