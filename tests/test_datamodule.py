@@ -232,6 +232,14 @@ def test_a_store_without_unlabelled_cases_cannot_pretrain(tmp_path: Path):
         DataModule(str(tmp_path), pool="pretrain")
 
 
+def test_pretraining_on_unlabelled_cases_needs_no_folds(tmp_path: Path):
+    tiny_store(tmp_path, num_train=1, num_pretrain=4)
+    data = DataModule(str(tmp_path), pool="pretrain", intensity={"scheme": "ct"})
+    assert len(data.train_ids) == 3 and len(data.val_ids) == 1 and data.test_ids == ["test_0"]
+    with pytest.raises(UserError, match="1 training patients cannot fill 5 folds"):
+        DataModule(str(tmp_path), pool="all")
+
+
 class Recorder(lightning.LightningModule):
     """Notes which samples come, and trains one number."""
 

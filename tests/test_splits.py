@@ -5,7 +5,7 @@ import pytest
 
 from pretrain3d.config import UserError
 from pretrain3d.data.readers.contract import RawCase
-from pretrain3d.data.splits import fold_cases, read_folds
+from pretrain3d.data.splits import fold_cases, fold_or_all, read_folds
 
 
 def store_of(cases: list[tuple[str, str, str]], folds=()) -> SimpleNamespace:
@@ -63,6 +63,14 @@ def test_a_fold_out_of_range_is_refused(arguments):
 def test_more_folds_than_patients_are_refused():
     with pytest.raises(UserError, match=r"2 training patients cannot fill 5 folds; num_folds=2 at most"):
         fold_cases(store_of(CASES[:4]), 0)
+
+
+def test_what_needs_no_validation_takes_fewer_patients_than_folds():
+    assert fold_or_all(store_of(CASES), 1) == fold_cases(store_of(CASES), 1)
+    few = fold_or_all(store_of(CASES[:4]), 0)
+    assert few["train"] == sorted(case[0] for case in CASES[:4]) and few["val"] == []
+    with pytest.raises(UserError, match="fold must be"):
+        fold_or_all(store_of(CASES[:4]), 5)
 
 
 GIVEN = [{"train": ["c00", "c01", "c04"], "val": ["c02"]}, {"train": ["c02", "c03"], "val": ["c01", "c00"]}]

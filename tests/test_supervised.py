@@ -14,6 +14,7 @@ import pytest
 import torch
 from backbone_variants import VARIANTS
 from semantic_store import semantic_store
+from tiny_store import tiny_store
 from torch import Tensor, distributed, nn
 
 from pretrain3d.__main__ import main
@@ -380,6 +381,9 @@ def test_mistakes_of_the_data(stores: list[str], tmp_path: Path) -> None:
     assert len(data.train_ids) + len(data.val_ids) == 6
     with pytest.raises(UserError, match="0 training and 0 validation cases have a semantic map"):
         DataModule(stores[1], pool="pretrain", labels="semantic")
+    tiny_store(tmp_path / "tiny")
+    with pytest.raises(UserError, match=r"labels=semantic: .*tiny has no maps of organs; it has those of .*=objects"):
+        DataModule(str(tmp_path / "tiny"), labels="semantic")
     with pytest.raises(UserError, match="twice"):
         DataModule([stores[0], stores[0]])
     semantic_store(tmp_path / "two", "alpha", ["liver"], channels=2)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pretrain3d.config import UserError, suggestion
 from pretrain3d.data.case import Case
 from pretrain3d.data.fingerprint import Histogram, Moments, merge
-from pretrain3d.data.splits import fold_cases
+from pretrain3d.data.splits import fold_or_all
 from pretrain3d.data.store import Store
 
 SCHEMES = ("ct", "zscore", "window", "windows")
@@ -68,7 +68,7 @@ def normalisation_for(
         store: the statistics come from its records; no volume is read.
         intensity: the plan's ``intensity``; see `resolve_intensity`.
         fold: "ct" takes its statistics from the training cases of this fold only.
-        num_folds: as in `fold_cases`.
+        num_folds: as in `splits.fold_or_all`.
 
     Raises:
         UserError: unknown scheme or foreground, missing or senseless values.
@@ -168,7 +168,7 @@ def _foreground_statistics(
     store: Store, intensity: dict[str, Any], fold: int, num_folds: int
 ) -> dict[str, list[float]]:
     """Per channel, from the merged histograms of the fold's training cases ("pretrain" cases where there are none)."""
-    splits = fold_cases(store, fold, num_folds)
+    splits = fold_or_all(store, fold, num_folds)
     cases = [store.cases[case_id] for case_id in splits["train"] or splits["pretrain"]]
     has_objects = any(case.histograms["objects"][0].total for case in cases)
     foreground = intensity.get("foreground") or ("objects" if has_objects else "body")

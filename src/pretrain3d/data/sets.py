@@ -21,7 +21,7 @@ from pretrain3d.data.case import Case
 from pretrain3d.data.normalise import check_intensity, normalisation_for
 from pretrain3d.data.patches import PatchDataset
 from pretrain3d.data.semantic import annotated_organs
-from pretrain3d.data.splits import fold_cases
+from pretrain3d.data.splits import fold_cases, fold_or_all
 from pretrain3d.data.store import Store
 
 Pool = Literal["train", "pretrain", "all"]
@@ -83,6 +83,11 @@ class DataSet:
         self.label_classes: list[str] = []
         if labels is not None:
             self.label_classes = list(store.semantic_classes if labels == "semantic" else store.classes)
+            if not self.label_classes:
+                there = {"objects": store.classes, "semantic": store.semantic_classes}
+                hint = next((f"; it has those of data.labels={kind}" for kind, names in there.items() if names), "")
+                what = "maps of organs" if labels == "semantic" else "classes of objects"
+                raise UserError(f"data.labels={labels}: {store.path} has no {what}{hint}")
             self._keep_labelled(labels, pool)
         scheme = store.plan["intensity"] if intensity is None else intensity
         if not isinstance(scheme, dict):
@@ -124,9 +129,10 @@ class DataSet:
         )
         what = "a semantic map" if labels == "semantic" else "an annotated class"
         if not self.train_ids or not self.val_ids:
+            hint = "" if pool == "train" else " (data.pool=train: the annotated cases)"
             raise UserError(
                 f"{self.store.path}: of pool={pool}, {len(self.train_ids)} training and {len(self.val_ids)} validation "
-                f"cases have {what}; data.labels={labels} needs both (data.pool=train: the annotated cases)"
+                f"cases have {what}; data.labels={labels} needs both{hint}"
             )
         left = [cases[case_id] for case_id in (*self.train_ids, *self.val_ids)]
         if len(left) < total:
@@ -242,7 +248,12 @@ def cases_of_pool(
     for name, value in (("label_fraction", label_fraction), ("val_fraction", val_fraction)):
         if not 0 < value <= 1:
             raise UserError(f"data.{name}={value}: expected more than 0 and at most 1")
-    parts = fold_cases(store, fold, num_folds)
+    if pool == "pretrain" and label_fraction != 1:
+        raise UserError(
+            f"data.label_fraction={label_fraction} is a share of the labelled cases, of which data.pool=pretrain takes "
+            "none; leave it at 1, or take data.pool=train or all"
+        )
+    parts = (fold_or_all if pool == "pretrain" else fold_cases)(store, fold, num_folds)
     train: list[str] = []
     val: list[str] = []
     if pool in ("train", "all"):

@@ -50,6 +50,17 @@ def fold_cases(store: Store, fold: int, num_folds: int = 5, seed: int = 0) -> di
     return splits
 
 
+def fold_or_all(store: Store, fold: int, num_folds: int = 5) -> dict[str, list[str]]:
+    """`fold_cases`; where there are fewer patients than folds, all training cases train and none validates.
+
+    For what needs training cases, but no validation on them: statistics, and pretraining on unlabelled cases.
+    """
+    splits = _raw_splits(store)
+    patients = {store.cases[case_id].group for case_id in splits["train"]}
+    too_few = 0 < len(patients) < num_folds and 0 <= fold < num_folds and not splits["val"] and not store.folds
+    return splits if too_few else fold_cases(store, fold, num_folds)
+
+
 def _raw_splits(store: Store) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     for case_id in sorted(store.cases):

@@ -14,7 +14,7 @@ from torch import Tensor
 from pretrain3d.config import UserError
 from pretrain3d.data.case import Case
 from pretrain3d.data.normalise import check_intensity, resolve_intensity
-from pretrain3d.data.splits import fold_cases
+from pretrain3d.data.splits import fold_cases, fold_or_all
 from pretrain3d.data.store import Store, check_plan, repair
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.anchors import base_sizes, best_iou
@@ -77,7 +77,7 @@ def make_plan(
     shape = np.median([case.shape for case in cases], axis=0).tolist()
     if patch_size is None:
         budget = shared_out(budget, shape, need.multiple)
-    first_fold = _first_fold(store)
+    first_fold = set(fold_or_all(store, 0)["train"])
     training = [case for case in cases if case.id in first_fold]
     if not any(len(case.boxes) for case in training):  # few objects, all of them in the cases that fold 0 validates on
         training = cases
@@ -239,15 +239,6 @@ def _pool(store: Store) -> list[Case]:
     raise UserError(f"{store.path} has no case")
 
 
-def _first_fold(store: Store) -> set[str]:
-    """The training cases of fold 0; all of them where there are too few patients to fold."""
-    cases = store.cases.values()
-    patients = {case.group for case in cases if case.split == "train"}
-    if len(patients) >= 5 or any(case.split == "val" for case in cases):
-        return set(fold_cases(store, 0)["train"])
-    return {case.id for case in cases if case.split == "train"}
-
-
 def channels_of(store: Store) -> int:
     """Channels of the image."""
     return max((case.channels for case in store.cases.values()), default=1)
@@ -282,9 +273,9 @@ def _named(rows: list[str], which: Tensor) -> list[str]:
 
 def _statistics(store: Store, intensity: dict[str, Any]) -> list[str]:
     """What ``null`` comes to in fold 0."""
-    if intensity["scheme"] != "ct" or not _first_fold(store):
-        return []
     try:
+        if intensity["scheme"] != "ct" or not fold_cases(store, 0)["train"]:
+            return []
         values = resolve_intensity(store, intensity, 0)
     except UserError:
         return []  # fewer patients than folds
