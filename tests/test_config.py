@@ -488,6 +488,7 @@ TAKES = "It takes: size, ratio, norm, names, deep, free"
         ({"size": [1, 2, 3.5]}, "size must be a list of 3 int, got [1, 2, 3.5]"),
         ({"size": [1, 2, 3], "ratio": "half"}, "ratio must be float, got 'half'"),
         ({"size": [1, 2, 3], "ratio": True}, "ratio must be float, got True"),
+        ({"size": [1, 2, 3], "ratio": float("nan")}, "ratio must be float, got nan"),
         ({"size": [1, 2, 3], "norm": "bach"}, "norm must be 'batch' or 'none' or null, got 'bach'"),
         ({"size": [1, 2, 3], "names": "a"}, "names must be a list of str or null, got 'a'"),
         ({"size": [1, 2, 3], "deep": 1}, "deep must be bool, got 1"),

@@ -59,6 +59,26 @@ def test_mistakes(config: str, overrides: list[str], message: str, tmp_path: Pat
     assert message in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("config", "override", "message"),
+    [
+        ("mae", "module.method.ratio=.nan", "module.method mae: ratio must be float, got nan"),
+        ("simclr", "module.method.crop_size=7", "simclr cuts crops of 7 x 7 x 7 out of data.patch_size [16, 16, 8]; "),
+        ("voco", "module.method.grid=[16,1,1]", "voco cuts crops of 1 x 16 x 8 out of data.patch_size [16, 16, 8]; "),
+        ("swin_mix", "data.flip_axes=[0,1]", "swin_mix: data.flip_axes=[0, 1] mirrors x and y"),
+        ("mae", "+data.label_fraction=0.5", "data.label_fraction=0.5 is a share of the labelled cases, of which data"),
+    ],
+)
+def test_a_mistake_leaves_no_run_behind(config: str, override: str, message: str, tmp_path: Path, capsys: Any) -> None:
+    tiny_store(tmp_path / "store")
+    line = ["fit", "--config", f"configs/pretrain/{config}.yaml", "name=run", f"out={tmp_path}",
+            f"data.store={tmp_path / 'store'}", *TINY, "data.pool=pretrain", override]  # fmt: skip
+    assert main(line) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_longer_run_goes_on_at_its_own_rate(tmp_path: Path) -> None:
     """The checkpoint of a finished run holds the rate after its last step, which is 0."""
     tiny_store(tmp_path / "store")

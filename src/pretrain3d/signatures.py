@@ -22,6 +22,8 @@ def hints(target: Callable[..., Any]) -> dict[str, Any]:
 def fit(value: Any, hint: Any) -> Any:
     """``value`` as the annotation wants it (lists as tuples, whole numbers as floats); other annotations take anything.
 
+    NaN is no number.
+
     Raises:
         TypeError: it does not fit.
     """
@@ -35,7 +37,7 @@ def fit(value: Any, hint: Any) -> Any:
     if hint is bool or hint is str:
         return _require(value, isinstance(value, hint))
     if hint is int or hint is float:
-        number = isinstance(value, (int, hint)) and not isinstance(value, bool)
+        number = isinstance(value, (int, hint)) and not isinstance(value, bool) and value == value
         return hint(_require(value, number))
     if hint is Path:
         return Path(_require(value, isinstance(value, (str, Path))))

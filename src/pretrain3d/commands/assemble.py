@@ -43,6 +43,8 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         print(warning(note["leakage"], str(transfer["path"])), file=sys.stderr)
     given |= {"backbone": backbone, "patch_size": tuple(datamodule.patch_size), "note": note}
     module = build(MODULES, module_node, "module", **given)
+    if hasattr(getattr(module, "method", None), "check_mirrors"):
+        module.method.check_mirrors(datamodule.spatial.flip_axes)
     asked = settings["module"].get("detector", {})
     if "anchors" in module_node.get("detector", {}) and asked.get("anchors") is None:
         name, own = settings["backbone"]["name"], asked.get("detection_levels") is not None

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from pretrain3d.config import UserError, by_text
 from pretrain3d.data.batch import torch_generator
 from pretrain3d.data.views import ViewAugmentation
 from pretrain3d.modules.pretraining import PretrainingModule
@@ -21,6 +22,9 @@ class ContrastiveModule(PretrainingModule):
         views: arguments of `data.views.ViewAugmentation`, which changes every view on its own after it was cut.
         backbone, method, patch_size, note, optimizer, schedule, warmup_steps, ema: see `PretrainingModule`;
             ``patch_size`` is the region that views are cut from.
+
+    Raises:
+        UserError: the views are no multiple of what the backbone needs.
     """
 
     def __init__(
@@ -36,6 +40,13 @@ class ContrastiveModule(PretrainingModule):
         ema: float | None = None,
     ) -> None:
         super().__init__(backbone, method, patch_size, note, optimizer, schedule, warmup_steps, ema)
+        size: Any = self.method.view_size
+        multiple: Any = backbone.size_multiple
+        if any(side % step for side, step in zip(size, multiple, strict=True)):
+            raise UserError(
+                f"module.method {method['name']} cuts crops of {by_text(size)} out of data.patch_size "
+                f"{list(patch_size)}; the backbone needs multiples of {by_text(multiple)}"
+            )
         self.augment = ViewAugmentation(**checked_arguments(ViewAugmentation, views or {}, "module.views"))
 
     def prepare(self, method: Any, batch: dict[str, Any], stage: str) -> dict[str, Any]:

@@ -17,12 +17,6 @@ YARDSTICKS = ("mean_predictor", "inpainting_linear", "copy")  # what a method lo
 class ReconstructionModule(PretrainingModule):
     """Lightning's side of a reconstruction method; arguments as `PretrainingModule`."""
 
-    def on_fit_start(self) -> None:
-        """Raises UserError when the data side mirrors away what the method is to predict."""
-        check = getattr(self.method, "check_mirrors", None)
-        if check is not None:
-            check(self.trainer.datamodule.spatial.flip_axes)  # type: ignore[attr-defined]
-
     def prepare(self, method: Any, batch: dict[str, Any], stage: str) -> dict[str, Any]:
         """Masks are drawn on the batch's device, from one generator per sample."""
         seed = self.note["seed"] if stage == "train" else 0

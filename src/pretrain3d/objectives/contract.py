@@ -45,8 +45,8 @@ class Method(Protocol):
     levels and the number of its output channels, see `Decoder`.
 
     A class that needs more of a backbone than a call has a static ``check_backbone(backbone)``, which raises a
-    UserError; one to which mirrored patches may be wrong has ``check_mirrors(flip_axes)``, which does so at the start
-    of `fit`. One that restores intensities has ``measure``, the name of its error; one that calls its networks in
+    UserError; one to which mirrored patches may be wrong has ``check_mirrors(flip_axes)``, which does so before
+    `fit` begins. One that restores intensities has ``measure``, the name of its error; one that calls its networks in
     another way in every batch, ``compilable = False``.
     """
 
