@@ -6,11 +6,14 @@ import errno
 import importlib
 import os
 import sys
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import pretrain3d
 from pretrain3d.__main__ import COMMANDS, entry, main, module_of
 from pretrain3d.config import UserError
 
@@ -41,6 +44,16 @@ def test_a_command_with_a_configuration(calls: list[Any], flag: list[str]) -> No
     assert main(["fit", "seed=1", *flag, "+trainer.fast_dev_run=true", "seed=2"]) == 0
     assert calls == [("a.yaml", [], ["seed=1", "+trainer.fast_dev_run=true", "seed=2"])]
     assert main(["fit"]) == 0 and calls[1] == (None, [], [])
+
+
+def test_a_warning_of_ours_is_one_line(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # to be put back
+    assert main(["prepare"]) == 0
+    ours = Path(pretrain3d.__file__).parent / "data" / "sets.py"
+    assert warnings.formatwarning("two cases are left out", UserWarning, str(ours), 3) == (
+        "pretrain3d: warning: two cases are left out\n"
+    )
+    assert warnings.formatwarning("other", UserWarning, "/lib/other.py", 3) == "/lib/other.py:3: UserWarning: other\n"
 
 
 def test_the_status_is_the_commands(calls: list[Any]) -> None:

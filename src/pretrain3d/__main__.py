@@ -12,8 +12,10 @@ import keyword
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pretrain3d.config import UserError, suggestion
 
@@ -41,6 +43,9 @@ _FILES = {  # what a user can mend: a full disk, rights, a path
 }  # fmt: skip
 
 
+_python_format = warnings.formatwarning
+
+
 @dataclass
 class _Arguments:
     paths: list[str] = field(default_factory=list)
@@ -60,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
         The exit status: the command's own (0 done, 1 done in part), 2 for a user's mistake or a file that the system
         refuses, 130 when interrupted, 141 when the reader of the output has gone (``pretrain3d ... | head``).
     """
+    warnings.formatwarning = _format_warning
     try:
         status = _run(list(argv))
         sys.stdout.flush()
@@ -80,6 +86,15 @@ def main(argv: Sequence[str]) -> int:
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"pretrain3d: error: {where}{error.strerror}", file=sys.stderr)
         return 2
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """One of ours is one line, without the place in the code that it comes from; others are as Python prints them."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        return f"pretrain3d: warning: {message}\n"
+    return _python_format(message, category, filename, lineno, line)
 
 
 def _output_is_closed() -> bool:

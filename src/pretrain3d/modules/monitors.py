@@ -83,7 +83,7 @@ class FeatureMonitor(Callback):
         """Whether these have collapsed."""
         text = warning(what, len(vectors), float(spread(vectors)), float(effective_rank(vectors)), min_std)
         if text and trainer.is_global_zero:
-            warnings.warn(f"step {trainer.global_step}: {text}", stacklevel=3)
+            warnings.warn(f"step {trainer.global_step}: {text}", stacklevel=2)
         return text is not None
 
     def _choose(self, trainer: Any, module: Any) -> ProbePatches:

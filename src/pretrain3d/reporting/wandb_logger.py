@@ -231,4 +231,4 @@ def _run_id(folder: Path, keep: bool) -> str:
 
 
 def _warn(what: str, error: Exception) -> None:
-    warnings.warn(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}", UserWarning, stacklevel=3)
+    warnings.warn(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}", UserWarning, stacklevel=2)
