@@ -184,6 +184,7 @@ def test_contract():
         (SHAPE, {"drop": 1.0}, "drop is 1.0"),
         (SHAPE, {"temperature": 0.0}, "temperature is 0.0"),
         (SHAPE, {"contrast": -1.0}, "weight contrast is -1.0"),
+        (SHAPE, {"reconstruction": 0.0, "rotation": 0.0, "contrast": 0.0}, "weights reconstruction, .* are all 0"),
     ],
 )
 def test_mistakes(shape, arguments, message):

@@ -41,7 +41,7 @@ class SwinMix(nn.Module):
 
     Raises:
         UserError: a patch that is not square in x and y or a single voxel at the coarsest level, a share or a weight
-            that is none.
+            that is none, or no weight above 0.
 
     Source: Tang et al., "Self-supervised pre-training of Swin transformers for 3D medical image analysis" (2022), with
     weights 1, 1, 1 and temperature 0.5 as in its code and in nnssl. There the rotation is read from one corner token
@@ -85,6 +85,8 @@ class SwinMix(nn.Module):
         for name, weight in self.weights.items():
             if weight < 0:
                 raise UserError(f"swin_mix: the weight {name} is {weight}; 0 or more")
+        if not any(self.weights.values()):
+            raise UserError(f"swin_mix: the weights {', '.join(self.weights)} are all 0, so that nothing is trained")
         self.drop, self.temperature = drop, temperature
         self.decoder = decoder(levels, in_channels, skips=False)
         channels = levels[-1].channels
