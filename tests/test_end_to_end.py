@@ -62,8 +62,8 @@ def test_test_and_table(runs: Path, phantom_store: Path) -> None:
     assert main(["test", "baseline=mean_box", f"store={phantom_store}", f"out={out}", "samples=50"]) == 0
     table, report = runs / "table.md", runs / "report.html"
     assert main(["table", str(runs / "det"), str(out), f"out={table}", f"report={report}"]) == 0
-    assert "mAP" in table.read_text() and "mean_box" in table.read_text()
-    html = report.read_text()
+    assert "mAP" in table.read_text(encoding="utf-8") and "mean_box" in table.read_text(encoding="utf-8")
+    html = report.read_text(encoding="utf-8")
     assert "<html" in html and 'src="http' not in html and 'href="http' not in html  # fetches nothing
     # The score command, given the files that `test` wrote, finds the same numbers.
     scores = runs / "scores.json"

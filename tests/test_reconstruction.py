@@ -141,7 +141,7 @@ def test_table_report_and_show(out: Path, capsys: pytest.CaptureFixture[str]) ->
     capsys.readouterr()
     assert main(["table", str(run), f"out={files['table.md']}", f"report={files['report.html']}"]) == 0
     assert "reconstruction, held-out patches: tiny" in capsys.readouterr().out
-    for text in (files["table.md"].read_text(), files["report.html"].read_text()):
+    for text in (files["table.md"].read_text(encoding="utf-8"), files["report.html"].read_text(encoding="utf-8")):
         assert "tri-linear in-painting" in text and cell in text and "mean squared error" in text
         assert "mAP" not in text.split("What was run")[0], "no table of detection"
     assert main(["show", str(run)]) == 0

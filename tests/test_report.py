@@ -150,7 +150,7 @@ class Page(HTMLParser):
 
 def test_the_page_holds_everything_and_needs_nothing_else(runs, tmp_path):
     write_report(tmp_path / "report.html", read_runs(runs), title="Scratch < MAE & more")
-    text = (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == []
     assert "Scratch < MAE & more" in page.text  # escaped in the source
@@ -170,7 +170,7 @@ def test_the_page_holds_everything_and_needs_nothing_else(runs, tmp_path):
 def test_the_cases_of_each_data_set_are_shown_apart(tmp_path):
     runs = [detection_run(tmp_path / name, name, 0.5, cases=n) for name, n in (("a", 6), ("b", 6), ("other", 5))]
     write_report(tmp_path / "report.html", read_runs(runs))
-    text = (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
     first, second = text.split("<h3>c0</h3>")[1:]  # both data sets happen to have a case of that name
     assert (first.count('alt="a"'), first.count('alt="b"'), first.count('alt="other"')) == (1, 1, 0)
     assert (second.count('alt="a"'), second.count('alt="other"')) == (0, 1)
@@ -178,7 +178,7 @@ def test_the_cases_of_each_data_set_are_shown_apart(tmp_path):
 
 def test_without_pictures_no_image_of_the_data_is_left(runs, tmp_path):
     write_report(tmp_path / "report.html", read_runs(runs), pictures=False)
-    page = Page((tmp_path / "report.html").read_text())
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.images == [] and "image" not in page.tags  # neither in HTML nor inside an SVG
     assert "svg" in page.tags and "Reconstruction" not in page.text and "Cases" not in page.text
 
@@ -194,7 +194,7 @@ def test_table_command_writes_all_three(runs, tmp_path, capsys):
     assert table.run([str(path) for path in runs], options) == 0
     printed = capsys.readouterr().out
     assert "from-mae   0.600 [0.520, 0.680]" in printed
-    assert "| from-mae | 0.600 [0.520, 0.680] |" in (tmp_path / "new" / "table.md").read_text()
+    assert "| from-mae | 0.600 [0.520, 0.680] |" in (tmp_path / "new" / "table.md").read_text(encoding="utf-8")
     assert (tmp_path / "report.html").exists()
 
 
@@ -204,7 +204,7 @@ def test_leakage_is_in_table_and_report(runs, tmp_path, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"leakage": leaked}))
     table.run([str(run) for run in runs], {"report": str(tmp_path / "r.html")})
     assert "leakage: tested cases that the pretraining has seen" in capsys.readouterr().out
-    assert "<td>1 of 6</td>" in (tmp_path / "r.html").read_text()
+    assert "<td>1 of 6</td>" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_mistakes_are_named(runs, tmp_path):

@@ -538,7 +538,8 @@ def test_test_table_and_report(tested: Path, capsys: Any) -> None:
     dice = read_result(run)["per_class"]["liver"]["dice"]
     assert "segmentation: gamma, 2 test cases" in shown and "Dice per class, gamma, 2 test cases" in shown
     assert f"{dice['value']:.3f} [{dice['low']:.3f}, {dice['high']:.3f}]" in shown and "mAP" not in shown
-    assert "Dice of everything" in report.read_text() and "Detection curves" not in report.read_text()
+    page = report.read_text(encoding="utf-8")
+    assert "Dice of everything" in page and "Detection curves" not in page
 
 
 def test_mistakes_of_a_test(tested: Path, capsys: Any) -> None:
