@@ -194,8 +194,7 @@ class BaseModule(lightning.LightningModule):
         """Clips by itself: Lightning 2.6 refuses to with a fused optimiser under mixed precision (its #21435)."""
         if gradient_clip_val:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            by_value = gradient_clip_algorithm == "value"
-            clip = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
+            clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
             clip(parameters, gradient_clip_val)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -212,10 +211,9 @@ class BaseModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         """A resumed run goes on at the rate that its own length asks for: the checkpoint's is of the length then."""
-        scheduler: Any = self.lr_schedulers()
-        rows = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        for group, rate, factor in rows:
-            group["lr"] = rate * factor(scheduler.last_epoch)
+        rates: Any = self.lr_schedulers()
+        for group, peak, factor in zip(rates.optimizer.param_groups, rates.base_lrs, rates.lr_lambdas, strict=True):
+            group["lr"] = peak * factor(rates.last_epoch)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Anything that draws from torch's global generator (stochastic depth, say) becomes a function of the step."""
