@@ -25,6 +25,7 @@ TINY = [
     "trainer.max_steps=2", "trainer.val_every_n_steps=2", "trainer.checkpoint_every_n_steps=1",
     "trainer.log_every_n_steps=1", "trainer.accelerator=cpu",
 ]  # fmt: skip
+SLIM = ["+module.detector.fpn_channels=16", "+module.detector.num_convs=1"]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_a_plan_is_for_its_backbone_and_its_runs(
     phantom_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["fit", "--config", "configs/detect/base.yaml", f"out={tmp_path}", f"data.store={phantom_store}", *TINY,
-            "module.overlap=0"]  # fmt: skip
+            *SLIM, "module.overlap=0"]  # fmt: skip
     small = ["backbone=resenc", "+backbone.channels=[8,8]", "+backbone.strides=[1,2]", "+backbone.blocks=[1,1]"]
     assert main([*line, "name=small", *small]) == 0  # one level, the plan's anchors are for four
     said = capsys.readouterr().err

@@ -45,7 +45,7 @@ def test_a_signal_is_one_line(
 ) -> None:
     run = tmp_path / "run"
     line = ["fit", "--config", "configs/pretrain/phantom_mae.yaml", "name=run", f"out={tmp_path}",
-            f"data.store={phantom_store}", "data.patch_size=[32,32,32]", "data.batch_size=2", "data.num_workers=0",
+            f"data.store={phantom_store}", "data.patch_size=[16,16,16]", "data.batch_size=2", "data.num_workers=0",
             "module.warmup_steps=1", "trainer.max_steps=6", "trainer.val_every_n_steps=6",
             "trainer.checkpoint_every_n_steps=2", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"]  # fmt: skip
     for step, kept in [(1, "begins again, there is no checkpoint yet"), (3, "continues from the checkpoint of step 2")]:

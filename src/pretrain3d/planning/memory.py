@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from pretrain3d.backbones import BACKBONES
+from pretrain3d.backbones.contract import Triple
 from pretrain3d.config import UserError, by_text
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.necks import pyramid_levels
@@ -47,18 +48,25 @@ class Footprint:
         per_patch: activations that do not depend on its size, such as those of queries.
         per_voxel: activations and what the loss makes of them, per voxel of a patch.
         multiple: (3,) what a patch must be a multiple of.
-        strides: of the detector's pyramid, finest first.
     """
 
     fixed: int
     per_patch: float
     per_voxel: float
-    multiple: tuple[int, int, int]
-    strides: tuple[tuple[int, int, int], ...]
+    multiple: tuple[int, ...]
 
     def bytes(self, patch_size: Sequence[int], batch_size: int) -> int:
         """Of a step on ``batch_size`` patches."""
         return self.fixed + math.ceil(batch_size * (self.per_patch + self.per_voxel * math.prod(patch_size)))
+
+
+def pyramid(backbone: str | Mapping[str, Any], in_channels: int = 1) -> tuple[tuple[int, ...], list[Triple]]:
+    """What a patch must be a multiple of, (3,), and the strides of a detector's pyramid, finest first.
+
+    Raises:
+        UserError: an unknown name or argument.
+    """
+    return _pyramid(build(BACKBONES, _node(backbone), "backbone", in_channels=in_channels))
 
 
 def footprint(
@@ -89,9 +97,8 @@ def footprint(
 def _measured(nodes: str, in_channels: int, num_classes: int, precision: str, on_gpu: bool) -> Footprint:
     backbone_node, detector_node = json.loads(nodes)
     backbone, detector = _networks(backbone_node, detector_node, in_channels, num_classes)
-    strides = tuple(level.stride for level in pyramid_levels(backbone.levels))
     weights = sum(p.numel() * p.element_size() for net in (backbone, detector) for p in net.parameters())
-    multiple = tuple(math.lcm(a, b) for a, b in zip(backbone.size_multiple, strides[-1], strict=True))
+    multiple, _ = _pyramid(backbone)
     sizes = [tuple(steps * m for m in multiple) for steps in REFERENCE_STEPS]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # anchors and the like are plain attributes
         for net in (backbone, detector):
@@ -104,7 +111,7 @@ def _measured(nodes: str, in_channels: int, num_classes: int, precision: str, on
     fixed = weights * (2 + OPTIMIZER_STATES + 1) + casts  # weights and gradients; optimiser; averaged weights
     per_voxel = (large - small) / (math.prod(sizes[1]) - math.prod(sizes[0]))
     per_patch = max(large - casts - per_voxel * math.prod(sizes[1]), 0.0)
-    return Footprint(fixed, per_patch, per_voxel, multiple, strides)  # type: ignore[arg-type]
+    return Footprint(fixed, per_patch, per_voxel, multiple)
 
 
 def measure_step(
@@ -153,6 +160,11 @@ def measure_step(
 
 def _node(named: str | Mapping[str, Any]) -> dict[str, Any]:
     return dict(named) if isinstance(named, Mapping) else {"name": named}
+
+
+def _pyramid(backbone: Any) -> tuple[tuple[int, ...], list[Triple]]:
+    strides = [level.stride for level in pyramid_levels(backbone.levels)]
+    return tuple(math.lcm(a, b) for a, b in zip(backbone.size_multiple, strides[-1], strict=True)), strides
 
 
 def _networks(

@@ -21,7 +21,7 @@ from pretrain3d.detection.anchors import base_sizes, best_iou
 from pretrain3d.devices import GIB, device_memory_gb
 from pretrain3d.files import write_text
 from pretrain3d.planning.anchors import plan_levels, relative_strides, search_anchors
-from pretrain3d.planning.memory import footprint
+from pretrain3d.planning.memory import footprint, pyramid
 from pretrain3d.planning.patch import BATCH_SIZE, plan_patch, shared_out
 from pretrain3d.registry import takes
 
@@ -70,13 +70,13 @@ def make_plan(
         "num_classes": max(len(store.classes), 1),
         "on_gpu": memory_gb is not None or torch.cuda.is_available(),
     }
-    need = footprint(backbone, detector, **data)
-    budget = patch_budget(patch_size, need.multiple)
+    multiple, strides = pyramid(backbone, data["in_channels"])
+    budget = patch_budget(patch_size, multiple)
     memory, device = (memory_gb, "named") if memory_gb is not None else device_memory_gb()
     cases = _pool(store)
     shape = np.median([case.shape for case in cases], axis=0).tolist()
     if patch_size is None:
-        budget = shared_out(budget, shape, need.multiple)
+        budget = shared_out(budget, shape, multiple)
     first_fold = set(fold_or_all(store, 0)["train"])
     training = [case for case in cases if case.id in first_fold]
     if not any(len(case.boxes) for case in training):  # few objects, all of them in the cases that fold 0 validates on
@@ -86,11 +86,11 @@ def make_plan(
     held = sizes.float().quantile(HELD, dim=0).tolist() if len(boxes) else (0, 0, 0)
     levels, anchors, coverage = None, None, None
     if len(boxes):
-        levels = list(plan_levels(need.strides, sizes))
-        need = footprint(backbone, planned_detector(detector, levels), **data)
+        levels = list(plan_levels(strides, sizes))
+    need = footprint(backbone, planned_detector(detector, levels), **data)
     patch = plan_patch(shape, budget, need, memory, batch_size, held)
     if levels is not None:
-        scales = relative_strides(need.strides, levels)
+        scales = relative_strides(strides, levels)
         anchors = {"sizes": search_anchors(sizes, scales)}
         coverage = _coverage(store, cases, list(patch.patch_size), anchors, scales)
     scheme = "ct" if set(store.modality) == {"CT"} else "zscore"
