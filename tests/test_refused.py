@@ -42,12 +42,6 @@ TINY = [
         ),
         ("slice_mae", ["trainer.compile=true"], "trainer.compile=true: SliceMAE calls the networks in another way in "),
         ("swin_mix", ["data.flip_axes=[0,1,2]"], "data.flip_axes=[0, 1, 2] mirrors x and y, which together is half a"),
-        ("swin_mix", ["data.batch_size=1"], "swin_mix tells the patches of a batch apart; data.batch_size is 1"),
-        (
-            "simclr",
-            ["data.batch_size=1", "module.method.pairs=1", "module.method.crop_size=8"],
-            "simclr tells the pairs of a batch apart; data.batch_size and pairs are 1",
-        ),
     ],
 )
 def test_mistakes(config: str, overrides: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
@@ -67,12 +61,20 @@ def test_mistakes(config: str, overrides: list[str], message: str, tmp_path: Pat
         ("voco", "module.method.grid=[16,1,1]", "voco cuts crops of 1 x 16 x 8 out of data.patch_size [16, 16, 8]; "),
         ("swin_mix", "data.flip_axes=[0,1]", "swin_mix: data.flip_axes=[0, 1] mirrors x and y"),
         ("mae", "+data.label_fraction=0.5", "data.label_fraction=0.5 is a share of the labelled cases, of which data"),
+        ("swin_mix", "data.batch_size=1", "swin_mix tells the patches of a batch apart; data.batch_size is 1, take 2"),
+        ("voco_v2", "data.batch_size=1 module.method.grid=[2,2,1]", "compares volumes; data.batch_size is 1, take 2 or"),
+        ("volume_fusion", "data.batch_size=1", "volume_fusion mixes the patches of a batch; data.batch_size is 1, take"),
+        (
+            "simclr",
+            "data.batch_size=1 module.method.pairs=1 module.method.crop_size=8",
+            "simclr tells the pairs of a batch apart; data.batch_size and pairs are 1",
+        ),
     ],
 )
 def test_a_mistake_leaves_no_run_behind(config: str, override: str, message: str, tmp_path: Path, capsys: Any) -> None:
     tiny_store(tmp_path / "store")
     line = ["fit", "--config", f"configs/pretrain/{config}.yaml", "name=run", f"out={tmp_path}",
-            f"data.store={tmp_path / 'store'}", *TINY, "data.pool=pretrain", override]  # fmt: skip
+            f"data.store={tmp_path / 'store'}", *TINY, "data.pool=pretrain", *override.split()]  # fmt: skip
     assert main(line) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1

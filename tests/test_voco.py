@@ -223,11 +223,13 @@ def test_mistakes(arguments, message):
 
 def test_comparing_volumes_needs_two():
     method = small("teacher")
+    with pytest.raises(UserError, match=r"data.batch_size is 1, take 2 or more"):
+        method.check_batch(1, 1)
+    method.check_batch(1, 2)
+    small("stop_gradient").check_batch(1, 1)
     prepared = method.prepare({"image": torch.randn(1, 1, *REGION)}, draws(1))
     outputs = {name: torch.randn(1, T + N, 5) for name in ("embeddings", "teacher")}
     outputs["labels"] = prepared["labels"]
-    with pytest.raises(UserError, match="batch_size must be at least 2"):
-        method.loss(outputs, prepared)
     assert method.eval().loss(outputs, prepared)["loss"].isfinite()  # the last batch of a validation may be short
 
 

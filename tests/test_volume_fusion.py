@@ -106,8 +106,9 @@ def test_a_perfect_prediction_scores_nothing_and_absent_classes_do_not_count():
 def test_one_patch_cannot_be_mixed_in_training_and_meets_its_reflection_in_validation():
     _, method = make("volume_fusion", SHAPE)
     batch = make_batch(SHAPE, batch=1)
-    with pytest.raises(UserError, match=r"data.batch_size is 1, take 2 or more"):
-        method.prepare(batch, generators(0))
+    for processes in (1, 2):  # each mixes its own patches
+        with pytest.raises(UserError, match=r"data.batch_size is 1, take 2 or more"):
+            method.check_batch(1, processes)
     prepared = method.eval().prepare(batch, generators(0))
     ground = prepared["targets"][0] == 0
     assert torch.equal(prepared["inputs"][0, 0][ground], batch["image"][0, 0].flip((0, 1, 2))[ground])

@@ -45,7 +45,8 @@ class Method(Protocol):
     levels and the number of its output channels, see `Decoder`.
 
     A class that needs more of a backbone than a call has a static ``check_backbone(backbone)``, which raises a
-    UserError; one to which mirrored patches may be wrong has ``check_mirrors(flip_axes)``, which does so before
+    UserError; one to which mirrored patches may be wrong has ``check_mirrors(flip_axes)``, and one that compares or
+    mixes the patches of a step ``check_batch(batch_size, processes)``, with the patches per process; both do so before
     `fit` begins. One that restores intensities has ``measure``, the name of its error; one that calls its networks in
     another way in every batch, ``compilable = False``.
     """

@@ -66,6 +66,13 @@ class SimCLR(nn.Module):
         self.temperature = temperature
         self.projector = Projector(pooled_channels(levels), hidden, embedding)
 
+    def check_batch(self, batch_size: int, processes: int) -> None:
+        """See `contract.Method`."""
+        if batch_size * processes * self.pairs < 2:
+            raise UserError(
+                "simclr tells the pairs of a batch apart; data.batch_size and pairs are 1, take 2 or more of either"
+            )
+
     def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """Cuts the views; see `contract.Method.prepare`.
 
@@ -95,10 +102,6 @@ class SimCLR(nn.Module):
         """
         embeddings = outputs["embeddings"]
         first, second = (half.flatten(0, 1) for half in embeddings.float().split(self.pairs, dim=1))
-        if self.training and len(first) == 1:
-            raise UserError(
-                "simclr tells the pairs of a batch apart; data.batch_size and pairs are 1, take 2 or more of either"
-            )
         loss, top1 = nt_xent(first, second, self.temperature)
         with torch.no_grad():
             std = spread(embeddings.flatten(0, 1))

@@ -102,6 +102,13 @@ class SwinMix(nn.Module):
                 "the rotation cannot be told; take [0, 2] or [1, 2]"
             )
 
+    def check_batch(self, batch_size: int, processes: int) -> None:
+        """See `contract.Method`."""
+        if self.weights["contrast"] and batch_size * processes < 2:
+            raise UserError(
+                "swin_mix tells the patches of a batch apart; data.batch_size is 1, take 2 or more, or contrast=0"
+            )
+
     def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """Makes both views of every sample; see `contract.Method.prepare`.
 
@@ -183,10 +190,6 @@ class SwinMix(nn.Module):
         errors = mean_errors(guesses, targets, inside, self.training, torch.abs)
         turns, quarters = outputs["turns"].float().flatten(0, 1), outputs["quarters"].flatten()
         views = outputs["embeddings"].float()
-        if self.training and len(views) == 1 and self.weights["contrast"]:
-            raise UserError(
-                "swin_mix tells the patches of a batch apart; data.batch_size is 1, take 2 or more, or contrast=0"
-            )
         contrast, top1 = nt_xent(views[:, 0], views[:, 1], self.temperature)
         rotation = F.cross_entropy(turns, quarters)
         parts = {"reconstruction": errors["loss"], "rotation": rotation, "contrast": contrast}

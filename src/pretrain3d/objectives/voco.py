@@ -97,6 +97,11 @@ class VoCo(nn.Module):
         self.projector = Projector(self.channels, hidden, embedding, hidden_layers)
         self.teacher = copy.deepcopy(self.projector).requires_grad_(False) if bases == "teacher" else None
 
+    def check_batch(self, batch_size: int, processes: int) -> None:
+        """See `contract.Method`."""
+        if self.teacher is not None and batch_size * processes < 2:
+            raise UserError("voco with bases: teacher compares volumes; data.batch_size is 1, take 2 or more")
+
     def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """Cuts the crops; see `contract.Method.prepare`.
 
@@ -144,9 +149,6 @@ class VoCo(nn.Module):
             positive + negative is at best when all pairs are equally similar; ``top1``: the share of targets whose most
             similar base is the one they overlap most; ``similarity_entropy``: of the similarities of a target, scaled
             to sum 1, from 0 (one base) to 1 (all alike); ``embedding_std``: see `collapse.spread`.
-
-        Raises:
-            UserError: training with a teacher on batches of one region, which has no other volume to compare with.
         """
         labels, embeddings = outputs["labels"], outputs["embeddings"]
         targets, bases = embeddings.tensor_split([self.targets], dim=1)  # (B, T, D), (B, N, D)
@@ -168,8 +170,6 @@ class VoCo(nn.Module):
 
     def _inter(self, targets: Tensor, bases: Tensor, teacher_targets: Tensor, teacher_bases: Tensor) -> Tensor:
         """Targets of each volume against bases of the next one, the last against the first."""
-        if self.training and len(targets) < 2:
-            raise UserError("voco with bases: teacher compares volumes; data.batch_size must be at least 2")
         labels = similarity(teacher_targets, teacher_bases.roll(-1, dims=0))
         parts = terms(labels, similarity(targets, bases.roll(-1, dims=0)), _log_distance)
         return parts["positive"] + parts["negative"]

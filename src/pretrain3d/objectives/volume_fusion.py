@@ -32,7 +32,7 @@ class VolumeFusion(nn.Module):
         side: (2,) shortest and longest side of a box, as shares of the axis.
 
     Raises:
-        UserError: fewer than two classes, a range that is none, a training batch of one patch.
+        UserError: fewer than two classes or a range that is none.
 
     Source: Wang et al., "MIS-FM" (2023), as in the OpenMind study: five classes, 10 to 39 boxes, sides of 8 to 100
     voxels in patches of 160. The study loads two patches for each one that is fused; here each loaded patch is used
@@ -62,6 +62,11 @@ class VolumeFusion(nn.Module):
         self.classes, self.boxes, self.side = classes, boxes, side
         self.decoder = decoder(levels, classes)
 
+    def check_batch(self, batch_size: int, processes: int) -> None:
+        """See `contract.Method`; the partners are of one process."""
+        if batch_size < 2:
+            raise UserError("volume_fusion mixes the patches of a batch; data.batch_size is 1, take 2 or more")
+
     def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """Fuses every patch with the next one; see `contract.Method.prepare`.
 
@@ -72,8 +77,6 @@ class VolumeFusion(nn.Module):
             both volumes; ``keep`` (B, 1, X, Y, Z) bool, True: the whole patch is classified.
         """
         image, inside = batch["image"], batch["inside"]
-        if len(image) == 1 and self.training:
-            raise UserError("volume_fusion mixes the patches of a batch; data.batch_size is 1, take 2 or more")
         if len(image) == 1:
             background, behind = image.flip((2, 3, 4)), inside.flip((2, 3, 4))
         else:
