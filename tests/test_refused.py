@@ -62,8 +62,8 @@ def test_mistakes(config: str, overrides: list[str], message: str, tmp_path: Pat
         ("swin_mix", "data.flip_axes=[0,1]", "swin_mix: data.flip_axes=[0, 1] mirrors x and y"),
         ("mae", "+data.label_fraction=0.5", "data.label_fraction=0.5 is a share of the labelled cases, of which data"),
         ("swin_mix", "data.batch_size=1", "swin_mix tells the patches of a batch apart; data.batch_size is 1, take 2"),
-        ("voco_v2", "data.batch_size=1 module.method.grid=[2,2,1]", "compares volumes; data.batch_size is 1, take 2 or"),
-        ("volume_fusion", "data.batch_size=1", "volume_fusion mixes the patches of a batch; data.batch_size is 1, take"),
+        ("voco_v2", "data.batch_size=1 module.method.grid=[2,2,1]", "compares volumes; data.batch_size is 1, take 2"),
+        ("volume_fusion", "data.batch_size=1", "volume_fusion mixes the patches of a batch; data.batch_size is 1"),
         (
             "simclr",
             "data.batch_size=1 module.method.pairs=1 module.method.crop_size=8",
@@ -95,6 +95,20 @@ def test_a_longer_run_goes_on_at_its_own_rate(tmp_path: Path) -> None:
 def test_a_base_config_wants_a_store(capsys: Any) -> None:
     assert main(["fit", "--config", "configs/detect/base.yaml"]) == 2
     assert capsys.readouterr().err.startswith("pretrain3d: error: data.store is not given; it is the folder that")
+
+
+@pytest.mark.parametrize(("patch", "said"), [("[32,32,32]", True), ("[24,16,24]", False)])
+def test_patches_of_padding_are_told(patch: str, said: bool, tmp_path: Path, capsys: Any) -> None:
+    """Where less than half of them could be volume, though the backbone takes smaller ones."""
+    tiny_store(tmp_path / "store")
+    line = ["fit", "--config", "configs/pretrain/mae.yaml", "name=run", f"out={tmp_path}",
+            f"data.store={tmp_path / 'store'}", *TINY, "data.pool=pretrain", f"data.patch_size={patch}"]  # fmt: skip
+    assert main([*line, "+trainer.fast_dev_run=true"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "padding" in line]
+    assert told == said * [
+        "warning: most of every patch of 32 x 32 x 32 is padding: the median training volume has 24 x 12 x 20 voxels, "
+        "the largest 24 x 12 x 20; data.patch_size=[24,12,20] holds them"
+    ]
 
 
 LEAST = {  # a config without a base that says no more than it must

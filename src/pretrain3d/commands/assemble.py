@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +29,7 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
     backbone_node = {**settings["backbone"], "in_channels": datamodule.in_channels}
     backbone = build(BACKBONES, backbone_node, "backbone")
     check_patch(datamodule, backbone, settings)
+    warn_of_padding(datamodule, backbone.size_multiple)
     module_node, given = _module_of(settings, datamodule)
     note = _note(settings, datamodule, backbone_node, module_node)
     transfer = settings.get("transfer") or {}
@@ -160,6 +163,22 @@ def warn_of_spacing(pretrained_mm: Sequence[float] | None, store_mm: Sequence[fl
         return
     sizes = f"{by_text(pretrained_mm)} mm, the store has voxels of {by_text(store_mm)} mm"
     print(f"note: the weights were pretrained at {sizes}", file=sys.stderr)
+
+
+def warn_of_padding(datamodule: Any, multiple: Sequence[int]) -> None:
+    """Says so when a patch that holds every training volume would have less than half the voxels."""
+    patch, shapes = datamodule.patch_size, [datamodule.case(case_id).shape for case_id in datamodule.train_ids]
+    largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    enough = [min(s, math.ceil(n / m) * m) for s, n, m in zip(patch, largest, multiple, strict=True)]
+    if math.prod(patch) <= 2 * math.prod(enough):
+        return
+    middle = [statistics.median(sizes) for sizes in zip(*shapes, strict=True)]
+    print(
+        f"warning: most of every patch of {by_text(patch)} is padding: the median training volume has "
+        f"{by_text(middle)} voxels, the largest {by_text(largest)}; data.patch_size={str(enough).replace(' ', '')} "
+        "holds them",
+        file=sys.stderr,
+    )
 
 
 def warn_of_anchors(sizes: Any, datamodule: Any, backbone: str, own_levels: bool) -> None:

@@ -91,7 +91,8 @@ def fit(settings: dict[str, Any], folder: RunFolder, resume: bool) -> int:
     if resume:
         folder.check_same(read_checkpoint(folder.last)[NOTE], {key: module.note[key] for key in TAKEN})
     trainer = make_trainer(settings, folder)
-    if hasattr(method := getattr(module, "method", None), "check_batch"):
+    method: Any = getattr(module, "method", None)
+    if hasattr(method, "check_batch"):
         method.check_batch(datamodule.batch_size, trainer.world_size)
     module.trainer = trainer
     module.configure_optimizers()  # Lightning does it again; a mistake there leaves neither folder nor W&B run behind
