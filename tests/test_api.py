@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from pretrain3d.backbones.resenc import ResEnc
 from pretrain3d.commands.predict import image_files
 from pretrain3d.config import UserError
 from pretrain3d.data.cached import prepare_volume
+from pretrain3d.data.oddity import POSITIONS, SHIFTED
 from pretrain3d.data.readers.contract import RawVolume
 from pretrain3d.detection.merge import Merging
 from pretrain3d.modules.base import NOTE
@@ -243,6 +245,22 @@ def test_the_command_writes_every_format(folder: Path, tmp_path: Path, capsys: p
                        "nifti/scan.nii.gz", "nifti/scan.json", "slicer/scan.mrk.json", "png/scan.png"}  # fmt: skip
     case = json.loads((out / "predictions.json").read_text())["cases"]["scan"]
     assert len(case["boxes"]) and min(case["scores"]) >= 0.1 and case["scores"] == sorted(case["scores"], reverse=True)
+
+
+def test_what_is_odd_about_an_image_is_said_and_it_is_predicted(
+    folder: Path, image: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans, out = tmp_path / "scans", tmp_path / "found"
+    for name, voxels in (("fine", image), ("shifted", image + 1024), ("twice", image)):
+        save(scans / f"{name}.nii.gz", voxels, AFFINE)
+    twice = nib.load(scans / "twice.nii.gz")
+    twice.set_qform(np.diag([1, 1, 1, 1]), 1)
+    nib.save(twice, scans / "twice.nii.gz")
+    with pytest.warns(UserWarning) as told:
+        assert main(["predict", str(folder / "one.ckpt"), str(scans), f"out={out}"]) == 0
+    assert "in 3 of 3 images" in capsys.readouterr().out
+    said = [str(each.message) for each in told if each.category is UserWarning]
+    assert said == [f"{scans / 'shifted.nii.gz'}: {SHIFTED}", f"{scans / 'twice.nii.gz'}: {POSITIONS}"]
 
 
 def test_channels_are_files_and_bad_files_do_not_stop_the_rest(

@@ -9,6 +9,7 @@ found.restored()["boxes"]                                          # (N, 6) in t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from pretrain3d.config import UserError
 from pretrain3d.data.cached import Cached, image_histograms, prepare_volume
 from pretrain3d.data.normalise import normalisation_of
+from pretrain3d.data.oddity import oddities
 from pretrain3d.data.readers import volumes
 from pretrain3d.data.readers.contract import RawVolume
 from pretrain3d.detection.ensemble import merge_members
@@ -146,6 +148,9 @@ class Detector:
                 raise UserError(f"{where}: {error}") from error
             frames.append(prepared[spacing_mm].frame)
             picture = normalised.numpy() if keep_image and picture is None else picture
+        path = None if isinstance(image, np.ndarray) else where
+        for text in oddities(path, volume.image, self.modality):
+            warnings.warn(f"{where}: {text}", stacklevel=2)
         found = merge_members(views, frames, self.members[0].merging)
         boxes, scores, labels = (value.numpy() for value in (found.boxes, found.scores, found.labels))
         keep = scores.astype(np.float64) >= least

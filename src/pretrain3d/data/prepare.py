@@ -24,8 +24,9 @@ from pretrain3d.data.cached import image_histograms, prepare_volume
 from pretrain3d.data.case import Case, write_json
 from pretrain3d.data.fingerprint import target_spacing
 from pretrain3d.data.identity import content_hash
+from pretrain3d.data.oddity import oddities
 from pretrain3d.data.prepared import claim, forget, is_done, is_indexed, new_note, note_path
-from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
+from pretrain3d.data.readers.contract import MAX_NAMED, RawCase, RawVolume, Reader
 from pretrain3d.data.splits import SPLITS, Folds, read_folds
 from pretrain3d.data.store import StoreWriter
 from pretrain3d.geometry import Frame, boxes_of_instances
@@ -46,7 +47,8 @@ class Summary:
         removed: cases of an earlier call that are not in the raw data any more.
         indexed: the index was written, as it was missing or damaged, or something else was done.
         folds: number of folds that the data's own splits file or the reader says; 0 without.
-        said: of the data, where parts are missing, and of these folds, where they leave cases out or share patients.
+        said: of the data, where parts are missing or images are odd, and of these folds, where they leave cases out or
+            share patients.
     """
 
     spacing_mm: tuple[float, ...]
@@ -108,13 +110,17 @@ def prepare(
     (out / "index.json").unlink(missing_ok=True)
     for case_id in [*summary.removed, *(case.id for case in todo)]:
         forget(out, case_id)
-    for case_id, problem in tqdm(
+    odd: dict[str, list[str]] = {}  # the files of which each is to be said
+    for case, outcome in tqdm(
         _run(job, todo, workers), total=len(todo), desc="prepare", unit="case", disable=not (progress and todo)
     ):
-        if problem is None:
-            summary.done.append(case_id)
-        else:
-            summary.failed[case_id] = problem
+        if isinstance(outcome, str):
+            summary.failed[case.id] = outcome
+            continue
+        summary.done.append(case.id)
+        for text in outcome:
+            odd.setdefault(text, []).append(str(case.files[0]))
+    summary.said += [_of_files(sorted(files), text) for text, files in sorted(odd.items())]
     good = [*summary.done, *summary.reused]
     if not good:
         case_id, problem = min(summary.failed.items())
@@ -123,8 +129,16 @@ def prepare(
     return summary
 
 
-def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], writer: StoreWriter) -> Case:
+def _of_files(files: list[str], text: str) -> str:
+    more = f" and {len(files) - MAX_NAMED} more" if len(files) > MAX_NAMED else ""
+    return f"{', '.join(files[:MAX_NAMED])}{more}: {text}"
+
+
+def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], writer: StoreWriter) -> list[str]:
     """Reads one case, brings it into the store's form and writes it.
+
+    Returns:
+        what is odd about its image, see `oddity.oddities`.
 
     Raises:
         UserError: a file is missing, unreadable or inconsistent, or the image or an object is not usable.
@@ -144,7 +158,7 @@ def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], w
     if problem := record.problem(len(reader.classes)):
         raise UserError(f"{case.files[0]}: case {case.id}: {problem}")
     writer.add(record, cached.image, cached.maps.get("instances"), cached.maps.get("semantic"))
-    return record
+    return oddities(case.files[0], volume.image, reader.modality)
 
 
 def _objects(volume: RawVolume, frame: Frame) -> dict[str, np.ndarray]:
@@ -183,15 +197,15 @@ class _Job:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _run(job: _Job, cases: list[RawCase], workers: int) -> Iterator[tuple[str, str | None]]:
-    """Yields case id and problem (None when it went well), in the order of completion."""
+def _run(job: _Job, cases: list[RawCase], workers: int) -> Iterator[tuple[RawCase, str | list[str]]]:
+    """Yields each case with its problem, or what is odd about it when it went well, in the order of completion."""
     if workers == 1 or len(cases) < 2:
         for case in cases:
-            yield case.id, _work(job, case)
+            yield case, _work(job, case)
         return
     # spawned, not forked: the parent may hold threads of torch
     with ProcessPoolExecutor(min(workers, len(cases)), multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(_work, job, case): case.id for case in cases}
+        futures = {pool.submit(_work, job, case): case for case in cases}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -203,11 +217,18 @@ def _run(job: _Job, cases: list[RawCase], workers: int) -> Iterator[tuple[str, s
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _work(job: _Job, case: RawCase) -> str | None:
-    """Prepares a case and notes it; the problem if it cannot be prepared. Raises OSError if the store takes no more."""
+def _work(job: _Job, case: RawCase) -> str | list[str]:
+    """Prepares a case and notes it.
+
+    Returns:
+        what is odd about it; the problem if it cannot be prepared.
+
+    Raises:
+        OSError: the store takes no more.
+    """
     try:
         note = new_note(case, job.settings(case))
-        prepare_case(job.reader, case, job.spacing_mm, job.writer)
+        odd = prepare_case(job.reader, case, job.spacing_mm, job.writer)
     except UserError as error:
         return str(error)
     except Exception as error:  # whatever a strange file does to a library, the other cases go on
@@ -217,7 +238,7 @@ def _work(job: _Job, case: RawCase) -> str | None:
             return f"{error.filename}: no such file"
         return f"{case.files[0]}: {type(error).__name__}: {' '.join(str(error).split())}"
     write_json(note_path(job.writer.path, case.id), note)
-    return None
+    return odd
 
 
 def _checked_cases(reader: Reader) -> list[RawCase]:

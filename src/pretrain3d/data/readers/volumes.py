@@ -132,11 +132,41 @@ def check_same_grid(path: Path, affine: np.ndarray, shape: tuple[int, ...], imag
     other_affine, other_shape = _header(image_path)
     if tuple(shape) != other_shape[:3]:
         raise UserError(f"{path}: shape {tuple(shape)} differs from {other_shape[:3]} of {image_path}")
-    corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape], [1], indexing="ij")).reshape(4, -1)
-    shift = np.linalg.norm(((affine - other_affine) @ corners)[:3], axis=0).max()
-    voxel = np.linalg.norm(other_affine[:3, :3], axis=0).min()
-    if not shift <= MAX_SHIFT * voxel:
+    shift = _shift(affine, other_affine, shape)
+    if not shift <= _allowed(other_affine):
         raise UserError(f"{path}: lies elsewhere than {image_path}: their affines put a corner {shift:.3g} mm apart")
+
+
+def has_two_positions(path: Path) -> bool:
+    """Whether a NIfTI header places the voxels twice, differently: by its sform, which is taken, and by its qform.
+
+    The position is nibabel's: the sform where its code is above 0, else the qform.
+
+    Raises:
+        UserError: missing or unreadable.
+    """
+    if path.is_dir() or path.suffix in itk.SUFFIXES:
+        return False
+    image = _open(path)
+    header, shape = image.header, image.shape[:3]
+    try:
+        sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
+    except ValueError:  # a quaternion that is none; the sform is taken all the same
+        return False
+    if sform is None or qform is None:
+        return False
+    return not _shift(sform, qform, shape) <= _allowed(sform)
+
+
+def _shift(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
+    """The mm by which two affines put a corner of the volume apart, at most."""
+    corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape], [1], indexing="ij")).reshape(4, -1)
+    return float(np.linalg.norm(((affine - other) @ corners)[:3], axis=0).max())
+
+
+def _allowed(affine: np.ndarray) -> float:
+    """The mm by which a corner may lie elsewhere."""
+    return MAX_SHIFT * float(np.linalg.norm(affine[:3, :3], axis=0).min())
 
 
 def _header(path: Path) -> tuple[np.ndarray, tuple[int, ...]]:

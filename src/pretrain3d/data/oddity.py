@@ -1,0 +1,50 @@
+"""What makes a file unlikely to be the image that it is taken for; it is said, and the file is used all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pretrain3d.data.readers import volumes
+
+POSITIONS = "its sform and its qform place the voxels differently; the sform is taken"
+LABELS = "fewer than 32 different values, all whole numbers from 0: a segmentation, no image?"
+SHIFTED = "no air, and soft tissue near 1000 instead of 0: a CT stored without its rescale intercept? It is taken as HU"
+MAX_LABELS = 32
+STEP = 4  # voxels; every fourth one along each axis tells
+TISSUE = (900, 1150)  # fat to muscle and blood, where HU were stored with 1000 or 1024 added
+TISSUE_SHARE = 0.1  # of the voxels; in HU these are compact bone, of which no volume has so much and nothing below
+AIR = -200
+AIR_SHARE = 0.001
+
+
+def oddities(path: Path | None, image: np.ndarray, modality: Sequence[str]) -> list[str]:
+    """What is odd about an image, in words; mostly nothing.
+
+    Args:
+        path: of the (first) file, None of an array.
+        image: (C, X, Y, Z) as it was read, finite.
+        modality: per channel; CT is expected in HU.
+    """
+    found = [POSITIONS] if path is not None and volumes.has_two_positions(path) else []
+    if any(_is_label_map(channel) for channel in image):
+        found.append(LABELS)
+    if any(name == "CT" and _is_shifted(channel) for channel, name in zip(image, modality, strict=True)):
+        found.append(SHIFTED)
+    return found
+
+
+def _is_label_map(channel: np.ndarray) -> bool:
+    for part in (channel[::STEP, ::STEP, ::STEP], channel):  # the first one answers for most images, and fast
+        values = np.unique(part)
+        if len(values) >= MAX_LABELS or values[0] < 0 or not np.array_equal(values, np.rint(values)):
+            return False
+    return True
+
+
+def _is_shifted(channel: np.ndarray) -> bool:
+    part = channel[::STEP, ::STEP, ::STEP]
+    tissue = (part >= TISSUE[0]) & (part <= TISSUE[1])
+    return bool((part < AIR).mean() <= AIR_SHARE and tissue.mean() >= TISSUE_SHARE)
