@@ -12,6 +12,10 @@ import pytest
 from tiny_store import tiny_store
 
 from pretrain3d.__main__ import main
+from pretrain3d.geometry import Frame
+from pretrain3d.reporting.formats.found import Found
+from pretrain3d.reporting.formats.tables import write_json_boxes
+from pretrain3d.reporting.formats.volumes import write_nifti
 
 
 def shown(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, str]:
@@ -261,6 +265,23 @@ def test_score_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "  b       2 boxes\n"
         "  scores  0.25 to 0.9\n"
     )
+
+
+def test_folders_of_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Masks of boxes are no images."""
+    frame = Frame.of_file(np.eye(4), (12, 12, 12))
+    boxes = np.array([[1, 1, 1, 6, 6, 6], [7, 7, 7, 9, 9, 9], [2, 2, 2, 3, 3, 3]])
+    some = Found(frame, boxes, np.array([0.9, 0.5, 0.3]), np.array([1, 0, 1]))
+    none = Found(frame, boxes[:0], np.zeros(0), np.zeros(0, np.int64))
+    for case, found in (("1.2.a", some), ("b", none)):
+        write_nifti(tmp_path, case, ["node", "lesion"], found)
+    for folder in (tmp_path, tmp_path / "nifti"):
+        assert shown(capsys, folder) == {
+            "": f"{folder}: masks of the boxes that predict found", "images": "2, 1 without a box",
+            "node": "  1 boxes", "lesion": "1 boxes", "hidden": "1 boxes that better ones cover",
+        }  # fmt: skip
+    write_json_boxes(tmp_path, ["node", "lesion"], {"1.2.a": some, "b": none})
+    assert shown(capsys, tmp_path)[""] == f"{tmp_path}/predictions.json: score file of predictions"
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

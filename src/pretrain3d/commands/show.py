@@ -16,7 +16,7 @@ Says in plain lines what each path is:
   a run folder            its state, the last metrics, its checkpoints, its result
   a checkpoint, an export backbone, preprocessing, where it comes from, parameters, fingerprint
   a result.json           metrics with intervals, data, cost
-  a score file            cases, boxes per class
+  a score file            cases, boxes per class; so of a folder of `predict`, or its masks of boxes
 
   pretrain3d show data/phantom
   pretrain3d show configs/detect/phantom.yaml backbone=resenc_s

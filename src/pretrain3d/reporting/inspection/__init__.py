@@ -6,6 +6,7 @@ KINDS = {
     "plan": "pretrain3d.reporting.inspection.data:plan_lines",
     "configuration": "pretrain3d.reporting.inspection.runs:configuration_lines",
     "run": "pretrain3d.reporting.inspection.runs:run_lines",
+    "predictions": "pretrain3d.reporting.inspection.predicted:predicted_lines",
     "JSON": "pretrain3d.reporting.inspection.runs:json_lines",
     "weights": "pretrain3d.reporting.inspection.weights:weights_lines",
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from pretrain3d.config import UserError
 from pretrain3d.registry import resolve
 from pretrain3d.reporting.inspection import KINDS
+from pretrain3d.reporting.inspection.predicted import is_predicted
 
 
 def describe(path: Path, overrides: list[str]) -> list[str]:
@@ -31,7 +32,10 @@ def _kind_of(path: Path) -> str:
     if not path.exists() and path.parts[:1] != ("configs",):
         raise UserError(f"{path} does not exist")
     if path.is_dir():
-        return "store" if (path / "index.json").is_file() else "run" if (path / "config.yaml").is_file() else "raw data"
+        for kind, file in (("store", "index.json"), ("run", "config.yaml"), ("raw data", "dataset.json")):
+            if (path / file).is_file():
+                return kind
+        return "predictions" if is_predicted(path) else "raw data"
     if path.suffix in (".yaml", ".yml"):
         return "plan" if path.name == "plan.yaml" else "configuration"
     if path.suffix == ".json":
