@@ -132,7 +132,8 @@ def test_five_problems_are_listed_and_the_rest_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "not a score file"),
+        ("{", r"not a score file: .*; expected JSON, .* as predict format=json and test write it$"),
+        ('{"images": [], "annotations": []}', r"as predict format=json and test write it, got {\"images\": "),
         ("[]", "expected"),
         ('{"cases": {}}', "expected"),
         ('{"classes": ["x"], "case": {}}', "expected"),
@@ -149,6 +150,12 @@ def test_what_is_no_score_file(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         read(path, "targets")
     assert str(path) in str(caught.value)
+
+
+def test_a_table_of_boxes_is_no_score_file(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("case,class,score,x1\na,nodule,0.5,1\n")
+    with pytest.raises(UserError, match=r"p\.csv: not a score file: .*; expected JSON, .* with protocol=luna16$"):
+        read(tmp_path / "p.csv", "predictions")
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

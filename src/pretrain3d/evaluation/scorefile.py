@@ -15,6 +15,10 @@ from pretrain3d.config import UserError, short
 from pretrain3d.files import write_text
 
 Kind = Literal["predictions", "targets"]
+FORM = (
+    '{"classes": [...], "cases": {id: {"boxes": ..., "labels": ..., "scores": ...}}}, as predict format=json and test '
+    "write it"
+)
 SHOWN = 5  # problems named in one error; the rest are counted
 
 
@@ -102,10 +106,13 @@ def _load(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # also what is no UTF-8
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        hint = "; a submission to LUNA16 is scored with protocol=luna16" if path.suffix in (".csv", ".tsv") else ""
+        raise UserError(f"{path}: not a score file: {error}; expected JSON, {FORM}{hint}") from None
+    except ValueError as error:
         raise UserError(f"{path}: not a score file: {error}") from None
     if not isinstance(content, dict) or not {"classes", "cases"} <= set(content):
-        raise UserError(f'{path}: not a score file: expected {{"classes": [...], "cases": {{...}}}}')
+        raise UserError(f"{path}: not a score file: expected {FORM}, got {short(content)}")
     classes = content["classes"]
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise UserError(f"{path}: classes must be a list of names, not {short(classes)}")
