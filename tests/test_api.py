@@ -92,6 +92,18 @@ def test_an_ensemble_may_see_the_image_at_two_spacings(folder: Path, image: np.n
     assert (boxes[:, :3] > -1e-3).all() and (boxes[:, 3:] < np.array(image.shape) + 1e-3).all()
 
 
+def test_the_order_of_an_ensemble_changes_nothing(image: np.ndarray, tmp_path: Path) -> None:
+    """The smallest box is counted in voxels of the finest of its networks."""
+    swept = {**SWEPT, "merging": Merging(min_size=5.0).to_dict()}
+    fine, coarse = (
+        tiny_checkpoint(tmp_path / f"{seed}.ckpt", spacing_mm=(size,) * 3, seed=seed, inference=swept)
+        for seed, size in enumerate((1.0, 2.0))
+    )
+    found = [Detector(*both).predict(image, AFFINE, threshold=0.0) for both in ((fine, coarse), (coarse, fine))]
+    assert same(*found, atol=1e-3)
+    assert 4.99 < found[0].restored()["size_mm"].min() < 10
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_close(folder: Path, image: np.ndarray, precision: str) -> None:
     full = Detector(folder / "one.ckpt").predict(image, AFFINE, threshold=0.0)

@@ -9,6 +9,7 @@ found.restored()["boxes"]                                          # (N, 6) in t
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,6 +93,8 @@ class Detector:
                 if value is not None:
                     setattr(member, name, value)
         _check_members(checkpoints, self.members)
+        # boxes are merged in voxels of the first, which min_size counts: the finest, in whatever order they are given
+        self.members.sort(key=lambda member: math.prod(member.note["preprocessing"]["spacing_mm"]))
         self.classes: list[str] = self.members[0].classes
         self.modality: list[str] = self.members[0].note["preprocessing"]["modality"]
 

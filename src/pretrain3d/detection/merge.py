@@ -31,7 +31,7 @@ class Merging:
         tile_iou: boxes of one class that overlap more are the same object within a view.
         view_iou: the same between views.
         min_score: boxes below it take no part in the merging.
-        min_size: shortest edge of a merged box, in voxels of the predicted volume.
+        min_size: shortest edge of a merged box, in voxels of the predicted volume; of an ensemble those of the finest.
         max_per_class: boxes kept per class.
 
     Raises:
