@@ -170,6 +170,14 @@ def test_a_name_stays_below_out(folder: Path, name: str) -> None:
     assert text.startswith("name must be a folder below `out` such as 'phantom/mae-s0', got ")
 
 
+@pytest.mark.parametrize(("name", "kind"), [("1e5", "number"), ("007", "number"), ("yes", "truth value")])
+def test_a_name_that_yaml_takes_for_something_else_stands_in_quotes(folder: Path, name: str, kind: str) -> None:
+    for key in ("name", "out"):
+        text = message(load, folder / "child.yaml", [f"{key}={name}"])
+        assert text.endswith(f"; YAML took it for a {kind}, in quotes it is a name: {key}=\"'...'\"")
+        assert load(folder / "child.yaml", [f"{key}='{name}'"])[key] == name
+
+
 # ---- overrides
 
 
@@ -488,7 +496,7 @@ TAKES = "It takes: size, ratio, norm, names, deep, free"
         ({"size": [1, 2, 3.5]}, "size must be a list of 3 int, got [1, 2, 3.5]"),
         ({"size": [1, 2, 3], "ratio": "half"}, "ratio must be float, got 'half'"),
         ({"size": [1, 2, 3], "ratio": True}, "ratio must be float, got True"),
-        ({"size": [1, 2, 3], "ratio": float("nan")}, "ratio must be float, got nan"),
+        ({"size": [1, 2, 3], "ratio": float("nan")}, "ratio must be a finite number, got nan"),
         ({"size": [1, 2, 3], "norm": "bach"}, "norm must be 'batch' or 'none' or null, got 'bach'"),
         ({"size": [1, 2, 3], "names": "a"}, "names must be a list of str or null, got 'a'"),
         ({"size": [1, 2, 3], "deep": 1}, "deep must be bool, got 1"),

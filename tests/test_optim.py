@@ -108,7 +108,7 @@ def test_a_backbone_may_learn_slower_as_a_whole() -> None:
     ("node", "said"),
     [
         ({"name": "adamw", "lr": -1.0}, "lr is -1.0; it must be above 0"),
-        ({"name": "sgd", "lr": math.nan}, "sgd: lr must be float, got nan"),
+        ({"name": "sgd", "lr": math.nan}, "sgd: lr must be a finite number, got nan"),
         ({"name": "sgd", "lr": math.inf}, "lr is inf; it must be above 0"),
         ({"name": "adamw", "lr": 0.1, "betas": [1.5, 0.9]}, r"betas is \[1.5, 0.9\]; it must be two numbers from 0 to"),
         ({"name": "adamw", "lr": 0.1, "eps": -1.0}, "eps is -1.0; it must be 0 or more"),

@@ -56,7 +56,7 @@ def test_mistakes(config: str, overrides: list[str], message: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("config", "override", "message"),
     [
-        ("mae", "module.method.ratio=.nan", "module.method mae: ratio must be float, got nan"),
+        ("mae", "module.method.ratio=.nan", "module.method mae: ratio must be a finite number, got nan"),
         ("simclr", "module.method.crop_size=7", "simclr cuts crops of 7 x 7 x 7 out of data.patch_size [16, 16, 8]; "),
         ("voco", "module.method.grid=[16,1,1]", "voco cuts crops of 1 x 16 x 8 out of data.patch_size [16, 16, 8]; "),
         ("swin_mix", "data.flip_axes=[0,1]", "swin_mix: data.flip_axes=[0, 1] mirrors x and y"),

@@ -36,6 +36,14 @@ def by_text(sizes: Iterable[float]) -> str:
     return " x ".join(f"{size:g}" for size in sizes)
 
 
+def in_quotes(key: str, value: Any) -> str:
+    """How to write a name that YAML took for a number or a truth value; nothing for other values."""
+    if not isinstance(value, int | float):
+        return ""
+    kind = "truth value" if isinstance(value, bool) else "number"
+    return f"; YAML took it for a {kind}, in quotes it is a name: {key}=\"'...'\""
+
+
 def short(value: Any) -> str:
     """A value of a JSON file in words, cut after 80 characters."""
     text = json.dumps(value, default=str)
@@ -83,10 +91,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if type(seed) is not int or not 0 <= seed < 2**32:
         raise UserError(f"seed must be a whole number from 0 on, got {seed!r}")
     if not isinstance(out, str) or not out:
-        raise UserError(f"out must be a folder, got {out!r}")
+        raise UserError(f"out must be a folder, got {out!r}{in_quotes('out', out)}")
     name = config["name"]
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UserError(f"name must be a folder below `out` such as 'phantom/mae-s0', got {name!r}")
+        quotes = in_quotes("name", name)
+        raise UserError(f"name must be a folder below `out` such as 'phantom/mae-s0', got {name!r}{quotes}")
     return {key: config[key] for key in SECTIONS if key in config}
 
 

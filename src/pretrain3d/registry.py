@@ -139,7 +139,10 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
     try:
         return signatures.fit(value, hint)
     except TypeError:
-        raise UserError(f"{where} must be {signatures.described(hint)}, got {value!r}") from None
+        wanted = signatures.described(hint)
+        if value != value:  # NaN, which Python calls a float
+            wanted = wanted.replace("float", "a finite number")
+        raise UserError(f"{where} must be {wanted}, got {value!r}") from None
 
 
 def _bound(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, given: Collection[str]) -> tuple[Any, Any]:
