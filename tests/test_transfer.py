@@ -288,6 +288,16 @@ def test_export_prefers_averaged_weights_and_is_idempotent(backbone, run_folder,
     assert fingerprint(load_export(out)["weights"]) == fingerprint(backbone.state_dict())
 
 
+def test_safetensors_are_not_read(tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    message = f"{path} cannot be read as a file of torch.save: safetensors are not read; give a file of torch"
+    assert main(["import", str(path), f"out={tmp_path / 'a.pt'}"]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "a.pt").exists()
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_export(path)
+
+
 def test_export_names_the_mistake(run_folder, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("do not lose me")
     mistakes = [

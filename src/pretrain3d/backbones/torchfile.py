@@ -38,6 +38,8 @@ def read_torch(path: Path, name: str | Path | None = None, mmap: bool = False) -
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if not isinstance(error, OSError | MemoryError) and not zipfile.is_zipfile(path):
             reason = "it is of another kind, or was cut short"  # an unpickler's word for it helps nobody
+            if path.suffix == ".safetensors":
+                reason = "safetensors are not read; give a file of torch.save (.pth, .pt, .ckpt)"
         raise UserError(f"{name} cannot be read as a file of torch.save: {reason}") from error
 
 
