@@ -36,7 +36,8 @@ channels of a case are <case>_0000.nii.gz, <case>_0001.nii.gz, ..., or one file 
   mirror_axes=[0,1,2]    mirrored views that are predicted too; default: as configured
   tile_batch=4           tiles predicted at once, which bounds the memory; default: as configured
 
-A file that cannot be read is named, the others go on; the exit status is then 1."""
+A file that cannot be read is named, the others go on; the exit status is then 1. What is odd about an image, as
+`prepare` says it, is a warning."""
 
 DEFAULTS: dict[str, Any] = {
     "out": REQUIRED, "threshold": "0.05", "format": "json,csv", "precision": "", "mirror_axes": None,
