@@ -20,7 +20,8 @@ and the memory here: `pretrain3d plan` does that again for others. Intensities s
 A repeated call does only what is missing or has changed, so an interrupted one is continued. A case that cannot be
 read is named with its reason, the rest goes on, nothing is planned, and the exit status is 1. An image is taken and
 named in a warning where it looks like a segmentation or like a CT without its rescale intercept, and where sform and
-qform of its header differ (the sform counts). Where spacing_mm was changed in plan.yaml, the cases are prepared and all that counts in voxels is planned again.
+qform of its header differ (the sform counts). Where spacing_mm was changed in plan.yaml, the cases are prepared and
+all that counts in voxels is planned again.
 RAW_FOLDER/splits_final.json, if it is there, says the folds as in nnU-Net: [{"train": [cases], "val": [cases]}, ...],
 else a data set with official folds has these (luna16), else `fit` deals the training cases to data.num_folds folds by
 patient. Images are NIfTI, or MetaImage (.mhd, .mha) and NRRD (.nrrd, .nhdr) with SimpleITK: pip install
