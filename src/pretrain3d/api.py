@@ -10,7 +10,6 @@ found.restored()["boxes"]                                          # (N, 6) in t
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +127,9 @@ class Detector:
             threshold: boxes below this score are left out; "operating": `operating_threshold`.
             keep_image: keeps what the network saw in ``Found.image``.
 
+        Returns:
+            boxes, scores and labels; ``odd`` says what makes the image unlikely to be what it is taken for.
+
         Raises:
             UserError: the image is unreadable or does not fit the detector; names it.
         """
@@ -151,13 +153,11 @@ class Detector:
                 raise UserError(f"{where}: {error}") from error
             frames.append(prepared[spacing_mm].frame)
             picture = normalised.numpy() if keep_image and picture is None else picture
-        path = None if isinstance(image, np.ndarray) else where
-        for text in oddities(path, volume.image, self.modality):
-            warnings.warn(f"{where}: {text}", stacklevel=2)
+        odd = oddities(None if isinstance(image, np.ndarray) else where, volume.image, self.modality)
         found = merge_members(views, frames, self.members[0].merging)
         boxes, scores, labels = (value.numpy() for value in (found.boxes, found.scores, found.labels))
         keep = scores.astype(np.float64) >= least
-        return Found(frames[0], boxes[keep], scores[keep], labels[keep], picture)
+        return Found(frames[0], boxes[keep], scores[keep], labels[keep], picture, tuple(odd))
 
     def _read(self, image: Any, affine: np.ndarray | None) -> tuple[RawVolume, Path]:
         """The image as a raw volume, and what errors call it."""

@@ -29,7 +29,6 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
     backbone_node = {**settings["backbone"], "in_channels": datamodule.in_channels}
     backbone = build(BACKBONES, backbone_node, "backbone")
     check_patch(datamodule, backbone, settings)
-    warn_of_padding(datamodule, backbone.size_multiple)
     module_node, given = _module_of(settings, datamodule)
     note = _note(settings, datamodule, backbone_node, module_node)
     transfer = settings.get("transfer") or {}
@@ -46,6 +45,10 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         print(warning(note["leakage"], str(transfer["path"])), file=sys.stderr)
     given |= {"backbone": backbone, "patch_size": tuple(datamodule.patch_size), "note": note}
     module = build(MODULES, module_node, "module", **given)
+    views = getattr(getattr(module, "method", None), "view_size", datamodule.patch_size)  # which tile a region
+    warn_of_padding(
+        datamodule, [m * (s // v) for m, s, v in zip(backbone.size_multiple, datamodule.patch_size, views, strict=True)]
+    )
     if hasattr(getattr(module, "method", None), "check_mirrors"):
         module.method.check_mirrors(datamodule.spatial.flip_axes)
     asked = settings["module"].get("detector", {})

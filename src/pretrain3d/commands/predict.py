@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def predict(
     from tqdm import tqdm
 
     from pretrain3d.api import Detector
+    from pretrain3d.data.oddity import by_oddity
     from pretrain3d.reporting.formats import FILES, TABLES
     from pretrain3d.reporting.formats.found import Found
 
@@ -86,6 +88,7 @@ def predict(
     check_writable(out)
     found: dict[str, Found] = {}
     failed: list[str] = []
+    odd: dict[str, Sequence[str]] = {}
     for case, files in tqdm(cases.items(), desc="predict", unit="case"):
         try:
             one = detector.predict(files, threshold=threshold, keep_image="png" in formats)
@@ -99,12 +102,15 @@ def predict(
             if name in formats:
                 resolve(FILES, name, "format")(out, case, detector.classes, one)
         found[case] = dataclasses.replace(one, image=None)
+        odd[str(files[0])] = one.odd
     for name in TABLES:
         if name in formats and found:
             named = {series[case]: one for case, one in found.items()} if name == "luna16" else found
             resolve(TABLES, name, "format")(out, detector.classes, named)
     boxes = sum(len(one) for one in found.values())
     print(f"{out}: {boxes} boxes from score {least:g} on in {len(found)} of {len(cases)} images")
+    for line in by_oddity(odd):
+        print(f"warning: {line}", file=sys.stderr)
     for problem in failed:
         print(f"not predicted: {problem}", file=sys.stderr)
     return 1 if failed else 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pretrain3d.data.readers import volumes
+from pretrain3d.data.readers.contract import MAX_NAMED
 
 POSITIONS = "its sform and its qform place the voxels differently; the sform is taken"
 LABELS = "whole numbers from 0, few of them or in areas of one value: a segmentation, no image?"
@@ -36,6 +37,21 @@ def oddities(path: Path | None, image: np.ndarray, modality: Sequence[str]) -> l
     if any(name == "CT" and _is_shifted(channel) for channel, name in zip(image, modality, strict=True)):
         found.append(SHIFTED)
     return found
+
+
+def by_oddity(odd: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line for everything that is odd, with the first of the files that it is said of.
+
+    Args:
+        odd: file -> what is odd about it.
+    """
+    lines = []
+    for text in (POSITIONS, LABELS, SHIFTED):
+        files = sorted(file for file, texts in odd.items() if text in texts)
+        more = f" and {len(files) - MAX_NAMED} more" if len(files) > MAX_NAMED else ""
+        if files:
+            lines.append(f"{', '.join(files[:MAX_NAMED])}{more}: {text}")
+    return lines
 
 
 def _is_label_map(channel: np.ndarray) -> bool:

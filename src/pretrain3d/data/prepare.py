@@ -24,9 +24,9 @@ from pretrain3d.data.cached import image_histograms, prepare_volume
 from pretrain3d.data.case import Case, write_json
 from pretrain3d.data.fingerprint import target_spacing
 from pretrain3d.data.identity import content_hash
-from pretrain3d.data.oddity import oddities
+from pretrain3d.data.oddity import by_oddity, oddities
 from pretrain3d.data.prepared import claim, forget, is_done, is_indexed, new_note, note_path
-from pretrain3d.data.readers.contract import MAX_NAMED, RawCase, RawVolume, Reader
+from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
 from pretrain3d.data.splits import SPLITS, Folds, read_folds
 from pretrain3d.data.store import StoreWriter
 from pretrain3d.geometry import Frame, boxes_of_instances
@@ -110,7 +110,7 @@ def prepare(
     (out / "index.json").unlink(missing_ok=True)
     for case_id in [*summary.removed, *(case.id for case in todo)]:
         forget(out, case_id)
-    odd: dict[str, list[str]] = {}  # the files of which each is to be said
+    odd = {}
     for case, outcome in tqdm(
         _run(job, todo, workers), total=len(todo), desc="prepare", unit="case", disable=not (progress and todo)
     ):
@@ -118,20 +118,14 @@ def prepare(
             summary.failed[case.id] = outcome
             continue
         summary.done.append(case.id)
-        for text in outcome:
-            odd.setdefault(text, []).append(str(case.files[0]))
-    summary.said += [_of_files(sorted(files), text) for text, files in sorted(odd.items())]
+        odd[str(case.files[0])] = outcome
+    summary.said += by_oddity(odd)
     good = [*summary.done, *summary.reused]
     if not good:
         case_id, problem = min(summary.failed.items())
         raise UserError(f"none of {len(cases)} cases could be prepared; the first, {case_id}: {problem}")
     job.writer.finish(good)
     return summary
-
-
-def _of_files(files: list[str], text: str) -> str:
-    more = f" and {len(files) - MAX_NAMED} more" if len(files) > MAX_NAMED else ""
-    return f"{', '.join(files[:MAX_NAMED])}{more}: {text}"
 
 
 def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], writer: StoreWriter) -> list[str]:

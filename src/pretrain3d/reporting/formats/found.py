@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ class Found:
         scores: (N,).
         labels: (N,).
         image: (C, X, Y, Z) what the network saw, for pictures; None: not kept.
+        odd: what is odd about the file, in words, see `data.oddity`.
     """
 
     frame: Frame
@@ -29,6 +30,7 @@ class Found:
     scores: np.ndarray
     labels: np.ndarray
     image: np.ndarray | None = None
+    odd: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -37,7 +39,7 @@ class Found:
         """The same boxes in descending score."""
         order = np.argsort(-np.asarray(self.scores, np.float64), kind="stable")
         boxes = np.asarray(self.boxes).reshape(-1, 6)[order]
-        return Found(self.frame, boxes, np.asarray(self.scores)[order], np.asarray(self.labels)[order], self.image)
+        return replace(self, boxes=boxes, scores=np.asarray(self.scores)[order], labels=np.asarray(self.labels)[order])
 
     def restored(self) -> dict[str, Any]:
         """Best first: boxes in the voxels of the input file, and the same boxes in RAS millimetres.
