@@ -13,6 +13,8 @@ from typing import Any
 from pretrain3d import signatures
 from pretrain3d.config import UserError, suggestion
 
+CONTRACTS = "see docs/design.md, section 6"
+
 # The nodes whose `name:` names a component, and the registry that knows it. Registries are named here, not imported:
 # this file stays below them.
 NODES = {
@@ -116,7 +118,10 @@ def checked_arguments(
     arguments = {key: value for key, value in arguments.items() if key not in given or value is not None}
     parameters = inspect.signature(target).parameters
     hints = signatures.hints(target)
-    assert set(given) <= set(parameters), f"{where} does not take {sorted(set(given) - set(parameters))}"
+    if missing := [key for key in given if key not in parameters]:
+        raise UserError(
+            f"{where}: its signature lacks {', '.join(missing)}, which the framework gives it ({CONTRACTS})"
+        )
     takes = [key for key in parameters if key not in given]
     for key in arguments:
         if key in given:
@@ -143,6 +148,24 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
         if value != value:  # NaN, which Python calls a float
             wanted = wanted.replace("float", "a finite number")
         raise UserError(f"{where} must be {wanted}, got {value!r}") from None
+
+
+def check_promises(component: Any, protocol: type, what: str) -> None:
+    """Refuses a component that lacks an attribute or method of its contract.
+
+    Args:
+        component: an object from a registry.
+        protocol: class whose annotations and public methods, those of its bases too, are promised.
+        what: what it is: "backbone".
+
+    Raises:
+        UserError: names all that is missing.
+    """
+    classes = [base for base in protocol.__mro__ if base.__module__ == protocol.__module__]
+    promised = [name for base in classes for name in (*vars(base).get("__annotations__", ()), *vars(base))]
+    missing = [name for name in dict.fromkeys(promised) if name[0] != "_" and not hasattr(component, name)]
+    if missing:
+        raise UserError(f"the {what} {type(component).__name__} lacks {', '.join(missing)} ({CONTRACTS})")
 
 
 def _bound(registry: Mapping[str, str], node: Mapping[str, Any], kind: str, given: Collection[str]) -> tuple[Any, Any]:

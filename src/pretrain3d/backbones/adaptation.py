@@ -33,7 +33,7 @@ def adapt_stages(
         for name in dropped:
             del weights[name]
         done.append(f"stages: the first {new} of {old}, {len(dropped)} tensors left out")
-    if "kernels" in adapt:
+    if "kernels" in adapt and "kernels" in arguments:
         arguments["kernels"], averaged = _averaged_kernels(arguments["kernels"], model["kernels"], weights)
         done += [f"kernels: averaged along {', '.join(averaged)}"] if averaged else []
     if "strides" in adapt and arguments["strides"] != model["strides"] and len(arguments["strides"]) == new:
@@ -83,7 +83,8 @@ def adapt_positions(
 ) -> list[str]:
     """Changes ``weights`` in place where learned positions are for another grid; says what it did."""
     old, new = stored.arguments.get("image_size"), backbone.arguments.get("image_size")
-    if old == new:
+    names = getattr(backbone, "position_weights", ())
+    if old == new or not names:
         return []
     if "positions" not in adapt:
         raise UserError(
@@ -91,8 +92,8 @@ def adapt_positions(
             "in the file, or transfer.adapt=[positions] interpolates the learned positions"
         )
     wanted = backbone.state_dict()
-    for name in backbone.position_weights:
+    for name in names:
         grid = wanted[name].shape[1:]  # the weight is (C, x, y, z)
         resized = F.interpolate(weights[name][None].float(), size=grid, mode="trilinear", align_corners=False)[0]
         weights[name] = resized.to(weights[name].dtype)
-    return [f"positions: {', '.join(backbone.position_weights)} interpolated from image_size {old} to {new}"]
+    return [f"positions: {', '.join(names)} interpolated from image_size {old} to {new}"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from pretrain3d.config import UserError, by_text
+from pretrain3d.registry import CONTRACTS, check_promises
 
 Triple = tuple[int, int, int]
 
@@ -33,8 +35,13 @@ class Backbone(Protocol):
 
     A backbone that begins with an embedding of patches also has ``embed(image) -> (B, C, x, y, z)``, with the channels
     and stride of the finest level, and ``encode(embedded) -> features``; ``encode(embed(image))`` is what a call does.
-    A level of tokens is then the only one, ``forward`` takes ``num_visible`` (`tokens.TokenBackbone.forward`), and
-    ``make_stack(depth)`` builds more blocks of the same kind.
+    A level of tokens is the only one; ``forward`` then takes a third argument ``num_visible``, an int or None
+    (`tokens.TokenBackbone.forward`), and ``make_stack(depth)`` builds more blocks of the same kind, a module from
+    (B, C, x, y, z) with every place filled to (B, x y z, C), with positions of its own: a decoder's.
+
+    One whose ``masking`` is ``"sparse"``, which S3D needs, keeps hidden voxels out of every level: with ``keep`` its
+    norms are over the active places of `sparse.active_voxels`, all others are 0. One with learned positions may have
+    an argument ``image_size`` and ``position_weights``, names of weights (C, x, y, z) that a transfer interpolates.
 
     Attributes:
         levels: channels and stride of each output, finest first.
@@ -72,6 +79,53 @@ class Backbone(Protocol):
 
         What is in none of them is the stem: all of it comes before the first layer.
         """
+
+
+def check_backbone(backbone: Any) -> None:
+    """Refuses a network that cannot be used as a backbone, before anything is computed with it.
+
+    Raises:
+        UserError: an attribute or method of `Backbone` is missing, or its levels make no pyramid; names it.
+    """
+    check_promises(backbone, Backbone, "backbone")
+    where, levels = f"the backbone {type(backbone).__name__}", tuple(backbone.levels)
+    for level in levels:
+        if not isinstance(level, Level) or not isinstance(level.stride, tuple) or len(level.stride) != 3:
+            raise UserError(f"{where}: a level is {level}; expected Level(channels, (x, y, z)) ({CONTRACTS})")
+    for fine, coarse in pairwise(levels):
+        if fine.stride == coarse.stride or any(c % f for f, c in zip(fine.stride, coarse.stride, strict=True)):
+            raise UserError(
+                f"{where}: its level of stride {fine.stride} is followed by one of {coarse.stride}; levels are finest "
+                f"first, each stride a multiple of the one before ({CONTRACTS})"
+            )
+    multiple = tuple(backbone.size_multiple)
+    if not levels or len(multiple) != 3 or any(m % s for m, s in zip(multiple, levels[-1].stride, strict=True)):
+        coarsest = levels[-1].stride if levels else "none"
+        raise UserError(f"{where}: size_multiple is {multiple} and the coarsest stride {coarsest}; an image is to be a "
+                        f"multiple of it ({CONTRACTS})")  # fmt: skip
+
+
+def check_first_features(backbone: nn.Module) -> None:
+    """Has the network refuse, in its next forward pass, features that are not those of its declared levels."""
+
+    def look(network: Any, inputs: tuple[Any, ...], features: Any) -> None:
+        handle.remove()
+        image = inputs[0]
+        size = image.shape[2:]  # 1 along an axis: a slice, which no stride divides
+        steps = [[1 if n == 1 else s for n, s in zip(size, level.stride, strict=True)] for level in network.levels]
+        expected = [
+            (len(image), level.channels, *(n // s for n, s in zip(size, step, strict=True)))
+            for level, step in zip(network.levels, steps, strict=True)
+        ]
+        listed = isinstance(features, (list, tuple))
+        found = [tuple(feature.shape) for feature in features] if listed else type(features).__name__
+        if found != expected:
+            raise UserError(
+                f"the backbone {type(network).__name__} gives {found} for an image {tuple(image.shape)}; its levels "
+                f"say {expected} ({CONTRACTS})"
+            )
+
+    handle = backbone.register_forward_hook(look)
 
 
 def check_image(image: Tensor, in_channels: int, size_multiple: Sequence[int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from pretrain3d.backbones.contract import Level
 from pretrain3d.backbones.convolution import Conv3d, slice_axis
 from pretrain3d.backbones.stages import ConvBlock
-from pretrain3d.backbones.tokens import TokenBackbone, TokenStack
+from pretrain3d.config import UserError
+from pretrain3d.registry import CONTRACTS
 
 NORM_EPS = 1e-6
 
@@ -149,12 +151,12 @@ class TokenDecoder(nn.Module):
     """Transformer blocks over all tokens, then `PatchDecoder`.
 
     Args:
-        stack: the blocks, with positions of their own.
+        stack: the blocks, with positions of their own: (B, C, x, y, z) -> (B, x y z, C).
         level: of the tokens.
         out_channels: of the output.
     """
 
-    def __init__(self, stack: TokenStack, level: Level, out_channels: int) -> None:
+    def __init__(self, stack: nn.Module, level: Level, out_channels: int) -> None:
         super().__init__()
         self.stack = stack
         self.patches = PatchDecoder(level.channels, level.stride, out_channels)
@@ -166,7 +168,7 @@ class TokenDecoder(nn.Module):
 
 
 def image_decoder(
-    backbone: nn.Module,
+    backbone: Any,
     levels: Sequence[Level],
     out_channels: int,
     blocks: int = 0,
@@ -190,7 +192,9 @@ def image_decoder(
     finest = levels[0]
     assert outputs == 1 or (skips and set(finest.stride) == {1} and outputs < len(levels)), outputs
     if blocks:
-        assert isinstance(backbone, TokenBackbone), type(backbone)
+        if not hasattr(backbone, "make_stack"):
+            raise UserError(f"the backbone {type(backbone).__name__} has tokens, but no make_stack(depth) for the "
+                            f"decoder's blocks ({CONTRACTS})")  # fmt: skip
         return TokenDecoder(backbone.make_stack(blocks), finest, out_channels)
     if len(levels) == 1:
         return PatchDecoder(finest.channels, finest.stride, out_channels)

@@ -227,7 +227,8 @@ def _check_arguments(stored: Any, arguments: Mapping[str, Any], backbone: Any, p
     """
     if type(stored) is not type(backbone):
         raise UserError(f"{path} holds a {type(stored).__name__}, the model's backbone is a {type(backbone).__name__}")
-    free = stored.runtime_arguments | {"in_channels", "image_size"}  # the last two can be adapted
+    adapted = {"in_channels", *(["image_size"] if hasattr(stored, "position_weights") else [])}
+    free = stored.runtime_arguments | adapted
     differing = [
         f"{key} is {value} in the file and {backbone.arguments[key]} in the model"
         for key, value in arguments.items()

@@ -22,12 +22,14 @@ SPLITS = ("train", "val", "test")
 def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> Any:
     """The LightningModule of a config: backbone, transferred weights, and the head that the module section names."""
     from pretrain3d.backbones import BACKBONES
+    from pretrain3d.backbones.contract import check_backbone, check_first_features
     from pretrain3d.backbones.transfer import transfer_into
     from pretrain3d.data.leakage import Corpus, find, merged, warning
     from pretrain3d.modules import MODULES
 
     backbone_node = {**settings["backbone"], "in_channels": datamodule.in_channels}
     backbone = build(BACKBONES, backbone_node, "backbone")
+    check_backbone(backbone)
     check_patch(datamodule, backbone, settings)
     module_node, given = _module_of(settings, datamodule)
     note = _note(settings, datamodule, backbone_node, module_node)
@@ -45,6 +47,7 @@ def assemble(settings: dict[str, Any], datamodule: Any, folder: RunFolder) -> An
         print(warning(note["leakage"], str(transfer["path"])), file=sys.stderr)
     given |= {"backbone": backbone, "patch_size": tuple(datamodule.patch_size), "note": note}
     module = build(MODULES, module_node, "module", **given)
+    check_first_features(backbone)
     views = getattr(getattr(module, "method", None), "view_size", datamodule.patch_size)  # which tile a region
     warn_of_padding(
         datamodule, [m * (s // v) for m, s, v in zip(backbone.size_multiple, datamodule.patch_size, views, strict=True)]

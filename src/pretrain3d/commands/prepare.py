@@ -9,7 +9,7 @@ from typing import Any
 
 from pretrain3d.config import UserError, by_text
 from pretrain3d.options import REQUIRED, read_options
-from pretrain3d.registry import resolve
+from pretrain3d.registry import check_promises, resolve
 
 USAGE = """\
 pretrain3d prepare RAW_FOLDER out=STORE reader=NAME [spacing_mm=null patch_size=null workers=2]
@@ -69,8 +69,10 @@ def run(paths: list[str], options: dict[str, object]) -> int:
         raise UserError(f"{raw}: no such folder")
 
     from pretrain3d.data.readers import READERS
+    from pretrain3d.data.readers.contract import Reader
 
     reader = resolve(READERS, str(given["reader"]), "reader")(raw)
+    check_promises(reader, Reader, "reader")
     reader.modality = _modality(given["modality"], reader.modality)
     if hidden := sorted(raw.rglob("._*")):
         print(f"{len(hidden)} files ._* are left-overs of macOS and not read, the first {hidden[0]}")

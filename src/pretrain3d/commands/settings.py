@@ -159,7 +159,8 @@ def check_method(settings: dict[str, Any]) -> None:
         views = hasattr(resolve(PRETRAINING, method["name"], "module.method"), "after_step")
         right = "contrastive" if views else "reconstruction"
     if module != right:
-        raise UserError(f"module.method={method['name']} is trained by module.name={right}, not {module}")
+        why = ", as it has no after_step()" if module == "contrastive" and right == "reconstruction" else ""
+        raise UserError(f"module.method={method['name']} is trained by module.name={right}, not {module}{why}")
     if module == "segmentation" and settings["data"].get("labels") is None:
         raise UserError("module.name=segmentation: set data.labels to semantic (maps of organs) or objects")
 

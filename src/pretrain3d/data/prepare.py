@@ -30,6 +30,7 @@ from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
 from pretrain3d.data.splits import SPLITS, Folds, read_folds
 from pretrain3d.data.store import StoreWriter
 from pretrain3d.geometry import Frame, boxes_of_instances
+from pretrain3d.registry import CONTRACTS
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 VERSION = 6  # of what is done to a case: goes up whenever the same input gives other arrays or records
@@ -138,6 +139,8 @@ def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], w
         UserError: a file is missing, unreadable or inconsistent, or the image or an object is not usable.
     """
     volume = reader.read(case)
+    if problem := _problem(volume):
+        raise UserError(f"{case.files[0]}: {problem} ({CONTRACTS})")
     cached = prepare_volume(volume, case.files[0], reader.modality, spacing_mm)
     shape = cached.frame.cached_shape
     foreground = {"body": cached.body, "objects": cached.maps.get("instances", np.zeros(shape, dtype=np.uint8)) > 0}
@@ -155,11 +158,23 @@ def prepare_case(reader: Reader, case: RawCase, spacing_mm: tuple[float, ...], w
     return oddities(case.files[0], volume.image, reader.modality)
 
 
+def _problem(volume: RawVolume) -> str:
+    """What no reader may give: maps that do not lie on the image, or classes that nobody drew; "" when all is well."""
+    for name, labels in (("instances", volume.instances), ("semantic", volume.semantic)):
+        if labels is not None and labels.shape != volume.image.shape[1:]:
+            return f"{name} has the shape {labels.shape}, the image {volume.image.shape}"
+    if volume.instances is None and volume.annotated:
+        return f"annotated names the classes {volume.annotated}, but instances is None"
+    return ""
+
+
 def _objects(volume: RawVolume, frame: Frame) -> dict[str, np.ndarray]:
     """Boxes, labels, ids and volumes, all from the input file's mask."""
     mask = np.zeros((1, 1, 1), dtype=np.uint8) if volume.instances is None else volume.instances
     instances, boxes = boxes_of_instances(mask)
-    assert set(instances.tolist()) == volume.labels.keys(), (instances, volume.labels)
+    if set(instances.tolist()) != volume.labels.keys():
+        ids, named = instances.tolist(), sorted(volume.labels)
+        raise UserError(f"the ids in instances are {ids}, those that labels names {named} ({CONTRACTS})")
     mapped = frame.from_original(boxes)
     shape = np.asarray(frame.cached_shape)
     assert (mapped[:, :3] > -1e-6).all() and (mapped[:, 3:] < shape + 1e-6).all(), "the crop cuts an object"
@@ -239,7 +254,8 @@ def _checked_cases(reader: Reader) -> list[RawCase]:
     cases = reader.cases()
     seen: set[str] = set()
     for case in cases:
-        assert case.split in SPLITS, case
+        if case.split not in SPLITS:
+            raise UserError(f"{case.files[0]}: case {case.id}: split is {case.split!r}; one of {', '.join(SPLITS)}")
         if case.id in seen:
             raise UserError(f"{case.files[0]}: case id {case.id!r} occurs twice; rename one of its files")
         seen.add(case.id)

@@ -18,7 +18,7 @@ from pretrain3d.modules.averaging import Average, StochasticAveraging
 from pretrain3d.modules.finetune import Timetable
 from pretrain3d.modules.flop import ModelFlop
 from pretrain3d.modules.optim import OPTIMIZERS, parameter_groups, schedule
-from pretrain3d.modules.pending import PendingLoss
+from pretrain3d.modules.pending import PendingLoss, total_of
 from pretrain3d.modules.wrapping import wrap_anew
 from pretrain3d.parallel import all_sum, world_size
 from pretrain3d.registry import build, checked_arguments, fitted
@@ -240,7 +240,7 @@ class BaseModule(lightning.LightningModule):
             UserError: the loss of the previous step was NaN or infinite, on any process; names the cases it was of.
         """
         self.check_pending()
-        total, size = losses["loss"], len(batch["case_ids"])
+        total, size = total_of(losses, self.get_submodule(self.head_name)), len(batch["case_ids"])
         if stage == "train":
             if self._stops:
                 raise SIGTERMException

@@ -10,7 +10,8 @@ from pretrain3d.config import UserError, by_text
 from pretrain3d.data.batch import torch_generator
 from pretrain3d.data.views import ViewAugmentation
 from pretrain3d.modules.pretraining import PretrainingModule
-from pretrain3d.registry import checked_arguments
+from pretrain3d.objectives.contract import ViewMethod
+from pretrain3d.registry import CONTRACTS, check_promises, checked_arguments
 
 PURPOSES = {"train": "views", "val": "validation views"}
 
@@ -40,6 +41,7 @@ class ContrastiveModule(PretrainingModule):
         ema: float | None = None,
     ) -> None:
         super().__init__(backbone, method, patch_size, note, optimizer, schedule, warmup_steps, ema)
+        check_promises(self.method, ViewMethod, "method")
         size: Any = self.method.view_size
         multiple: Any = backbone.size_multiple
         if any(side % step for side, step in zip(size, multiple, strict=True)):
@@ -54,6 +56,12 @@ class ContrastiveModule(PretrainingModule):
         seed = self.note["seed"] if stage == "train" else 0
         generators = [torch_generator(seed, index, PURPOSES[stage], "cpu") for index in batch["sample_index"]]
         prepared = method.prepare(batch, generators)
+        views = prepared["inputs"]
+        if views.ndim != 6 or tuple(views.shape[3:]) != tuple(method.view_size):
+            raise UserError(
+                f"{type(method).__name__}.prepare gives inputs {tuple(views.shape)}; expected (B, V, C, x, y, z) with "
+                f"views of view_size, {by_text(method.view_size)} ({CONTRACTS})"
+            )
         return {**prepared, "inputs": self.augment(prepared["inputs"], seed, batch["sample_index"])}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

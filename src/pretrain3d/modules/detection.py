@@ -14,13 +14,13 @@ from pretrain3d.data.case import Case
 from pretrain3d.data.module import NO_CASE
 from pretrain3d.data.semantic import unpaired_sides
 from pretrain3d.detection import DETECTORS
-from pretrain3d.detection.contract import Detections
+from pretrain3d.detection.contract import Detections, Detector, check_detections
 from pretrain3d.detection.merge import Merging, TileDetections, merge
 from pretrain3d.detection.tiles import LATERAL_AXIS, check_tiling, predict_views
 from pretrain3d.devices import short_precision
 from pretrain3d.evaluation.metric import DetectionMetric
 from pretrain3d.modules.base import BaseModule
-from pretrain3d.registry import build
+from pretrain3d.registry import CONTRACTS, build, check_promises
 
 PRECISIONS: dict[str, torch.dtype | None] = {"32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,7 +49,7 @@ class DetectionModule(BaseModule):
         UserError: an argument of the detector, or a size, overlap or axis of the inference, that does not work.
     """
 
-    detector: Any  # from the registry; what it promises is in docs/design.md
+    detector: Any  # from the registry; see `detection.contract.Detector`
 
     def __init__(
         self,
@@ -78,6 +78,7 @@ class DetectionModule(BaseModule):
                 f"module.tile_size is {list(tile_size)}; the backbone needs a multiple of {by_text(multiple)}"
             )
         head = build(DETECTORS, detector, "module.detector", levels=backbone.levels, num_classes=len(classes))
+        check_promises(head, Detector, "detector")
         if getattr(head, "one_size", False) and tuple(tile_size or patch_size) != tuple(patch_size):
             raise UserError(
                 f"module.tile_size is {list(tile_size or ())}; {detector['name']} predicts boxes as parts of its image "
@@ -131,14 +132,17 @@ class DetectionModule(BaseModule):
             UserError: the network gives NaN.
         """
         backbone, detector = self.best_networks()
-        broken: list[Tensor] = []  # one flag per batch of tiles, looked at once at the end
+        broken: list[Tensor] = []  # flags of each batch of tiles, looked at once at the end
+        impossible: list[Tensor] = []
 
         def predict_patches(patches: Tensor) -> list[Detections]:
             with self._autocast():
                 outputs = detector(backbone(patches), patches.shape[2:])
             broken.extend(v.isnan().any() for v in outputs.values() if isinstance(v, Tensor) and v.is_floating_point())
             with torch.autocast(patches.device.type, enabled=False):
-                return detector.predict(outputs, patches.shape[2:])
+                found = detector.predict(outputs, patches.shape[2:])
+            impossible.append(check_detections(found, len(patches), len(self.classes), detector))
+            return found
 
         index = {name: position for position, name in enumerate(self.classes)}
         views = predict_views(
@@ -152,8 +156,14 @@ class DetectionModule(BaseModule):
             mirror_classes={index[a]: index[b] for a, b in self.mirror_classes.items() if a in index},
             device=self.device,
         )
-        if torch.stack(broken).any():
+        is_broken, is_impossible = torch.stack([torch.stack(flags).any() for flags in (broken, impossible)]).tolist()
+        if is_broken:
             raise UserError(f"the network's outputs are NaN in precision {self.precision}; are its weights finite?")
+        if is_impossible:
+            raise UserError(
+                f"{type(detector).__name__}.predict gives scores outside [0, 1], labels outside 0 to "
+                f"{len(self.classes) - 1} or boxes that end before they start ({CONTRACTS})"
+            )
         return views
 
     def _mirrored(self) -> tuple[int, ...]:

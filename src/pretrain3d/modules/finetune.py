@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from pretrain3d.config import UserError
 from pretrain3d.modules.optim import warmup_then
+from pretrain3d.registry import CONTRACTS
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Timetable:
     layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
+        starts = [phase.start for phase in self.phases]
+        if starts != sorted(set(starts)) or starts[:1] != [0]:
+            raise UserError(f"the phases of module.finetune start at {starts}; the first is at 0, each later than the "
+                            f"one before ({CONTRACTS})")  # fmt: skip
         if not self.backbone_lr > 0:
             raise UserError(f"module.finetune.backbone_lr is {self.backbone_lr}; it is a factor above 0 (name: frozen "
                             "keeps the backbone as it is)")  # fmt: skip

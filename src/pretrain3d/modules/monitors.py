@@ -68,9 +68,9 @@ class FeatureMonitor(Callback):
             parts = features.split([level.channels for level in module.backbone.levels], dim=1)
             for number, part in enumerate(parts, start=1) if len(parts) > 1 else ():
                 self._warn(trainer, f"features of level {number} of {len(parts)}", part, MIN_LEVEL_STD)
-        projector = getattr(module.best_networks()[1], "projector", None)
-        if projector is not None:  # what a contrastive loss collapses first
-            self._warn(trainer, "embeddings", projector(features))
+        embeddings = getattr(module.best_networks()[1], "embeddings", None)
+        if embeddings is not None:  # what a contrastive loss collapses first
+            self._warn(trainer, "embeddings", embeddings(features))
         if self.probe_every and self.validations % self.probe_every == 0 and self.patches.has_organs:
             area = probe(*asked(at_voxels, organs, self.patches))
             if area is not None:

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pretrain3d.config import UserError
 from pretrain3d.parallel import all_sum, gather_objects
+from pretrain3d.registry import CONTRACTS
+
+
+def total_of(losses: Any, head: nn.Module) -> Tensor:
+    """The total among what ``head.loss`` gave.
+
+    Raises:
+        UserError: that is no dict of tensors of shape (), or it has no ``loss``.
+    """
+    where = f"{type(head).__name__}.loss"
+    if not isinstance(losses, Mapping) or "loss" not in losses:
+        found = f"the keys {', '.join(losses)}" if isinstance(losses, Mapping) else f"a {type(losses).__name__}"
+        raise UserError(f"{where} gives {found}; expected a dict with the total under 'loss' ({CONTRACTS})")
+    for key, value in losses.items():
+        if not isinstance(value, Tensor) or value.ndim:
+            found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise UserError(f"{where} gives {key} {found}; expected a tensor of shape () ({CONTRACTS})")
+    total: Tensor = losses["loss"]
+    return total
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pretrain3d.backbones.decoders import image_decoder
 from pretrain3d.modules.base import BaseModule
 from pretrain3d.objectives import PRETRAINING
-from pretrain3d.registry import build, resolve
+from pretrain3d.objectives.contract import Method
+from pretrain3d.registry import build, check_promises, resolve
 
 
 class PretrainingModule(BaseModule):
@@ -80,12 +81,12 @@ def build_method(backbone: Any, node: dict[str, Any], patch_size: tuple[int, int
         given: what only some methods take.
 
     Raises:
-        UserError: the backbone lacks what the method needs.
+        UserError: the backbone lacks what the method needs, or the method part of its contract.
     """
     check = getattr(resolve(PRETRAINING, node["name"], "module.method"), "check_backbone", None)
     if check is not None:
         check(backbone)
-    return build(
+    method = build(
         PRETRAINING,
         node,
         "module.method",
@@ -95,3 +96,5 @@ def build_method(backbone: Any, node: dict[str, Any], patch_size: tuple[int, int
         decoder=partial(image_decoder, backbone),
         **given,
     )
+    check_promises(method, Method, "method")
+    return method

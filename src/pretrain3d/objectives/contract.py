@@ -47,8 +47,9 @@ class Method(Protocol):
     A class that needs more of a backbone than a call has a static ``check_backbone(backbone)``, which raises a
     UserError; one to which mirrored patches may be wrong has ``check_mirrors(flip_axes)``, and one that compares or
     mixes the patches of a step ``check_batch(batch_size, processes)``, with the patches per process; both do so before
-    `fit` begins. One that restores intensities has ``measure``, the name of its error; one that calls its networks in
-    another way in every batch, ``compilable = False``.
+    `fit` begins. One that restores intensities has ``measure``, the name of its error, which `test` takes from
+    ``loss`` (of several parts from ``reconstruction``); one that calls its networks in another way in every batch,
+    ``compilable = False``.
     """
 
     def prepare(self, batch: dict[str, Any], generator: list[torch.Generator]) -> dict[str, Tensor]:
@@ -66,7 +67,11 @@ class Method(Protocol):
         """Runs the backbone and the method's own networks."""
 
     def loss(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``loss`` is the total, float32; the rest are parts and baselines for the log."""
+        """``loss`` is the total, float32; the rest are parts and baselines for the log, all of shape ().
+
+        `test` shows three baselines of a method with a ``measure``, which are the same error of a guess:
+        ``mean_predictor``, ``inpainting_linear`` and ``copy`` (of the corrupted patch as it is).
+        """
 
     def pictures(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """Slices (X, Y) float32 of the first sample, by name."""
@@ -76,7 +81,9 @@ class ViewMethod(Method, Protocol):
     """A method that compares crops (views) of a region.
 
     Its ``prepare`` gets generators on the CPU and returns ``inputs`` (B, V, C, x, y, z), cut but not augmented: the
-    module augments each view on its own before the method sees them again.
+    module augments each view on its own before the method sees them again. It may have
+    ``embeddings(features)``, from pooled features of all levels (N, sum of channels), see `projection.pooled`, to what
+    its loss compares (N, D), which is then watched for collapse, too.
 
     Attributes:
         view_size: (3,) voxels of a view.

@@ -91,7 +91,11 @@ class SimCLR(nn.Module):
         features = pooled_views(backbone, prepared["inputs"])
         if self.training:  # validation batches are not paired between processes
             features = all_gather(features)
-        return {"embeddings": self.projector(features)}
+        return {"embeddings": self.embeddings(features)}
+
+    def embeddings(self, features: Tensor) -> Tensor:
+        """Pooled features of all levels as the loss compares them; see `contract.ViewMethod`."""
+        return self.projector(features)
 
     def loss(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, Tensor]:
         """NT-Xent over all pairs.

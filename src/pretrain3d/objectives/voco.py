@@ -138,8 +138,12 @@ class VoCo(nn.Module):
                 outputs["teacher"] = self.teacher(gather(features))
         if self.training and self.feature_dropout:
             features = features * prepared["kept"] / (1.0 - self.feature_dropout)
-        outputs["embeddings"] = self.projector(gather(features))
+        outputs["embeddings"] = self.embeddings(gather(features))
         return outputs
+
+    def embeddings(self, features: Tensor) -> Tensor:
+        """Pooled features of all levels as the loss compares them; see `contract.ViewMethod`."""
+        return self.projector(features)
 
     def loss(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, Tensor]:
         """See the class.

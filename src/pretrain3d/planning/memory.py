@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from pretrain3d.backbones import BACKBONES
-from pretrain3d.backbones.contract import Triple
+from pretrain3d.backbones.contract import Triple, check_backbone
 from pretrain3d.config import UserError, by_text
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.necks import pyramid_levels
@@ -106,7 +106,9 @@ def _measured(nodes: str, in_channels: int, num_classes: int, precision: str, on
             if on_gpu:
                 without_ways_of_a_cpu(net)
         with GpuAutocast() if on_gpu else nullcontext():
-            small, large = (_peak(backbone, detector, _batch(size, in_channels), precision) for size in sizes)
+            small, large = (
+                _peak(backbone, detector, _batch(size, in_channels, num_classes), precision) for size in sizes
+            )
     casts = weights // 2 if "mixed" in precision else 0  # autocast keeps them for the backward pass
     fixed = weights * (2 + OPTIMIZER_STATES + 1) + casts  # weights and gradients; optimiser; averaged weights
     per_voxel = (large - small) / (math.prod(sizes[1]) - math.prod(sizes[0]))
@@ -145,7 +147,7 @@ def measure_step(
         optimizer = torch.optim.AdamW([*network.parameters(), *head.parameters()])
         batch = {
             key: value.expand(batch_size, *value.shape[1:]).to(device).contiguous()
-            for key, value in _batch(patch_size, in_channels).items()
+            for key, value in _batch(patch_size, in_channels, num_classes).items()
         }
         batch["image"].normal_()
         for _ in range(2):  # the optimiser has its state from the first one on
@@ -171,6 +173,7 @@ def _networks(
     backbone_node: dict[str, Any], detector_node: dict[str, Any], in_channels: int, num_classes: int
 ) -> tuple[Any, Any]:
     backbone = build(BACKBONES, backbone_node, "backbone", in_channels=in_channels)
+    check_backbone(backbone)
     if takes(DETECTORS, detector_node, "detector", "anchors"):
         detector_node = {"anchors": ANCHORS, **detector_node}
     return backbone, build(DETECTORS, detector_node, "detector", levels=backbone.levels, num_classes=num_classes)
@@ -193,13 +196,16 @@ def _without_numbers(network: nn.Module, mode: FakeTensorMode) -> None:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
 
-def _batch(size: Sequence[int], channels: int) -> dict[str, Any]:
+def _batch(size: Sequence[int], channels: int, num_classes: int) -> dict[str, Any]:
+    """All tensors that a detector's loss may look at."""
     boxes = torch.cat([torch.zeros(1, OBJECTS, 3), torch.ones(1, OBJECTS, 3)], dim=-1)
     return {
         "image": torch.empty(1, channels, *size),
         "boxes": boxes,
         "labels": torch.zeros(1, OBJECTS, dtype=torch.long),
         "valid": torch.ones(1, OBJECTS, dtype=torch.bool),
+        "annotated": torch.ones(1, num_classes, dtype=torch.bool),
+        "inside": torch.ones(1, 1, *size, dtype=torch.bool),
         "mask": torch.zeros(1, *size, dtype=torch.int16),
     }
 

@@ -118,7 +118,8 @@ def make_plan(
 def planned_detector(detector: str, levels: list[int] | None) -> dict[str, Any]:
     """The node of a detector with the planned pyramid levels, when there are some and it has anchors for them."""
     node: dict[str, Any] = {"name": detector}
-    if levels is None or not takes(DETECTORS, node, "detector", "anchors"):
+    both = all(takes(DETECTORS, node, "detector", key) for key in ("anchors", "detection_levels"))
+    if levels is None or not both:
         return node
     return {**node, "detection_levels": levels}
 

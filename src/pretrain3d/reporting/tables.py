@@ -19,7 +19,8 @@ KEYS = ("mAP", "AP@0.10", "AP@0.50", "FROC@0.10")
 CLASS_KEY = "AP@0.10"
 RECONSTRUCTION = {
     "network": "network", "mean_predictor": "mean predictor", "inpainting_linear": "tri-linear in-painting",
-    "network/mean_predictor": "network : mean", "network/inpainting_linear": "network : in-painting",
+    "copy": "copy", "network/mean_predictor": "network : mean", "network/inpainting_linear": "network : in-painting",
+    "network/copy": "network : copy",
 }  # fmt: skip
 Rows = Mapping[str, Sequence[Result]]  # of each row its repetitions, a result each
 SEGMENTATION = {"dice": "Dice", "volume_error": "volume error", "trivial_dice": "Dice of everything"}
@@ -166,12 +167,14 @@ def _of_kind(rows: Rows, kind: str) -> dict[str, list[Result]]:
 
 def _reconstruction_table(same: Rows) -> Table:
     body = []
+    measured = {key for row in same.values() for result in row for key in result["metrics"]}
+    columns = {key: name for key, name in RECONSTRUCTION.items() if key in measured}
     for name, row in same.items():
         asked = row[0].get("asked") or {}
-        cells = [shown([result["metrics"].get(key) for result in row]) for key in RECONSTRUCTION]
+        cells = [shown([result["metrics"].get(key) for result in row]) for key in columns]
         body.append([name, str(asked.get("measure", "–")), str(asked.get("patches", "–")), *cells])
     title = f"reconstruction, held-out patches: {describe_cases(same)}, 95 % intervals over patients"
-    return Table(title, ["run", "error", "patches per case", *RECONSTRUCTION.values()], body)
+    return Table(title, ["run", "error", "patches per case", *columns.values()], body)
 
 
 def _class_table(same: Rows, title: str, key: str) -> Table:

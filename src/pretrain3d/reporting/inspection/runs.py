@@ -18,8 +18,8 @@ from pretrain3d.reporting.run_folder import RunFolder
 from pretrain3d.reporting.tables import shown
 
 HEADLINE = (
-    "mAP", "AP@0.10", "AP@0.50", "FROC@0.10", "FROC@0.50", "network", "mean_predictor", "inpainting_linear", "dice",
-    "volume_error", "trivial_dice",
+    "mAP", "AP@0.10", "AP@0.50", "FROC@0.10", "FROC@0.50", "network", "mean_predictor", "inpainting_linear", "copy",
+    "dice", "volume_error", "trivial_dice",
 )  # fmt: skip
 
 
