@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain3d.backbones.decoders import image_decoder
 from pretrain3d.backbones.resenc import ResEnc
+from pretrain3d.backbones.stages import MASKING
+from pretrain3d.backbones.vit import ViT
+from pretrain3d.config import UserError
+from pretrain3d.modules.pretraining import build_method
 from pretrain3d.objectives import PRETRAINING
-from pretrain3d.registry import build
+from pretrain3d.registry import resolve
 
 Shape = tuple[int, int, int]
 
@@ -28,15 +31,20 @@ def make_batch(shape: Shape, channels: int = 1, batch: int = 2) -> dict[str, Ten
     return {"image": torch.randn(batch, channels, *shape), "inside": inside}
 
 
-def make(name: str, shape: Shape, channels: int = 1, **arguments: Any) -> tuple[ResEnc, Any]:
-    """A tiny ResEnc and a method of the registry on it."""
-    masking = "sparse" if name == "s3d" else "zero"
-    backbone = ResEnc([4, 6, 8], [1, 1, 1], [1, 2, 2], in_channels=channels, masking=masking)
-    method = build(
-        PRETRAINING, {"name": name, **arguments}, "module.method",
-        levels=backbone.levels, in_channels=channels, patch_size=shape, decoder=partial(image_decoder, backbone),
-    )  # fmt: skip
-    return backbone, method
+def make(name: str, shape: Shape, channels: int = 1, **arguments: Any) -> tuple[Any, Any]:
+    """A method of the registry on the first tiny backbone that it takes: a ResEnc, a sparse one, a Transformer."""
+    kinds = [partial(ResEnc, [4, 6, 8], [1, 1, 1], [1, 2, 2], masking=masking) for masking in MASKING]
+    backbones = (kind(in_channels=channels) for kind in (*kinds, partial(ViT, 16, 2, 4, 8, shape)))
+    backbone = next(backbone for backbone in backbones if takes_backbone(name, backbone))
+    return backbone, build_method(backbone, {"name": name, **arguments}, shape)
+
+
+def takes_backbone(name: str, backbone: nn.Module) -> bool:
+    check = getattr(resolve(PRETRAINING, name, "module.method"), "check_backbone", None)
+    try:
+        return check is None or check(backbone) is None
+    except UserError:
+        return False
 
 
 def check_bf16_gradients(name: str, shape: Shape = (16, 16, 16), **arguments: Any) -> None:

@@ -7,7 +7,7 @@ from pretrain3d.backbones.contract import Level
 from pretrain3d.config import UserError
 from pretrain3d.detection import DETECTORS
 from pretrain3d.detection.necks import ChannelMapper, SimplePyramid, chosen_levels, pyramid_levels
-from pretrain3d.registry import build
+from pretrain3d.registry import build, takes
 
 ANCHORS = {"boxes": [[4, 4, 4]]}
 SMALL = {
@@ -73,13 +73,17 @@ def test_a_map_that_cannot_be_halved_is_named() -> None:
 @pytest.mark.parametrize("more", [{}, {"detection_levels": [1, 2]}, {"detection_levels": [3]}])
 def test_every_detector_works_on_one_level(name: str, more: dict[str, object]) -> None:
     shape, levels = (32, 32, 32), [Level(16, (8, 8, 8))]
-    detector = build(DETECTORS, {"name": name, **SMALL[name], **more}, "detector", levels=levels, num_classes=2)
+    node = {"name": name, **SMALL.get(name, {})}
+    node |= {key: value for key, value in more.items() if takes(DETECTORS, node, "detector", key)}
+    detector = build(DETECTORS, node, "detector", levels=levels, num_classes=2)
     feature = torch.randn(2, 16, 4, 4, 4, requires_grad=True)
     batch = {
         "image": torch.zeros(2, 1, *shape),
         "boxes": torch.tensor([[[4.0, 4, 4, 12, 12, 12]], [[0.0, 0, 0, 0, 0, 0]]]),
         "labels": torch.zeros(2, 1, dtype=torch.long),
         "valid": torch.tensor([[True], [False]]),
+        "annotated": torch.ones(2, 2, dtype=torch.bool),
+        "inside": torch.ones(2, 1, *shape, dtype=torch.bool),
         "mask": torch.zeros(2, *shape, dtype=torch.uint8),
     }
     detector.loss(detector([feature], shape), batch)["loss"].backward()
