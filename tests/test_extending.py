@@ -1,4 +1,4 @@
-"""The examples of docs/design.md, as they stand there, in the registries that they name, run as a user would."""
+"""The examples of docs/extending.md, as they stand there, in the registries that they name, run as a user would."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pretrain3d.__main__ import main
 from pretrain3d.backbones.contract import Level
 
 CONFIGS = Path("configs").resolve()
-DESIGN = Path("docs/design.md")
+EXTENDING = Path("docs/extending.md")
 BLOCK = re.compile(r'```python\n# "(\w+)": "([\w.]+):(\w+)" in (?:\w+ of )?([\w/]+)/__init__.py\n(.*?)```', re.DOTALL)
 REGISTRY = {
     "backbones": "BACKBONES", "objectives": "PRETRAINING", "detection": "DETECTORS", "data/readers": "READERS",
@@ -45,12 +45,12 @@ def examples():
     """Registers every example; yields their names."""
     names = []
     with pytest.MonkeyPatch.context() as patch:
-        for name, module, attribute, room, code in BLOCK.findall(DESIGN.read_text("utf-8")):
+        for name, module, attribute, room, code in BLOCK.findall(EXTENDING.read_text("utf-8")):
             registry = getattr(importlib.import_module(f"pretrain3d.{room.replace('/', '.')}"), REGISTRY[room])
             assert name not in registry and module.startswith(f"pretrain3d.{room.replace('/', '.')}.")
             made = ModuleType(module)
             patch.setitem(sys.modules, module, made)
-            exec(compile(code, f"docs/design.md: {name}", "exec"), made.__dict__)
+            exec(compile(code, f"docs/extending.md: {name}", "exec"), made.__dict__)
             patch.setitem(registry, name, f"{module}:{attribute}")
             names.append(name)
         yield names
@@ -86,9 +86,7 @@ def test_every_kind_of_part_has_an_example(examples):
 
 
 def test_a_method_restores_resumes_and_is_tested(store, capsys):
-    text = re.search(
-        r"```yaml\n# configs/pretrain/denoise.yaml\n(.*?)```", Path("docs/design.md").read_text("utf-8"), re.S
-    )
+    text = re.search(r"```yaml\n# configs/pretrain/denoise.yaml\n(.*?)```", EXTENDING.read_text("utf-8"), re.S)
     assert text is not None
     config = yaml.safe_load(text[1]) | {"base": str(CONFIGS / "pretrain/base.yaml")}
     path = store.parent / "denoise.yaml"
@@ -225,7 +223,7 @@ def test_a_part_that_breaks_its_contract_is_named_in_one_line(case, store, monke
     capsys.readouterr()
     assert main([*line, *STEPS, *PARTS[kind], "trainer.max_steps=2"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("pretrain3d: error: ") and said in error and "docs/design.md, section 6" in error
+    assert error.startswith("pretrain3d: error: ") and said in error and "docs/extending.md" in error
 
 
 def test_methods_without_what_their_module_calls_are_named(examples, store, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from typing import Any
 from pretrain3d import signatures
 from pretrain3d.config import UserError, suggestion
 
-CONTRACTS = "see docs/design.md, section 6"
+CONTRACTS = "see docs/extending.md"
 
 # The nodes whose `name:` names a component, and the registry that knows it. Registries are named here, not imported:
 # this file stays below them.
