@@ -15,7 +15,7 @@ from test_matching import Case, random_cases
 from pretrain3d.__main__ import main
 from pretrain3d.evaluation.matching import match
 from pretrain3d.evaluation.scorefile import write
-from pretrain3d.evaluation.statistics import bootstrap, holm, paired_difference
+from pretrain3d.evaluation.statistics import bootstrap, differences, holm, row_samples
 from pretrain3d.reporting.compare import compare
 from pretrain3d.reporting.differences import HEADER, comparison_tables
 from pretrain3d.reporting.results import write_result
@@ -66,7 +66,7 @@ def test_two_runs(tmp_path: Path, cases: tuple[Cases, Cases], capsys: pytest.Cap
     written = json.loads(out.read_text())
     groups = {name: entry["group"] for name, entry in targets.items()}
     runs = [match(found, targets, CLASSES) for found in (worse(predictions, 0.5), predictions)]
-    expected = paired_difference(*runs, samples=60, groups=groups)
+    expected = differences(*row_samples([[run] for run in runs], 60, groups=groups))
     found = written["differences"]["b"]
     for key, entry in expected["metrics"].items():
         assert found["metrics"][key] == pytest.approx(entry | {"p_holm": entry["p"]}, abs=1e-12), key

@@ -13,17 +13,25 @@ from pretrain3d.evaluation.matching import Matches, match
 from pretrain3d.evaluation.protocol import KEYS, evaluate, values
 from pretrain3d.evaluation.sizes import Sizes
 from pretrain3d.evaluation.statistics import (
+    SAMPLES,
+    Groups,
     bootstrap,
+    differences,
     evaluate_with_intervals,
     holm,
     intervals,
-    paired_difference,
+    plain_and_drawn,
     resample,
     row_samples,
-    sample_weights,
 )
 
 CLASSES = ["a", "b"]
+
+
+def paired_difference(a: Any, b: Any, samples: int = SAMPLES, seed: int = 0, groups: Groups | None = None) -> Any:
+    """b minus a, each a run or the repetitions of a row, as `compare` pairs them."""
+    rows = [[row] if isinstance(row, Matches) else row for row in (a, b)]
+    return differences(*row_samples(rows, samples, seed, groups))
 
 
 def distinct(seed: int, cases: int) -> tuple[dict[str, Case], dict[str, Case]]:
@@ -129,7 +137,7 @@ def test_every_sample_is_a_mean_over_the_same_classes() -> None:
         entry = targets[name] = {**targets[name], "spacing_mm": np.ones(3)}
         entry["labels"] = np.where(np.arange(len(entry["labels"])) == 0, int(index < 3), 0)
     matches = match(predictions, targets, [*CLASSES, "absent"])
-    weights = sample_weights(matches, 60, seed=0, groups=None)
+    weights = plain_and_drawn(len(targets), 60, seed=0)
     sizes = Sizes(matches, predictions, targets)
     middle = float(np.median(sizes.objects))
     of_sizes = [sizes.values(weights, 0, high) for high in (middle, np.inf)]
@@ -269,7 +277,7 @@ def test_several_runs_see_the_same_patients_in_every_sample() -> None:
     predictions, targets = distinct(3, 6)
     runs = [match(shifted(predictions, share), targets, [*CLASSES, "absent"]) for share in (0.0, 0.4, 0.8)]
     ((overall, per_class),) = row_samples([runs], 60, seed=4)
-    own = np.stack([values(run, sample_weights(run, 60, 4, None))[0]["AP@0.10"] for run in runs])
+    own = np.stack([values(run, plain_and_drawn(len(targets), 60, 4))[0]["AP@0.10"] for run in runs])
     assert overall["AP@0.10"][0] == pytest.approx(own[:, 0].mean())
     halves = np.array([[i, j, 2 - i - j] for i in range(3) for j in range(3 - i)]) / 2  # every two of three runs
     for sample in range(1, 61):

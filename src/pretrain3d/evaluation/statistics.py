@@ -47,8 +47,11 @@ def resample(num_cases: int, samples: int, seed: int, groups: Sequence[str] | No
 def plain_and_drawn(num_cases: int, samples: int, seed: int, groups: Sequence[str] | None = None) -> np.ndarray:
     """The plain set, every case once, then the samples of `resample`, (1 + S, C); of a single patient no sample."""
     units = num_cases if groups is None else len(set(groups))
-    drawn = resample(num_cases, samples if units > 1 else 0, seed, groups)
-    return np.vstack([np.ones((1, num_cases), np.int64), drawn])
+    return _after_plain(resample(num_cases, samples if units > 1 else 0, seed, groups))
+
+
+def _after_plain(drawn: np.ndarray) -> np.ndarray:
+    return np.vstack([np.ones((1, drawn.shape[1]), np.int64), drawn])
 
 
 def bootstrap(
@@ -70,31 +73,8 @@ def bootstrap(
         classes takes the plain value of the class there. A single patient, and a class whose objects lie in a single
         one, has none: nothing is known of another one.
     """
-    samples = samples if _num_patients(matches.case_ids, groups) > 1 else 0
-    return intervals(*numbers(matches, sample_weights(matches, samples, seed, groups)))
-
-
-def paired_difference(
-    a: Matches | Sequence[Matches],
-    b: Matches | Sequence[Matches],
-    samples: int = SAMPLES,
-    seed: int = 0,
-    groups: Groups | None = None,
-) -> dict[str, dict[str, Any]]:
-    """b minus a on the same cases, every sample drawing the same cases for both.
-
-    Args:
-        a, b: a run, or the repetitions of a row; see `row_samples`.
-
-    Returns:
-        {"metrics": {key: {"a", "b", "difference", "low", "high", "p"}}, "per_class": {class: {key: {...}}}}; see
-        `differences`.
-
-    Raises:
-        UserError: the runs were not scored on the same cases and classes.
-    """
-    rows = [[row] if isinstance(row, Matches) else row for row in (a, b)]
-    return differences(*row_samples(rows, samples, seed, groups))
+    patients = None if groups is None else [groups[case_id] for case_id in matches.case_ids]
+    return intervals(*numbers(matches, plain_and_drawn(len(matches.case_ids), samples, seed, patients)))
 
 
 def row_samples(
@@ -129,19 +109,13 @@ def row_samples(
             raise UserError(f"runs with different classes cannot be paired: {first.classes} and {run.classes}")
         if lonely := sorted(set(run.case_ids) ^ set(first.case_ids)):
             raise UserError(f"runs on different cases cannot be paired: {lonely[0]!r} is in one of them only")
-    if all(len(row) == 1 for row in rows) and _num_patients(first.case_ids, groups) == 1:
+    ids, patients = first.case_ids, None if groups is None else [groups[case_id] for case_id in first.case_ids]
+    if all(len(row) == 1 for row in rows) and len(set(patients or ids)) == 1:
         samples = 0
-    rng, weights = np.random.default_rng([seed, 1]), sample_weights(first, samples, seed, groups)
+    rng, weights = np.random.default_rng([seed, 1]), _after_plain(resample(len(ids), samples, seed, patients))
     return [
         _weighted_mean([values(run, weights) for run in row], _mean_weights(rng, len(row), samples)) for row in rows
     ]
-
-
-def sample_weights(matches: Matches, samples: int, seed: int, groups: Groups | None) -> np.ndarray:
-    """The samples (S, C) behind the plain set, every case once, as the first row."""
-    names = None if groups is None else [groups[case_id] for case_id in matches.case_ids]
-    weights = resample(len(matches.case_ids), samples, seed, names)
-    return np.vstack([np.ones((1, len(matches.case_ids)), np.int64), weights])
 
 
 def intervals(overall: dict[str, np.ndarray], per_class: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
@@ -213,10 +187,6 @@ def _difference(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
         "high": row["high"],
         "p": min(1.0, 2 * (sides + 1) / (len(samples) + 1)) if row["low"] is not None else None,
     }
-
-
-def _num_patients(case_ids: Sequence[str], groups: Groups | None) -> int:
-    return len({case_id if groups is None else groups[case_id] for case_id in case_ids})
 
 
 def _mean_weights(rng: np.random.Generator, count: int, samples: int) -> np.ndarray:
