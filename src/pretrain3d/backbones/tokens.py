@@ -165,7 +165,11 @@ class TokenBackbone(nn.Module):
     ) -> None:
         check_sizes(self.name, embed_dim=embed_dim, depth=depth, heads=heads, patch=patch, image_size=image_size)
         check_drop_path(self.name, drop_path)
-        check_heads(self.name, embed_dim, heads, 6 if self.rotary else 1)
+        unit = heads * (6 if self.rotary else 1)
+        if embed_dim % unit:
+            raise UserError(
+                f"{self.name}: embed_dim is {embed_dim}; with {heads} heads it must be a multiple of {unit}"
+            )
         super().__init__()
         self.in_channels = in_channels
         self.patch, size = triple(patch), triple(image_size)
@@ -242,16 +246,6 @@ class TokenBackbone(nn.Module):
     def _as_grid(tokens: Tensor, like: Tensor) -> Tensor:
         """(B, N, C) -> (B, C, x, y, z), contiguous for the convolutions that follow."""
         return tokens.transpose(1, 2).contiguous().view(len(tokens), -1, *like.shape[2:])
-
-
-def check_heads(name: str, dim: int, heads: int, multiple: int) -> None:
-    """Refuses a width that does not split into heads.
-
-    Raises:
-        UserError: ``dim`` is no multiple of ``heads * multiple``; names ``name``.
-    """
-    if dim % (heads * multiple):
-        raise UserError(f"{name}: embed_dim is {dim}; with {heads} heads it must be a multiple of {heads * multiple}")
 
 
 def initialise(stack: TokenStack) -> TokenStack:

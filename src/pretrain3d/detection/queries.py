@@ -82,31 +82,20 @@ def candidates(
         logits.float().split(step), boxes.float().split(step), targets.split(step), labels.split(step),
         valid.split(step), strict=True,
     )  # fmt: skip
-    costs, queries = zip(*(_cheapest(*part, image_shape, gamma, alpha) for part in parts), strict=True)
+    costs, queries = [], []
+    for logits, boxes, targets, labels, valid in parts:
+        p = logits.sigmoid()
+        gain = alpha * (1 - p) ** gamma * F.softplus(-logits) - (1 - alpha) * p**gamma * F.softplus(logits)
+        index = labels[:, None].expand(-1, logits.shape[1], -1)  # (B, Q, N)
+        cost = CLASS_COST * gain.gather(2, index)
+        cost += L1_COST * torch.cdist(boxes, to_relative(targets, image_shape), p=1)
+        cost -= GIOU_COST * box_ops.giou(to_voxels(boxes, image_shape), targets)
+        cost = torch.nan_to_num(cost, nan=WORST, posinf=WORST, neginf=WORST)
+        cost = cost.masked_fill(~valid[:, None], torch.inf).transpose(1, 2)  # (B, N, Q)
+        best = cost.topk(min(cost.shape[1:]), largest=False, sorted=False)
+        costs.append(best.values)
+        queries.append(best.indices)
     return torch.cat(costs), torch.cat(queries)
-
-
-def _cheapest(
-    logits: Tensor,
-    boxes: Tensor,
-    targets: Tensor,
-    labels: Tensor,
-    valid: Tensor,
-    image_shape: Sequence[int],
-    gamma: float,
-    alpha: float,
-) -> tuple[Tensor, Tensor]:
-    """`candidates` of some of the images."""
-    p = logits.sigmoid()
-    gain = alpha * (1 - p) ** gamma * F.softplus(-logits) - (1 - alpha) * p**gamma * F.softplus(logits)
-    index = labels[:, None].expand(-1, logits.shape[1], -1)  # (B, Q, N)
-    cost = CLASS_COST * gain.gather(2, index)
-    cost += L1_COST * torch.cdist(boxes, to_relative(targets, image_shape), p=1)
-    cost -= GIOU_COST * box_ops.giou(to_voxels(boxes, image_shape), targets)
-    cost = torch.nan_to_num(cost, nan=WORST, posinf=WORST, neginf=WORST)
-    cost = cost.masked_fill(~valid[:, None], torch.inf).transpose(1, 2)  # (B, N, Q)
-    best = cost.topk(min(cost.shape[1:]), largest=False, sorted=False)
-    return best.values, best.indices
 
 
 @torch.no_grad()

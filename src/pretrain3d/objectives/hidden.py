@@ -1,4 +1,4 @@
-"""What methods share that hide blocks of voxels and predict them: the check of the mask, the error, the pictures."""
+"""What methods share that hide blocks of voxels and predict them: the mask, the error, the pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain3d.config import UserError
 from pretrain3d.objectives import inpainting
@@ -45,24 +45,6 @@ def checked_block(
             "leaves nothing to predict or nothing to see; ratio is between 0 and 1, 0.75 is usual"
         )
     return x, y, z
-
-
-def hide_blocks(
-    batch: dict[str, Any], block: Sequence[int], ratio: float, generator: Sequence[torch.Generator]
-) -> dict[str, Tensor]:
-    """What `contract.Method.prepare` gives of a method that hides blocks: the image, and which of it is visible.
-
-    Args:
-        batch: see `contract.Method.prepare`.
-        block, ratio, generator: see `masking.block_mask`.
-
-    Returns:
-        ``inputs`` and ``targets`` (B, C, X, Y, Z), the whole image (the backbone hides what ``keep`` says); ``keep``
-        and ``inside`` (B, 1, X, Y, Z) bool, True = visible, True = inside the volume.
-    """
-    image = batch["image"]
-    keep = block_mask(image.shape[2:], block, ratio, generator).to(image.device)
-    return {"inputs": image, "targets": image, "keep": keep, "inside": batch["inside"]}
 
 
 def hidden_losses(
@@ -141,3 +123,39 @@ def hidden_pictures(prediction: Tensor, prepared: dict[str, Any], axis: int = 2)
         "reconstructed": torch.where(keep, original, predicted),
     }
     return {name: array.detach().cpu().numpy() for name, array in slices.items()}
+
+
+class HiddenBlocks(nn.Module):
+    """A method that hides blocks of every sample and predicts the intensities there; a subclass has ``forward``.
+
+    Args:
+        name: of the method, for errors.
+        patch_size, ratio, block: see `checked_block`.
+    """
+
+    measure = "mean squared error"  # see `contract.Method`
+    error: Callable[[Tensor], Tensor] = staticmethod(torch.square)  # of a difference, voxel by voxel
+
+    def __init__(self, name: str, patch_size: Sequence[int], ratio: float, block: int | Sequence[int] | None) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.block = checked_block(name, patch_size, ratio, block)
+
+    def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """The image, and which of it is visible; see `contract.Method.prepare`.
+
+        Returns:
+            ``inputs`` and ``targets`` (B, C, X, Y, Z), the whole image (the backbone hides what ``keep`` says);
+            ``keep`` and ``inside`` (B, 1, X, Y, Z) bool, True = visible, True = inside the volume.
+        """
+        image = batch["image"]
+        keep = block_mask(image.shape[2:], self.block, self.ratio, generator).to(image.device)
+        return {"inputs": image, "targets": image, "keep": keep, "inside": batch["inside"]}
+
+    def loss(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Mean error over the hidden voxels inside the volume; see `hidden_losses`."""
+        return hidden_losses(outputs["reconstruction"], prepared, self.training, self.error)
+
+    def pictures(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """``original``, ``masked``, ``reconstructed``; see `hidden_pictures`."""
+        return hidden_pictures(outputs["reconstruction"], prepared)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pretrain3d.config import UserError
 from pretrain3d.objectives.contract import Backbone, Decoder, PyramidLevel
-from pretrain3d.objectives.hidden import checked_block, hidden_losses, hidden_pictures, hide_blocks
+from pretrain3d.objectives.hidden import HiddenBlocks
 from pretrain3d.objectives.masking import hidden_cells
 from pretrain3d.sparse import visible_cells
 
 
-class MAE(nn.Module):
+class MAE(HiddenBlocks):
     """Hidden blocks are not used by the backbone; a decoder predicts the normalised intensities there.
 
     On a pyramid of convolutions they are 0 in the input, and a U-Net decoder follows. On a Transformer only the visible
@@ -41,8 +39,6 @@ class MAE(nn.Module):
     the loss has its first two axes exchanged).
     """
 
-    measure = "mean squared error"  # see `contract.Method`
-
     def __init__(
         self,
         levels: Sequence[PyramidLevel],
@@ -53,15 +49,11 @@ class MAE(nn.Module):
         block: int | tuple[int, int, int] | None = None,
         decoder_blocks: int | None = None,
     ) -> None:
-        super().__init__()
-        self.tokens = levels[0].tokens
-        self.stride = levels[0].stride
-        if decoder_blocks is not None and not (self.tokens and decoder_blocks >= 0):
+        stride, tokens = levels[0].stride, levels[0].tokens
+        if decoder_blocks is not None and not (tokens and decoder_blocks >= 0):
             raise UserError(f"mae: decoder_blocks is {decoder_blocks}; it is null, or 0 or more for a Transformer")
-        if block is None and self.tokens:
-            block = self.stride
-        self.ratio = ratio
-        self.block = checked_block("mae", patch_size, ratio, block)
+        super().__init__("mae", patch_size, ratio, stride if block is None and tokens else block)
+        self.tokens, self.stride = tokens, stride
         self.num_visible: int | None = None
         if self.tokens:
             self.num_visible = visible_tokens(patch_size, self.block, self.stride, ratio)
@@ -69,10 +61,6 @@ class MAE(nn.Module):
             self.decoder = decoder(levels, in_channels, 2 if decoder_blocks is None else decoder_blocks)
         else:
             self.decoder = decoder(levels, in_channels)
-
-    def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        """Draws the mask; see `hidden.hide_blocks`."""
-        return hide_blocks(batch, self.block, self.ratio, generator)
 
     def forward(self, backbone: Backbone, prepared: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns: ``reconstruction`` (B, C, X, Y, Z), in normalised intensities."""
@@ -83,14 +71,6 @@ class MAE(nn.Module):
         shown = visible_cells(prepared["keep"], self.stride)  # (B, 1, x, y, z)
         filled = torch.where(shown, seen, self.mask_token.view(1, -1, 1, 1, 1))
         return {"reconstruction": self.decoder([filled])[0]}
-
-    def loss(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Mean squared error over the hidden voxels inside the volume; see `hidden.hidden_losses`."""
-        return hidden_losses(outputs["reconstruction"], prepared, self.training)
-
-    def pictures(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """``original``, ``masked``, ``reconstructed``; see `hidden.hidden_pictures`."""
-        return hidden_pictures(outputs["reconstruction"], prepared)
 
 
 def visible_tokens(patch_size: Sequence[int], block: Sequence[int], stride: Sequence[int], ratio: float) -> int | None:

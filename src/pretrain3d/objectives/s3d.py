@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pretrain3d.config import UserError
 from pretrain3d.objectives.contract import Backbone, Decoder, PyramidLevel
-from pretrain3d.objectives.hidden import checked_block, hidden_losses, hidden_pictures, hide_blocks
+from pretrain3d.objectives.hidden import HiddenBlocks
 from pretrain3d.sparse import active_voxels, masked_instance_norm
 
 
@@ -38,7 +37,7 @@ class Densify(nn.Module):
             return self.project(filled.float())
 
 
-class S3D(nn.Module):
+class S3D(HiddenBlocks):
     """A masked autoencoder whose encoder never mixes hidden with visible voxels.
 
     The backbone runs with ``masking: sparse``: the image is 0 in hidden places before the stem, every convolution's
@@ -59,8 +58,6 @@ class S3D(nn.Module):
     voxels reaches the features; here, as in the 2D original, nothing does. Voxels outside the volume do not count.
     """
 
-    measure = "mean squared error"  # see `contract.Method`
-
     def __init__(
         self,
         levels: Sequence[PyramidLevel],
@@ -70,9 +67,7 @@ class S3D(nn.Module):
         ratio: float = 0.75,
         block: int | tuple[int, int, int] | None = None,
     ) -> None:
-        super().__init__()
-        self.ratio = ratio
-        self.block = checked_block("s3d", patch_size, ratio, block)
+        super().__init__("s3d", patch_size, ratio, block)
         self.strides = [tuple(level.stride) for level in levels]
         self.densify = nn.ModuleList(Densify(level.channels, set(level.stride) != {1}) for level in levels)
         self.decoder = decoder(levels, in_channels)
@@ -88,10 +83,6 @@ class S3D(nn.Module):
                 "take resenc_xs, resenc_s or resenc_l with +backbone.masking=sparse"
             )
 
-    def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        """Draws the mask; see `hidden.hide_blocks`."""
-        return hide_blocks(batch, self.block, self.ratio, generator)
-
     def forward(self, backbone: Backbone, prepared: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns: ``reconstruction`` (B, C, X, Y, Z), in normalised intensities."""
         features = backbone(prepared["inputs"], prepared["keep"])
@@ -100,11 +91,3 @@ class S3D(nn.Module):
             for densify, level, stride in zip(self.densify, features, self.strides, strict=True)
         ]
         return {"reconstruction": self.decoder(dense)[0]}
-
-    def loss(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Mean squared error over the hidden voxels inside the volume; see `hidden.hidden_losses`."""
-        return hidden_losses(outputs["reconstruction"], prepared, self.training)
-
-    def pictures(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """``original``, ``masked``, ``reconstructed``; see `hidden.hidden_pictures`."""
-        return hidden_pictures(outputs["reconstruction"], prepared)

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pretrain3d.config import UserError
 from pretrain3d.objectives.contract import Decoder, Embedding, PyramidLevel
-from pretrain3d.objectives.hidden import checked_block, hidden_losses, hidden_pictures, hide_blocks
+from pretrain3d.objectives.hidden import HiddenBlocks
 from pretrain3d.sparse import visible_cells
 
 ERRORS = {"l1": torch.abs, "l2": torch.square}
 
 
-class SimMIM(nn.Module):
+class SimMIM(HiddenBlocks):
     """All tokens are encoded, the hidden ones as one learned token at their positions; a light head predicts the image.
 
     Args:
@@ -46,12 +45,9 @@ class SimMIM(nn.Module):
         block: int | tuple[int, int, int] | None = None,
         error: Literal["l1", "l2"] = "l1",
     ) -> None:
-        super().__init__()
-        self.stride = levels[0].stride
-        if block is None and levels[0].tokens:
-            block = self.stride
-        self.ratio = ratio
-        self.block = checked_block("simmim", patch_size, ratio, block)
+        stride = levels[0].stride
+        super().__init__("simmim", patch_size, ratio, stride if block is None and levels[0].tokens else block)
+        self.stride = stride
         if any(side % token for side, token in zip(self.block, self.stride, strict=True)):
             raise UserError(f"simmim: block is {self.block}; it must be a multiple of a token, {self.stride}")
         self.error = ERRORS[error]
@@ -68,10 +64,6 @@ class SimMIM(nn.Module):
                 "take backbone=primus_m, vit_b or swin, or module.method.name=mae"
             )
 
-    def prepare(self, batch: dict[str, Any], generator: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        """Draws the mask; see `hidden.hide_blocks`."""
-        return hide_blocks(batch, self.block, self.ratio, generator)
-
     def forward(self, backbone: Embedding, prepared: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns: ``reconstruction`` (B, C, X, Y, Z), in normalised intensities."""
         keep = prepared["keep"]
@@ -80,11 +72,3 @@ class SimMIM(nn.Module):
         shown = visible_cells(keep, self.stride)  # (B, 1, x, y, z)
         embedded = torch.where(shown, embedded, self.mask_token.view(1, -1, 1, 1, 1))
         return {"reconstruction": self.decoder(backbone.encode(embedded))[0]}
-
-    def loss(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Mean error over the hidden voxels inside the volume; see `hidden.hidden_losses`."""
-        return hidden_losses(outputs["reconstruction"], prepared, self.training, self.error)
-
-    def pictures(self, outputs: dict[str, Tensor], prepared: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """``original``, ``masked``, ``reconstructed``; see `hidden.hidden_pictures`."""
-        return hidden_pictures(outputs["reconstruction"], prepared)

@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain3d.config import UserError
 from pretrain3d.objectives import inpainting
 from pretrain3d.objectives.contract import Backbone, Decoder, PyramidLevel
 from pretrain3d.objectives.corruptions import host_rng
-from pretrain3d.objectives.hidden import checked_block, hidden_losses, hidden_pictures
+from pretrain3d.objectives.hidden import HiddenBlocks, checked_block, hidden_losses, hidden_pictures
 from pretrain3d.objectives.masking import slice_mask
 
 
-class SliceMAE(nn.Module):
+class SliceMAE(HiddenBlocks):
     """A sample is the stack of slices of its patch across an axis drawn at random; the stack becomes the batch.
 
     In every slice the same share of square blocks is hidden, each by a draw of its own, and no slice sees another one.
@@ -40,7 +40,6 @@ class SliceMAE(nn.Module):
     would learn, and its other planes would enter fine-tuning as they were drawn.
     """
 
-    measure = "mean squared error"  # see `contract.Method`
     compilable = False  # how many samples have which axis
 
     def __init__(
@@ -52,9 +51,7 @@ class SliceMAE(nn.Module):
         ratio: float = 0.75,
         block: int | tuple[int, int, int] | None = None,
     ) -> None:
-        super().__init__()
-        self.ratio = ratio
-        self.block = checked_block("slice_mae", patch_size, ratio, block)
+        super().__init__("slice_mae", patch_size, ratio, block)
         for axis in range(3):
             across = [1 if other == axis else size for other, size in enumerate(patch_size)]
             checked_block("slice_mae", across, ratio, self.block)
@@ -78,7 +75,7 @@ class SliceMAE(nn.Module):
         """Draws axis and masks; see `contract.Method.prepare`.
 
         Returns:
-            ``inputs``, ``targets``, ``keep`` and ``inside`` as `hidden.hide_blocks`, of volumes; ``axes``, for each
+            ``inputs``, ``targets``, ``keep`` and ``inside`` as `HiddenBlocks.prepare`, of volumes; ``axes``, for each
             sample the axis along which its slices are stacked.
         """
         image = batch["image"]
