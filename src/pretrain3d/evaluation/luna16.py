@@ -237,7 +237,6 @@ def score_files(
     cases: str | Path,
     excluded: str | Path | None = None,
     samples: int = 0,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """`evaluate` of a submission, with the "counts" of `Hits`; `targets` and `cases` are lists of the challenge.
 
@@ -253,4 +252,4 @@ def score_files(
     others = read_findings(excluded, scans)[0] if excluded else NONE
     hits = match_marks(marks, nodules, others, len(scans))
     counts = hits.counts | {"nodules_of_other_scans": elsewhere}
-    return evaluate(hits.matches, samples, seed) | {"counts": counts}
+    return evaluate(hits.matches, samples) | {"counts": counts}

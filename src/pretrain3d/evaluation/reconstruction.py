@@ -12,7 +12,7 @@ NETWORK = "network"
 
 
 def summarise(
-    errors: Sequence[Mapping[str, float]], groups: Sequence[str], samples: int = SAMPLES, seed: int = 0
+    errors: Sequence[Mapping[str, float]], groups: Sequence[str], samples: int = SAMPLES
 ) -> dict[str, dict[str, float | None]]:
     """Errors of all cases together, with 95 % bootstrap intervals.
 
@@ -20,14 +20,13 @@ def summarise(
         errors: per case ``{name: mean error of its patches}``, `NETWORK` and others, the same names for all.
         groups: one name per case; cases of a group (a patient) are drawn together.
         samples: of the bootstrap.
-        seed: of its draws.
 
     Returns:
         ``{key: {"value", "low", "high"}}``. Key ``name``: the mean over cases. Key ``network/name``: the mean of the
         network over that of the other, drawn together: below 1 the network is better, and with its whole interval
         below 1 clearly so.
     """
-    weights = plain_and_drawn(len(errors), samples, seed, groups)  # (1 + S, cases)
+    weights = plain_and_drawn(len(errors), samples, groups=groups)  # (1 + S, cases)
     means = {name: weights @ [row[name] for row in errors] / weights.sum(axis=1) for name in errors[0]}
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = {f"{NETWORK}/{name}": means[NETWORK] / mean for name, mean in means.items() if name != NETWORK}

@@ -75,7 +75,7 @@ class SegmentationScores:
 
 
 def summarise(
-    cases: Sequence[np.ndarray], names: Sequence[str], groups: Sequence[str], samples: int = SAMPLES, seed: int = 0
+    cases: Sequence[np.ndarray], names: Sequence[str], groups: Sequence[str], samples: int = SAMPLES
 ) -> dict[str, dict[str, Any]]:
     """What `SegmentationScores.compute` gives of whole cases, with 95 % bootstrap intervals.
 
@@ -84,12 +84,11 @@ def summarise(
         names: of the K classes.
         groups: one name per case; cases of a group (a patient) are drawn together.
         samples: of the bootstrap.
-        seed: of its draws.
 
     Returns:
         {"metrics": {key: {"value", "low", "high"}}, "per_class": {class: {key: {...}}}} of `KEYS`.
     """
-    weights = plain_and_drawn(len(cases), samples, seed, groups)  # (1 + S, cases)
+    weights = plain_and_drawn(len(cases), samples, groups=groups)  # (1 + S, cases)
     values = np.stack(cases).astype(float)  # (cases, K, 3)
     known = ~np.isnan(values)
     total, count = (np.einsum("sc,ckn->skn", weights, part) for part in (np.where(known, values, 0.0), known))

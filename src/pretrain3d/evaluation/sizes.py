@@ -105,7 +105,6 @@ def by_size(
     targets: Mapping[str, Boxes],
     edges_mm3: Sequence[float] = (),
     samples: int = SAMPLES,
-    seed: int = 0,
     groups: Groups | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Every bin with its objects, numbers and intervals; see `Sizes` and `statistics.bootstrap`.
@@ -136,7 +135,7 @@ def by_size(
             "low_mm3": low,
             "high_mm3": None if last else high,
             "objects": int(((sizes.objects >= low) & (sizes.objects < high)).sum()),
-            **bootstrap(matches, samples, seed, groups, numbers),
+            **bootstrap(matches, samples, groups=groups, numbers=numbers),
         }
     return result
 

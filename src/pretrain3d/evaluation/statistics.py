@@ -23,12 +23,10 @@ Numbers = tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]  # as `
 Groups = Mapping[str, str]  # case id -> patient
 
 
-def evaluate_with_intervals(
-    matches: Matches, samples: int = SAMPLES, seed: int = 0, groups: Groups | None = None
-) -> dict[str, Any]:
+def evaluate_with_intervals(matches: Matches, samples: int = SAMPLES, groups: Groups | None = None) -> dict[str, Any]:
     """What `result.json` holds of a set of cases: {"metrics", "per_class"} of `bootstrap`, {"curves", "cases"}."""
     summary = summarise(matches)
-    return bootstrap(matches, samples, seed, groups) | {key: summary[key] for key in ("curves", "cases")}
+    return bootstrap(matches, samples, groups=groups) | {key: summary[key] for key in ("curves", "cases")}
 
 
 def resample(num_cases: int, samples: int, seed: int, groups: Sequence[str] | None = None) -> np.ndarray:
@@ -44,7 +42,7 @@ def resample(num_cases: int, samples: int, seed: int, groups: Sequence[str] | No
     return drawn[:, of_case]
 
 
-def plain_and_drawn(num_cases: int, samples: int, seed: int, groups: Sequence[str] | None = None) -> np.ndarray:
+def plain_and_drawn(num_cases: int, samples: int, seed: int = 0, groups: Sequence[str] | None = None) -> np.ndarray:
     """The plain set, every case once, then the samples of `resample`, (1 + S, C); of a single patient no sample."""
     units = num_cases if groups is None else len(set(groups))
     return _after_plain(resample(num_cases, samples if units > 1 else 0, seed, groups))

@@ -92,15 +92,11 @@ def strata_of(value_of: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def by_stratum(
-    matches: Matches,
-    strata: Mapping[str, Sequence[str]],
-    samples: int = SAMPLES,
-    seed: int = 0,
-    groups: Groups | None = None,
+    matches: Matches, strata: Mapping[str, Sequence[str]], samples: int = SAMPLES, groups: Groups | None = None
 ) -> dict[str, dict[str, Any]]:
     """{value: {"num_cases", "metrics", "per_class"}}: `statistics.bootstrap` of the cases of each value."""
     result = {}
     for value, case_ids in strata.items():
         part = matches.of_cases(set(case_ids))
-        result[value] = {"num_cases": len(part.case_ids), **bootstrap(part, samples, seed, groups)}
+        result[value] = {"num_cases": len(part.case_ids), **bootstrap(part, samples, groups=groups)}
     return result
