@@ -253,7 +253,9 @@ def test_low_resolution_neither_shifts_nor_sharpens():
 
 def test_noise_has_the_drawn_strength_and_belongs_to_the_sample():
     def noise(index: int) -> torch.Tensor:
-        return intensity.apply(torch.zeros(2, 24, 24, 24), {"noise": (0.1, 0.05)}, 7, index)
+        image = torch.zeros(2, 24, 24, 24)
+        intensity.apply(image, {"noise": (0.1, 0.05)}, 7, index)
+        return image
 
     assert abs(noise(0)[0].std() - 0.1) < 0.003 and abs(noise(0)[1].std() - 0.05) < 0.0015
     assert torch.equal(noise(0), noise(0)) and not torch.equal(noise(0), noise(1))

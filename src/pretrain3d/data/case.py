@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +90,7 @@ class Case:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = dict(vars(self))
         values["frame"] = self.frame.to_dict()
         values["histograms"] = {k: [h.to_dict() for h in channels] for k, channels in self.histograms.items()}
         values["moments"] = [vars(moments) for moments in self.moments]

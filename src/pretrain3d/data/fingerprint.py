@@ -30,7 +30,7 @@ class Moments:
     @classmethod
     def of(cls, values: np.ndarray) -> Moments:
         """Of ``values`` of any shape, finite, at least one."""
-        return cls(float(values.mean(dtype=np.float64)), _std(values))
+        return cls(float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64)))
 
 
 def image_moments(image: np.ndarray) -> tuple[Moments, ...]:
@@ -74,7 +74,8 @@ class Histogram:
         width = 1.0 if integer else _bin_width(low, high)
         start = math.floor(low / width)
         index = np.floor(values / width).astype(np.int64) - start
-        return cls(width, start, np.bincount(index), bool(integer), float(values.mean(dtype=np.float64)), _std(values))
+        moments = Moments.of(values)
+        return cls(width, start, np.bincount(index), bool(integer), moments.mean, moments.std)
 
     @property
     def total(self) -> int:
@@ -131,10 +132,6 @@ def _bin_width(low: float, high: float) -> float:
     """The smallest power of two that needs at most `MAX_BINS` bins, and is not finer than float32 at these values."""
     finest = max(abs(low), abs(high)) * 2.0**-22
     return 2.0 ** math.ceil(math.log2(max((high - low) / (MAX_BINS - 1), finest, 1e-30)))
-
-
-def _std(values: np.ndarray) -> float:
-    return float(values.std(dtype=np.float64))
 
 
 def target_spacing(spacings_mm: np.ndarray, shapes: np.ndarray) -> tuple[float, ...]:

@@ -88,16 +88,13 @@ def _number(rng: np.random.Generator, name: str, low: float, high: float) -> flo
     return around_one(rng, low, high) if name in FACTORS else float(rng.uniform(low, high))
 
 
-def apply(image: Tensor, drawn: dict[str, tuple[Any, ...]], seed: int, index: int) -> Tensor:
+def apply(image: Tensor, drawn: dict[str, tuple[Any, ...]], seed: int, index: int) -> None:
     """Applies what `draw` drew.
 
     Args:
         image: (C, X, Y, Z) float32, normalised; overwritten.
         drawn: of `draw`.
         seed, index: of the sample, for the noise field.
-
-    Returns:
-        (C, X, Y, Z) float32.
     """
     for name, parameters in drawn.items():
         rng = torch_generator(seed, index, "noise", image.device) if name == "noise" else None
@@ -109,7 +106,6 @@ def apply(image: Tensor, drawn: dict[str, tuple[Any, ...]], seed: int, index: in
                 plane.add_(torch.randn(plane.shape, generator=rng, device=plane.device), alpha=parameter)
             else:
                 plane.copy_(OPERATIONS[name](plane, parameter))
-    return image
 
 
 def blur(plane: Tensor, sigma: float) -> Tensor:

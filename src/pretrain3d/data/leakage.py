@@ -9,6 +9,8 @@ import base64
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import numpy as np
@@ -71,12 +73,7 @@ class Corpus:
 def merged(*corpora: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """All of several `Corpus.to_dict`; None where there is none."""
     known = [Corpus.from_dict(values) for values in corpora if values is not None]
-    if not known:
-        return None
-    total = known[0]
-    for corpus in known[1:]:
-        total |= corpus
-    return total.to_dict()
+    return reduce(or_, known).to_dict() if known else None
 
 
 def find(corpus: Mapping[str, Any] | None, cases: Iterable[tuple[Store, str, Sequence[str]]]) -> list[dict[str, Any]]:

@@ -25,17 +25,6 @@ STILL = SpatialSettings(flip_axes=(), rotation_p=0.0, scale_p=0.0)  # patches as
 NO_CASE = ""  # name of the case of a process that has none: Lightning wants something of each
 
 
-class _CaseNames(Dataset[dict[str, str]]):
-    def __init__(self, case_ids: Sequence[str]):
-        self.case_ids = list(case_ids)
-
-    def __len__(self) -> int:
-        return len(self.case_ids)
-
-    def __getitem__(self, index: int) -> dict[str, str]:
-        return {"case_id": self.case_ids[index]}
-
-
 class DataModule(lightning.LightningDataModule):
     """Patches for training, whole cases or fixed patches for validation; any whole case for who asks.
 
@@ -115,7 +104,7 @@ class DataModule(lightning.LightningDataModule):
             for name, one in zip(set_names(stores), stores, strict=True)
         ]
         self.normalisation = self.sets[0].normalisation
-        self._channels = same_channels(self.sets)
+        self.in_channels = same_channels(self.sets)
         self.train_ids, self.val_ids, self.test_ids = (
             self._named([getattr(part, f"{split}_ids") for part in self.sets]) for split in ("train", "val", "test")
         )
@@ -130,11 +119,6 @@ class DataModule(lightning.LightningDataModule):
     def label_classes(self) -> dict[str, list[str]]:
         """Names of what is learned voxel by voxel, by set."""
         return {part.name: list(part.label_classes) for part in self.sets}
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the network's input: the image's, or one per window (`data.normalise`)."""
-        return self._channels
 
     @property
     def data_hash(self) -> str:
@@ -228,7 +212,8 @@ class DataModule(lightning.LightningDataModule):
         """Whole cases, or fixed patches; each on one process only. A process without a case sees `NO_CASE`."""
         rank, world_size = self._process()
         if self.validation == "volumes":
-            return DataLoader(_CaseNames(self.val_ids[rank::world_size] or [NO_CASE]), batch_size=None)
+            cases = [{"case_id": case_id} for case_id in self.val_ids[rank::world_size] or [NO_CASE]]
+            return DataLoader(cases, batch_size=None)  # type: ignore[arg-type]  # a list has all that is asked of it
         dataset = self._patches("val", 0, STILL, {})  # seed 0: the same patches for all runs
         indices = list(range(rank, max(self.num_val_patches, world_size), world_size))
         batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]

@@ -136,9 +136,8 @@ def resolve_intensity(store: Store, intensity: dict[str, Any], fold: int, num_fo
             "mean": [(a + b) / 2 for a, b in zip(low, high, strict=True)],
             "std": [(b - a) / 2 for a, b in zip(low, high, strict=True)],
         }
-    else:
-        if any(value is None for value in given.values()):
-            defaults = _foreground_statistics(store, intensity, fold, num_folds)
+    elif any(value is None for value in given.values()):
+        defaults = _foreground_statistics(store, intensity, fold, num_folds)
     return {"scheme": scheme, **{k: defaults[k] if value is None else value for k, value in given.items()}}
 
 

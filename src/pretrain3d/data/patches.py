@@ -175,8 +175,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         self._normalisations: dict[str, dict[str, tuple[float, ...]]] = {}
         for case in cases:
             given = normalisation(case)
-            values = {key: getattr(given, key) for key in ("low", "high", "mean", "std")}
-            self._normalisations[case.id] = {**values, "pad": given.pad_value}
+            self._normalisations[case.id] = {**vars(given), "pad": given.pad_value}
         self.channels = max((len(values["low"]) for values in self._normalisations.values()), default=0)
         self._annotated = {case.id: np.zeros(len(store.classes), dtype=bool) for case in cases}
         for case in cases:

@@ -27,7 +27,7 @@ from pretrain3d.data.identity import content_hash
 from pretrain3d.data.oddity import by_oddity, oddities
 from pretrain3d.data.prepared import claim, forget, is_done, is_indexed, new_note, note_path
 from pretrain3d.data.readers.contract import RawCase, RawVolume, Reader
-from pretrain3d.data.splits import SPLITS, Folds, read_folds
+from pretrain3d.data.splits import SPLITS, read_folds
 from pretrain3d.data.store import StoreWriter
 from pretrain3d.geometry import Frame, boxes_of_instances
 from pretrain3d.registry import CONTRACTS
@@ -95,7 +95,11 @@ def prepare(
     note = {"name": reader.name, "spacing_mm": list(spacing_mm)}
     if note != old:
         write_json(out / "prepare.json", note)
-    job = _Job(reader, _writer(reader, out, spacing_mm, folds), spacing_mm)
+    writer = StoreWriter(
+        out, reader.name, reader.classes, spacing_mm, reader.modality, reader.mirror_classes, reader.semantic_classes,
+        reader.licence, folds,
+    )  # fmt: skip
+    job = _Job(reader, writer, spacing_mm)
     summary = Summary(spacing_mm, folds=len(folds), said=[*reader.remarks(), *said])
     todo = []
     for case in tqdm(cases, desc="check", unit="case", disable=not progress, leave=False, delay=1):
@@ -278,10 +282,3 @@ def _computed_spacing(reader: Reader, cases: list[RawCase]) -> tuple[float, ...]
     if not spacings:
         raise UserError(f"no readable image among {len(pool or cases)} cases; of the first: {problem}")
     return target_spacing(np.asarray(spacings), np.asarray(shapes))
-
-
-def _writer(reader: Reader, out: Path, spacing_mm: tuple[float, ...], folds: Folds) -> StoreWriter:
-    return StoreWriter(
-        out, reader.name, reader.classes, spacing_mm, reader.modality, reader.mirror_classes, reader.semantic_classes,
-        reader.licence, folds,
-    )  # fmt: skip

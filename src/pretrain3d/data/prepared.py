@@ -84,7 +84,7 @@ def forget(out: Path, case_id: str) -> None:
 
 
 def claim(out: Path, reader: Reader) -> dict[str, Any]:
-    """The note of an earlier call; leftovers of a killed one are removed."""
+    """The note of an earlier call."""
     note = out / "prepare.json"
     if not note.is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -97,7 +97,4 @@ def claim(out: Path, reader: Reader) -> dict[str, Any]:
         raise UserError(f"{note} is damaged; delete {out} and prepare it again") from None
     if name != reader.name:
         raise UserError(f"out={out} is the store of {name!r}, not of {reader.name!r}; choose another folder")
-    for folder in (out, *(out / name for name in (*KINDS, "cases", "prepared"))):
-        for path in folder.glob(".*.tmp*"):
-            path.unlink(missing_ok=True)
     return old

@@ -75,16 +75,14 @@ def checked_node(name: str, config: Any) -> dict[str, Any]:
     return dict(config)
 
 
-def checked_range(name: str, value: Any, above: float = -np.inf) -> tuple[float, float]:
+def checked_range(name: str, value: Any, above: float) -> tuple[float, float]:
     """``[low, high]`` from a config. Raises UserError if it is none or reaches down to ``above``."""
     try:
         low, high = (float(bound) for bound in value)
     except (TypeError, ValueError) as error:
         raise UserError(f"{name}={value}: expected two numbers, [low, high]") from error
     if not above < low <= high:
-        raise UserError(
-            f"{name}={value}: expected [low, high] with low <= high" + f" and low > {above}" * (above > -np.inf)
-        )
+        raise UserError(f"{name}={value}: expected [low, high] with low <= high and low > {above}")
     return low, high
 
 

@@ -4,8 +4,8 @@
 """
 
 from pretrain3d.data.phantom.anatomy import ORGANS
-from pretrain3d.data.phantom.case import PhantomCase, make_case
+from pretrain3d.data.phantom.case import make_case
 from pretrain3d.data.phantom.lesions import CLASSES
-from pretrain3d.data.phantom.write import Summary, generate
+from pretrain3d.data.phantom.write import generate
 
-__all__ = ["CLASSES", "ORGANS", "PhantomCase", "Summary", "generate", "make_case"]
+__all__ = ["CLASSES", "ORGANS", "generate", "make_case"]

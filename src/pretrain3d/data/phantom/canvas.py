@@ -6,10 +6,13 @@ what partial volume looks like, and everything is drawn in warped coordinates, s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import ndimage
 
 Array = np.ndarray
+WAVES = 4  # of a smooth field, per axis
 
 
 class SmoothField:
@@ -19,25 +22,24 @@ class SmoothField:
         rng: where the waves come from.
         length_mm: the period of the longest wave.
         std: standard deviation of the field.
-        order: number of waves per axis.
     """
 
-    def __init__(self, rng: np.random.Generator, length_mm: float, std: float, order: int = 4) -> None:
-        self.waves = 2 * np.pi / length_mm * (0.4 + np.arange(order) * 0.6)
-        self.phases = rng.uniform(0, 2 * np.pi, (3, order))
-        index = np.arange(order)
+    def __init__(self, rng: np.random.Generator, length_mm: float, std: float) -> None:
+        index = np.arange(WAVES)
+        self.waves = 2 * np.pi / length_mm * (0.4 + index * 0.6)
+        self.phases = rng.uniform(0, 2 * np.pi, (3, WAVES))
         decay = 1.0 / (1.0 + index[:, None, None] + index[None, :, None] + index[None, None, :])
-        coefficients = rng.standard_normal((order, order, order)) * decay
+        coefficients = rng.standard_normal((WAVES, WAVES, WAVES)) * decay
         # a product of three cosines with random phases has mean square 1/8
         self.coefficients = coefficients * std / np.sqrt((coefficients**2).sum() / 8)
 
     def _cosines(self, axis: int, position_mm: Array) -> Array:
         return np.cos(np.multiply.outer(position_mm, self.waves) + self.phases[axis])
 
-    def on_grid(self, axes: tuple[Array, Array, Array]) -> Array:
+    def on_grid(self, axes: Sequence[Array]) -> Array:
         """The field on the grid of three coordinate vectors: (X, Y, Z) float32."""
         a, b, c = (self._cosines(i, axis) for i, axis in enumerate(axes))
-        inner = np.tensordot(np.tensordot(a, self.coefficients, (1, 0)), b, (1, 1))  # (X, order, Y)
+        inner = np.tensordot(np.tensordot(a, self.coefficients, (1, 0)), b, (1, 1))  # (X, waves, Y)
         return np.tensordot(inner, c, (1, 1)).astype(np.float32)  # (X, Y, Z)
 
     def at(self, points: Array) -> Array:
@@ -72,10 +74,8 @@ class Canvas:
         self.axes = [self.origin_mm[i] + np.arange(shape[i]) * self.spacing_mm[i] for i in range(3)]
         self._warp = [SmoothField(rng, 210.0, warp_mm) for _ in range(3)]
         grids = np.meshgrid(*(axis.astype(np.float32) for axis in self.axes), indexing="ij", sparse=True)
-        x0, y0, z0 = self.axes
         self.x, self.y, self.z = (
-            (grid + field.on_grid((x0, y0, z0))) / np.float32(scale)
-            for grid, field in zip(grids, self._warp, strict=True)
+            (grid + field.on_grid(self.axes)) / np.float32(scale) for grid, field in zip(grids, self._warp, strict=True)
         )
         self.hu = np.full(shape, -1000.0, dtype=np.float32)
 
@@ -89,8 +89,7 @@ class Canvas:
 
     def smooth_field(self, rng: np.random.Generator, length_mm: float, std: float) -> Array:
         """A smooth random field on this grid: (X, Y, Z) float32."""
-        x0, y0, z0 = self.axes
-        return SmoothField(rng, length_mm, std).on_grid((x0, y0, z0))
+        return SmoothField(rng, length_mm, std).on_grid(self.axes)
 
     def box(self, low_mm: Array, high_mm: Array) -> tuple[slice, slice, slice]:
         """The voxels whose centres lie between two world points, clipped to the volume; maybe empty."""

@@ -24,6 +24,7 @@ from pretrain3d.files import replacing
 VERSION = 2  # of what is drawn: goes up whenever the same seed gives another volume
 RECIPE = "phantom.json"
 FOLDERS = {"train": "Tr", "test": "Ts", "unlabelled": "Un"}
+Job = tuple[Path, str, int, int]  # folder, split, index and seed of a case
 
 
 @dataclass
@@ -31,14 +32,12 @@ class Summary:
     """What `generate` did.
 
     Attributes:
-        folder: of the data set.
         written: files written now; 0 when everything was there.
         reused: files that were there before.
         cases: number of cases per split.
         objects: per labelled split, the number of objects of each class.
     """
 
-    folder: Path
     written: int
     reused: int
     cases: dict[str, int]
@@ -82,18 +81,18 @@ def generate(
         if count:
             for kind in _kinds(split):
                 (folder / f"{kind}{FOLDERS[split]}").mkdir(exist_ok=True)
-    jobs = [(str(folder), seed, index, split) for split, count in counts.items() for index in range(count)]
+    jobs: list[Job] = [(folder, split, index, seed) for split, count in counts.items() for index in range(count)]
     written = 0
-    todo = [job for job in jobs if any(not path.exists() for path in case_files(*_where(job)).values())]
+    todo = [job for job in jobs if any(not path.exists() for path in case_files(*job[:3]).values())]
     bar = tqdm(total=len(todo), desc="phantom", unit="case", disable=not (progress and todo))
     with bar:
         for files in _run(todo, workers):
             written += files
             bar.update()
     written += _write_missing(folder / "dataset.json", lambda: _as_json(_dataset()))
-    total = sum(len(case_files(*_where(job))) for job in jobs) + 1
+    total = sum(len(case_files(*job[:3])) for job in jobs) + 1
     objects = {split: _count_objects(folder, split, counts[split]) for split in ("train", "test")}
-    return Summary(folder, written, total - written, counts, objects)
+    return Summary(written, total - written, counts, objects)
 
 
 def case_id(split: str, index: int) -> str:
@@ -117,11 +116,6 @@ def _kinds(split: str) -> tuple[str, ...]:
     return ("images",) if split == "unlabelled" else ("images", "labels", "organs")
 
 
-def _where(job: tuple[str, int, int, str]) -> tuple[Path, str, int]:
-    folder, _, index, split = job
-    return Path(folder), split, index
-
-
 def _claim(folder: Path, recipe: dict[str, int]) -> None:
     """Makes the folder ours: writes the parameters, or checks that they are the ones already there."""
     path = folder / RECIPE
@@ -142,7 +136,7 @@ def _claim(folder: Path, recipe: dict[str, int]) -> None:
     _write_missing(path, lambda: _as_json(recipe))
 
 
-def _run(jobs: list[tuple[str, int, int, str]], workers: int) -> Iterator[int]:
+def _run(jobs: list[Job], workers: int) -> Iterator[int]:
     if workers == 1 or len(jobs) < 2:
         yield from map(_write_case, jobs)
         return
@@ -151,9 +145,9 @@ def _run(jobs: list[tuple[str, int, int, str]], workers: int) -> Iterator[int]:
         yield from pool.map(_write_case, jobs)
 
 
-def _write_case(job: tuple[str, int, int, str]) -> int:
+def _write_case(job: Job) -> int:
     """Writes the missing files of one case; the number of files written."""
-    folder, seed, index, split = job
+    folder, split, index, seed = job
     case = make_case(seed, index, split)
     contents: dict[str, Callable[[], bytes]] = {
         "images": lambda: _as_nifti(case.image, case),
@@ -161,7 +155,7 @@ def _write_case(job: tuple[str, int, int, str]) -> int:
         "organs": lambda: _as_nifti(case.organs, case),
         "json": lambda: _as_json({"instances": {str(key): label for key, label in case.labels.items()}}),
     }
-    return sum(_write_missing(path, contents[kind]) for kind, path in case_files(Path(folder), split, index).items())
+    return sum(_write_missing(path, contents[kind]) for kind, path in case_files(folder, split, index).items())
 
 
 def _write_missing(path: Path, content: Callable[[], bytes]) -> int:
