@@ -539,18 +539,17 @@ def test_a_node_without_a_name() -> None:
 
 # ---- options of commands
 
-DEFAULTS = {"out": REQUIRED, "cases": 4, "scale": 0.5, "fast": False, "limit": None, "axes": [0], "label": "x"}
+DEFAULTS = {"out": REQUIRED, "cases": 4, "scale": 0.5, "fast": False, "limit": None, "label": "x"}
 
 
 def test_options_from_text() -> None:
-    text = {"out": "007", "cases": "8", "scale": "1", "fast": "true", "limit": "3", "axes": "[0, 2]", "label": "1e3"}
+    text = {"out": "007", "cases": "8", "scale": "1", "fast": "true", "limit": "3", "label": "1e3"}
     assert read_options(text, DEFAULTS) == {
         "out": "007",
         "cases": 8,
         "scale": 1.0,
         "fast": True,
         "limit": 3,
-        "axes": [0, 2],
         "label": "1e3",
     }
     assert read_options({"out": Path("a"), "limit": "null"}, DEFAULTS) == DEFAULTS | {"out": Path("a")}
@@ -562,12 +561,11 @@ def test_options_from_text() -> None:
         ({}, "missing out=VALUE"),
         (
             {"out": "a", "case": "3"},
-            "unknown option 'case', did you mean 'cases'? Options: out, cases, scale, fast, limit, axes, label",
+            "unknown option 'case', did you mean 'cases'? Options: out, cases, scale, fast, limit, label",
         ),
         ({"out": "a", "cases": "three"}, "cases must be int, got 'three'"),
         ({"out": "a", "cases": "2.5"}, "cases must be int, got 2.5"),
         ({"out": "a", "fast": "1"}, "fast must be bool, got 1"),
-        ({"out": "a", "axes": "[0, x]"}, "axes must be a list of int, got [0, 'x']"),
     ],
 )
 def test_bad_options(options: dict[str, object], text: str) -> None:

@@ -97,7 +97,7 @@ def test_wandb_logs_offline_and_keeps_its_id(tmp_path):
     assert history["trainer/global_step"] == history["_step"] == 10
     run_id = logger.experiment.id
     assert getattr(logger.experiment.settings, "finish_timeout", 600) == 600  # not for ever without a network
-    logger.close()
+    logger.finalize("success")
     assert list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
 
     with warnings.catch_warnings():
@@ -119,7 +119,7 @@ def test_wandb_sums_up_by_the_best_value_and_counts_optimiser_steps(tmp_path):
     logger.log_metrics({"val/spread": 0.75}, 39)
     logger.log_metrics({"val/spread": 0.5}, 49)
     summary = dict(run.summary)
-    logger.close()
+    logger.finalize("success")
     found = {key: dict(summary[key]) for key in ("val/mAP", "val/AP@0.10/nodule", "val/loss")}
     assert found["val/mAP"] == found["val/AP@0.10/nodule"] == {"max": 0.5, "last": 0.375}
     assert found["val/loss"] == {"min": 0.25, "last": 0.375}
@@ -151,7 +151,7 @@ def test_a_part_of_an_offline_run_holds_what_came_before(tmp_path):
     logger.log_result(RESULT | {"asked": {"step": 30}})
     run = logger.experiment
     summary, step, resumes = dict(run.summary), run.step, run.settings.resume
-    logger.close()
+    logger.finalize("success")
     assert dict(summary["val/mAP"]) == {"max": 0.5, "last": 0.375}
     assert (summary["train/loss"], summary["trainer/global_step"], summary["test/mAP"]) == (0.375, 30, 0.5)
     assert "pictures/masked_input" in summary and step == 31 and resumes is None
@@ -163,7 +163,7 @@ def test_a_tested_run_is_summed_up_per_class(tmp_path):
     logger = make_wandb_logger({"mode": "offline"}, tmp_path, {"name": "run"}, resume=True)
     logger.log_result(result)
     summary = dict(logger.experiment.summary)
-    logger.close()
+    logger.finalize("success")
     assert summary["test/AP@0.10/nodule"] == 0.25
     assert summary["trainer/global_step"] == 70
 
@@ -200,7 +200,7 @@ def test_a_wandb_that_does_not_start_is_a_warning(tmp_path, monkeypatch):
 def test_a_wandb_that_breaks_later_is_silent_after_one_warning(tmp_path):
     pytest.importorskip("wandb")
     logger = make_wandb_logger({"mode": "offline"}, tmp_path, {"name": "run"})
-    logger.close()  # the service is gone
+    logger.finalize("success")  # the service is gone
     with pytest.warns(UserWarning, match="no more W&B log"):
         logger.log_metrics({"train/loss": 0.5}, step=0)
     with warnings.catch_warnings():

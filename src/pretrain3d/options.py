@@ -45,10 +45,19 @@ def _option(key: str, value: object, default: Any) -> Any:
         value = parse_value(value)
     if default is None:
         return value
-    hint: Any = type(default)
-    if isinstance(default, (list, tuple)) and default:
-        hint = list[type(default[0])] if isinstance(default, list) else tuple[type(default[0]), ...]  # type: ignore[misc]
-    return fitted(value, hint, key)
+    return fitted(value, type(default), key)
+
+
+def at_least(given: dict[str, Any], **least: int) -> dict[str, Any]:
+    """The options, if none of those named is below what it may be.
+
+    Raises:
+        UserError: one is.
+    """
+    for key, bound in least.items():
+        if given[key] < bound:
+            raise UserError(f"{key}={given[key]}: it must be {bound} or more")
+    return given
 
 
 def output_file(key: str, value: str, endings: Collection[str] = ()) -> Path:

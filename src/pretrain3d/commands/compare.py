@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain3d.config import UserError
-from pretrain3d.options import output_file, read_options
+from pretrain3d.options import at_least, output_file, read_options
 
 USAGE = """\
 pretrain3d compare RUN RUN ... [out=FILE] [figure=FILE] [samples=1000] [seed=0] [by=COLUMN cases=TABLE]
@@ -38,10 +38,7 @@ def run(paths: list[str], options: dict[str, object]) -> int:
     given = read_options(options, DEFAULTS)
     if len(paths) < 2:
         raise UserError(f"compare takes at least two run folders, got {len(paths)}")
-    if given["samples"] < 1:
-        raise UserError(f"samples={given['samples']}: it must be 1 or more")
-    if given["seed"] < 0:
-        raise UserError(f"seed={given['seed']}: it must be 0 or more")
+    at_least(given, samples=1, seed=0)
     table = output_file("out", given["out"], TABLES) if given["out"] else None
     figure = output_file("figure", given["figure"], FIGURES) if given["figure"] else None
     if table is not None and figure is None:
@@ -63,13 +60,13 @@ def run(paths: list[str], options: dict[str, object]) -> int:
 
 def _write_table(path: Path, comparison: Any) -> None:
     from pretrain3d.files import write_text
-    from pretrain3d.reporting.differences import as_csv, comparison_tables
+    from pretrain3d.reporting.differences import comparison_csv, comparison_tables
     from pretrain3d.reporting.results import write_json
 
     if path.suffix == ".json":
         write_json(path, asdict(comparison))
     elif path.suffix == ".csv":
-        write_text(path, as_csv(comparison))
+        write_text(path, comparison_csv(comparison))
     else:
         write_text(path, "\n".join(each.as_markdown() for each in comparison_tables(comparison)))
 

@@ -50,10 +50,8 @@ class Pictures(Callback):
                     logger.log_image(key=f"pictures/{name}", images=[image], step=trainer.global_step - 1)
 
 
-def as_images(pictures: Mapping[str, Any]) -> dict[str, Image.Image]:
+def as_images(arrays: Mapping[str, np.ndarray]) -> dict[str, Image.Image]:
     """Arrays -> 8-bit images; see `Pictures`."""
-    arrays = {name: np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
-              for name, array in pictures.items()}  # fmt: skip
     for name, array in arrays.items():
         assert array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3), f"picture {name}: shape {array.shape}"
     grey = [array for array in arrays.values() if array.ndim == 2]

@@ -36,13 +36,11 @@ class Checkpoints(Checkpoint):
     Args:
         folder: the run's folder.
         every_n_steps: optimiser steps between checkpoints.
-        monitor: logged key of a validation that ``best.ckpt`` is the best of; None: no ``best.ckpt``.
+        monitor: logged key of a validation that ``best.ckpt`` is the best of.
         mode: ``"max"`` or ``"min"``; of equal values the earlier stays.
     """
 
-    def __init__(
-        self, folder: str | Path, every_n_steps: int, monitor: str | None = "val/mAP", mode: str = "max"
-    ) -> None:
+    def __init__(self, folder: str | Path, every_n_steps: int, monitor: str = "val/mAP", mode: str = "max") -> None:
         assert every_n_steps >= 1, every_n_steps
         assert mode in ("max", "min"), mode
         self.run_folder = Path(folder)
@@ -85,8 +83,6 @@ class Checkpoints(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._validated_step = trainer.global_step
-        if self.monitor is None:
-            return
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             raise UserError(f"the best checkpoint is chosen by {self.monitor}, which is not logged; logged: {known}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from pretrain3d.delimited import as_csv
 from pretrain3d.reporting.compare import Comparison
 from pretrain3d.reporting.figures import COLOURS, STYLE
 from pretrain3d.reporting.tables import CLASS_KEY, KEYS, Table, shown
@@ -67,15 +66,11 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def as_csv(comparison: Comparison) -> str:
+def comparison_csv(comparison: Comparison) -> str:
     """One line per row, part of the cases (``column=value``; blank: all), class (blank: all) and metric; `HEADER`."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(HEADER)
     parts = {f"{column}={value}": part for column, values in comparison.by.items() for value, part in values.items()}
-    for part, compared in {"": comparison, **parts}.items():
-        writer.writerows([name, part, *cells] for name, *cells in _lines(compared))
-    return text.getvalue()
+    compared = {"": comparison, **parts}.items()
+    return as_csv(HEADER, ([name, part, *cells] for part, one in compared for name, *cells in _lines(one)))
 
 
 def _lines(comparison: Comparison) -> Iterator[list[str]]:

@@ -66,7 +66,7 @@ def make_wandb_logger(
             settings=wandb.Settings(silent=True, **limits),
             **options,
         )
-        logger.start()
+        _ = logger.experiment  # starts the W&B run
         if resume and mode == "offline":
             logger.repeat(folder)
     except Exception as error:
@@ -95,11 +95,6 @@ class RunLogger(WandbLogger):
             self._wandb_init.pop("resume")  # which it cannot, and says so
         self._broken = False
         self._summed_up: set[str] = set()
-
-    @rank_zero_only
-    def start(self) -> None:
-        """Starts the W&B run."""
-        _ = self.experiment
 
     @rank_zero_only
     def repeat(self, folder: Path) -> None:
@@ -140,7 +135,7 @@ class RunLogger(WandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Ends the W&B run at the end of training: the next run of this process is another one."""
+        """Ends the W&B run: the next run of this process is another one."""
         try:
             self.experiment.finish(exit_code=0 if status == "success" else 1)
         except Exception as error:
@@ -150,11 +145,6 @@ class RunLogger(WandbLogger):
     def log_result(self, result: Mapping[str, Any]) -> None:
         """Logs the final table, the per-class table, the FROC curves and the precision-recall curves of a result."""
         self._try(self._log_result, result)
-
-    @rank_zero_only
-    def close(self) -> None:
-        """Ends the W&B run."""
-        self.finalize("success")
 
     def _log_result(self, result: Mapping[str, Any]) -> None:
         import wandb
@@ -218,7 +208,7 @@ def log_result(
     logger = make_wandb_logger(node, run_folder, config, resume=True)
     if logger is not None:
         logger.log_result(result)
-        logger.close()
+        logger.finalize("success")
 
 
 def _run_id(folder: Path, keep: bool) -> str:

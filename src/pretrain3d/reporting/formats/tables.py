@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pretrain3d.config import UserError
+from pretrain3d.delimited import as_csv
 from pretrain3d.files import write_text
 from pretrain3d.reporting.formats.found import LPS, Found
 from pretrain3d.reporting.results import write_json
@@ -38,7 +37,7 @@ def write_csv(folder: Path, classes: Sequence[str], found: Mapping[str, Found]) 
             numbers = np.concatenate([values[key][index] for key in ("boxes", "center_mm", "size_mm")])
             row = [case, classes[int(label)], f"{float(values['scores'][index]):.6g}"]
             rows.append(row + [f"{number:.3f}" for number in numbers.tolist()])
-    _write_rows(folder / "predictions.csv", CSV_HEADER, rows)
+    write_text(folder / "predictions.csv", as_csv(CSV_HEADER, rows))
 
 
 def write_luna16(folder: Path, classes: Sequence[str], found: Mapping[str, Found]) -> None:
@@ -54,7 +53,7 @@ def write_luna16(folder: Path, classes: Sequence[str], found: Mapping[str, Found
         values = each.restored()
         for center, score in zip(values["center_mm"] * LPS, values["scores"], strict=True):
             rows.append([case, *(f"{number:.6f}" for number in center.tolist()), f"{float(score):.6g}"])
-    _write_rows(folder / "luna16.csv", LUNA16_HEADER, rows)
+    write_text(folder / "luna16.csv", as_csv(LUNA16_HEADER, rows))
 
 
 def write_coco(folder: Path, classes: Sequence[str], found: Mapping[str, Found]) -> None:
@@ -79,11 +78,3 @@ def write_coco(folder: Path, classes: Sequence[str], found: Mapping[str, Found])
             })  # fmt: skip
     categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
     write_json(folder / "coco.json", {"images": images, "categories": categories, "annotations": annotations})
-
-
-def _write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
