@@ -8,16 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain3d.commands.tested import (
-    Prediction,
-    check_annotated,
-    hash_of,
-    held_out,
-    is_to_be_tested,
-    score_cases,
-    truth_of,
-    write_strata,
-)
+from pretrain3d.commands import tested
 from pretrain3d.config import UserError
 from pretrain3d.options import output_folder
 
@@ -35,19 +26,19 @@ def test(
         raise UserError(f"baseline={baseline}: it is mean_box or threshold")
     folder, data = output_folder("out", out), Store(Path(store))
     of_fold = fold_cases(data, fold, num_folds)
-    case_ids = held_out(of_fold, split)
-    check_annotated(data, case_ids, split)
-    values = chosen_values(cases, by, truth_of(data, case_ids))
+    case_ids = tested.held_out(of_fold, split)
+    tested.check_annotated(data, case_ids, split)
+    values = chosen_values(cases, by, tested.truth_of(data, case_ids))
     asked = {"baseline": baseline, "fold": fold, "num_folds": num_folds, "split": split, "samples": samples,
-             "data": data.data_hash, "cases": hash_of(data, of_fold["train"] + case_ids)}  # fmt: skip
-    if is_to_be_tested(folder, asked, "this baseline", SCORE_FILES):
+             "data": data.data_hash, "cases": tested.hash_of(data, of_fold["train"] + case_ids)}  # fmt: skip
+    if tested.is_to_be_tested(folder, asked, "this baseline", SCORE_FILES):
         predict = fit(baseline, data, of_fold["train"])
         about = {"asked": asked, "config": {"baseline": baseline, "fold": fold, "num_folds": num_folds}, "seed": 0}
-        score_cases(folder, folder.name, data, case_ids, predict, about, samples)
-    write_strata(folder, by, values, samples)
+        tested.score_cases(folder, folder.name, data, case_ids, predict, about, samples)
+    tested.write_strata(folder, by, values, samples)
 
 
-def fit(baseline: str, data: Any, train: list[str]) -> Callable[[str], Prediction]:
+def fit(baseline: str, data: Any, train: list[str]) -> Callable[[str], tested.Prediction]:
     """The prediction function of a baseline that was fitted to the training cases."""
     from pretrain3d.evaluation.baselines import MeanBoxBaseline, ThresholdBaseline
 

@@ -71,11 +71,13 @@ def export(source: Path, out: Path, which: str, stem: str, form: str, axes: str)
         write_once(out, content, about)
 
 
-def backbone_of(source: Path, which: str, stem: str = "") -> dict[str, Any]:
+def backbone_of(source: Path, which: str, stem: str) -> dict[str, Any]:
     """What an export of a run, or a file that is one, holds.
 
+    With ``stem``, of a supervised run, the stem and the preprocessing are those of that data set.
+
     Raises:
-        UserError: no such run, checkpoint, file or stem.
+        UserError: no such run, checkpoint or file, or that data set has no stem of its own.
     """
     from pretrain3d.backbones.transfer import load_export
 
@@ -94,36 +96,22 @@ def backbone_of(source: Path, which: str, stem: str = "") -> dict[str, Any]:
 
     checkpoint = read_checkpoint(path)
     note = checkpoint[NOTE]
-    content = {
+    content: dict[str, Any] = {
         "backbone": note["backbone"],
         "preprocessing": note["preprocessing"],
         "source": {**note["source"], "weights": note["weights"]},
         "corpus": merged(note.get("pretrained_on"), note.get("corpus")),
         "weights": used_weights(checkpoint, "backbone"),
     }
-    return with_stem(content, stem, checkpoint) if stem else content
-
-
-def with_stem(content: dict[str, Any], stem: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The export with the stem, and the preprocessing, of one data set of a supervised run.
-
-    Raises:
-        UserError: that data set has no stem of its own.
-    """
-    from pretrain3d.modules.base import NOTE
-    from pretrain3d.modules.checkpoint import used_weights
-
-    note = checkpoint[NOTE]
-    stems = list(note["module"].get("method", {}).get("stems", ()))
-    if stem not in stems:
-        raise UserError(f"stem={stem}: the run has stems of its own for {', '.join(stems) or 'no data set'}")
-    own = used_weights(checkpoint, f"method.stems.{stems.index(stem)}")
-    return {
-        **content,
-        "weights": content["weights"] | {f"stem.{name}": value for name, value in own.items()},
-        "preprocessing": note["sets"][stem]["preprocessing"],
-        "source": {**content["source"], "stem": stem},
-    }
+    if stem:
+        stems = list(note["module"].get("method", {}).get("stems", ()))
+        if stem not in stems:
+            raise UserError(f"stem={stem}: the run has stems of its own for {', '.join(stems) or 'no data set'}")
+        own = used_weights(checkpoint, f"method.stems.{stems.index(stem)}")
+        content["weights"] |= {f"stem.{name}": value for name, value in own.items()}
+        content["preprocessing"] = note["sets"][stem]["preprocessing"]
+        content["source"]["stem"] = stem
+    return content
 
 
 def write_once(out: Path, content: Mapping[str, Any], about: str) -> None:

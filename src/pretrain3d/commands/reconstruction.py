@@ -7,7 +7,7 @@ from typing import Any
 from pretrain3d.commands.pretrained import Measured, write_held_out
 from pretrain3d.commands.trained import load_run
 from pretrain3d.config import UserError
-from pretrain3d.options import read_options
+from pretrain3d.options import at_least, read_options
 from pretrain3d.reporting.run_folder import RunFolder
 
 DEFAULTS = {"checkpoint": "last", "split": "test", "samples": 1000, "patches": 4}
@@ -15,11 +15,7 @@ DEFAULTS = {"checkpoint": "last", "split": "test", "samples": 1000, "patches": 4
 
 def run(folder: RunFolder, options: dict[str, object]) -> int:
     """Tests a run folder; returns the exit status."""
-    given = read_options(options, DEFAULTS)
-    for key, least in (("samples", 0), ("patches", 1)):
-        if given[key] < least:
-            raise UserError(f"{key}={given[key]}: it must be {least} or more")
-    test(folder, **given)
+    test(folder, **at_least(read_options(options, DEFAULTS), samples=0, patches=1))
     return 0
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pretrain3d.config import UserError, suggestion
-from pretrain3d.options import REQUIRED, output_file, read_options
+from pretrain3d.options import REQUIRED, at_least, output_file, read_options
 
 USAGE = """
 pretrain3d score predictions=FILE targets=FILE [out=FILE] [samples=1000] [sizes=[500,5000]] [by=COLUMN cases=TABLE]
@@ -54,8 +53,7 @@ def run(paths: list[str], options: dict[str, object]) -> int:
         settings = read_options(options, {**common, "cases": REQUIRED, "excluded": ""})
     else:
         settings = read_options(options, {**common, "sizes": None, "cases": "", "by": ""})
-    if settings["samples"] < 0:
-        raise UserError(f"samples={settings['samples']}: it must be 0 or more")
+    at_least(settings, samples=0)
     if settings["out"]:
         output_file("out", settings["out"])
     (score_luna16 if protocol == "luna16" else score_boxes)(settings)
@@ -70,6 +68,7 @@ def score_boxes(settings: dict[str, Any]) -> None:
     from pretrain3d.evaluation.sizes import by_size, have_sizes
     from pretrain3d.evaluation.statistics import bootstrap
     from pretrain3d.evaluation.strata import by_stratum, chosen_values, strata_of
+    from pretrain3d.reporting.results import write_json
 
     edges, samples = _edges(settings["sizes"]), settings["samples"]
     classes, predictions, targets = read_pair(settings["predictions"], settings["targets"])
@@ -86,7 +85,7 @@ def score_boxes(settings: dict[str, Any]) -> None:
     if parts:
         content["by"] = {settings["by"]: {name: flat(row) for name, row in parts.items()}}
     if settings["out"]:
-        _write(settings["out"], content | {"num_cases": len(targets), "curves": summarise(matches)["curves"]})
+        write_json(settings["out"], content | {"num_cases": len(targets), "curves": summarise(matches)["curves"]})
 
     objects = {name: int(m.objects.sum()) for name, m in zip(classes, matches.per_class, strict=True)}
     rows = {"all": intervals["metrics"], **intervals["per_class"]}
@@ -106,11 +105,12 @@ def score_boxes(settings: dict[str, Any]) -> None:
 def score_luna16(settings: dict[str, Any]) -> None:
     """Marks against nodules, by the distance of their centres."""
     from pretrain3d.evaluation.luna16 import score_files
+    from pretrain3d.reporting.results import write_json
 
     files = {key: settings[key] for key in ("predictions", "targets", "cases", "excluded", "samples")}
     result = score_files(**files)
     if settings["out"]:
-        _write(settings["out"], result)
+        write_json(settings["out"], result)
     rows = [("CPM", result["CPM"], result["intervals"]["CPM"])]
     rows += [(rate, value, result["intervals"]["sensitivity"][rate]) for rate, value in result["sensitivity"].items()]
     for name, value, bounds in rows:
@@ -158,12 +158,6 @@ def _edges(value: Any) -> list[float]:
     if not listed or not numbers or not all(0 < edge <= sys.float_info.max for edge in listed):
         raise UserError(f"sizes={value}: expected ascending volumes in mm3, such as [500, 5000]")
     return [float(edge) for edge in listed]
-
-
-def _write(path: str, content: dict[str, Any]) -> None:
-    from pretrain3d.reporting.results import write_json
-
-    write_json(Path(path), content)
 
 
 def strata_table(column: str, strata: Mapping[str, Mapping[str, Any]]) -> str:

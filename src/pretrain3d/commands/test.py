@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
-from pretrain3d.commands import baseline, reconstruction, segmentation
-from pretrain3d.commands.tested import (
-    Prediction,
-    check_annotated,
-    hash_of,
-    held_out,
-    is_to_be_tested,
-    score_cases,
-    truth_of,
-    write_strata,
-)
+from pretrain3d.commands import baseline, reconstruction, segmentation, tested
 from pretrain3d.commands.trained import about_run, load_run, log_to_wandb, unswept
 from pretrain3d.config import UserError
-from pretrain3d.options import REQUIRED, read_options
+from pretrain3d.options import REQUIRED, at_least, read_options
 from pretrain3d.reporting.run_folder import RunFolder
 
 USAGE = """\
@@ -66,7 +55,8 @@ def run(paths: list[str], options: dict[str, object]) -> int:
                             "test a detector that starts from it")  # fmt: skip
         defaults = {"checkpoint": "last", "split": "test", "samples": 1000, "pictures": 4, "by": "", "cases": "",
                     "tile_batch": None}  # fmt: skip
-        test_run(folder, **_checked(read_options(options, defaults)), drawn="pictures" in options)
+        given = at_least(read_options(options, defaults), samples=0, pictures=0)
+        test_run(folder, **given, drawn="pictures" in options)
         return 0
     if paths:
         raise UserError(f"test takes one run folder, got {len(paths)}: {' '.join(paths)}")
@@ -74,16 +64,8 @@ def run(paths: list[str], options: dict[str, object]) -> int:
         raise UserError("test takes a run folder, or baseline=mean_box|threshold; see `pretrain3d test --help`")
     defaults = {"baseline": REQUIRED, "store": REQUIRED, "out": REQUIRED, "fold": 0, "num_folds": 5, "split": "test",
                 "samples": 1000, "by": "", "cases": ""}  # fmt: skip
-    baseline.test(**_checked(read_options(options, defaults)))
+    baseline.test(**at_least(read_options(options, defaults), samples=0))
     return 0
-
-
-def _checked(given: dict[str, Any]) -> dict[str, Any]:
-    """The options, if the numbers among them can be."""
-    for key in ("samples", "pictures"):
-        if given.get(key, 0) < 0:
-            raise UserError(f"{key}={given[key]}: it must be 0 or more")
-    return given
 
 
 def test_run(
@@ -111,24 +93,24 @@ def test_run(
     from pretrain3d.reporting.results import SCORE_FILES
 
     settings = folder.config()
-    case_ids = held_out({"test": datamodule.test_ids, "val": datamodule.val_ids}, split)
-    check_annotated(datamodule.store, case_ids, split)
-    values = chosen_values(cases, by, truth_of(datamodule.store, case_ids))
+    case_ids = tested.held_out({"test": datamodule.test_ids, "val": datamodule.val_ids}, split)
+    tested.check_annotated(datamodule.store, case_ids, split)
+    values = chosen_values(cases, by, tested.truth_of(datamodule.store, case_ids))
     chosen = unswept(module, case_ids)
     threshold = chosen["operating"]["threshold"] if chosen else None
     step = module.note["source"]["step"]
     asked = {"checkpoint": checkpoint, "split": split, "samples": samples, "step": step,
              "fingerprint": fingerprint(module.state_dict()), "merging": module.merging.to_dict(),
-             "threshold": threshold, "cases": hash_of(datamodule.store, case_ids)}  # fmt: skip
+             "threshold": threshold, "cases": tested.hash_of(datamodule.store, case_ids)}  # fmt: skip
     drawings = {case_id: folder.path / "pictures" / f"test_{case_id}.npz" for case_id in case_ids[:pictures]}
     needed = [*SCORE_FILES, *(f"pictures/{path.name}" for path in drawings.values() if drawn)]
-    if not is_to_be_tested(folder.path, asked, "these weights", needed):
-        write_strata(folder.path, by, values, samples)
+    if not tested.is_to_be_tested(folder.path, asked, "these weights", needed):
+        tested.write_strata(folder.path, by, values, samples)
         return
     for old in (folder.path / "pictures").glob("test_*.npz"):  # of other boxes than those that are reported
         old.unlink()
 
-    def predict(case_id: str) -> Prediction:
+    def predict(case_id: str) -> tested.Prediction:
         image, case, views = module.predict_case(datamodule, case_id)
         found = merge(views, module.merging)
         boxes, scores, labels = (value.cpu().numpy() for value in (found.boxes, found.scores, found.labels))
@@ -142,6 +124,6 @@ def test_run(
         print(warning(leakage, module.note["transfer"]["path"]), file=sys.stderr)
     others = [row for row in module.note.get("leakage") or [] if row["split"] != split]  # trained on, chosen by
     about = {"asked": asked, "leakage": leakage + others, **about_run(folder, settings, module)}
-    score_cases(folder.path, settings["name"], datamodule.store, case_ids, predict, about, samples, threshold)
-    write_strata(folder.path, by, values, samples)
+    tested.score_cases(folder.path, settings["name"], datamodule.store, case_ids, predict, about, samples, threshold)
+    tested.write_strata(folder.path, by, values, samples)
     log_to_wandb(folder, settings)
