@@ -221,12 +221,10 @@ def batched_nms(
     Returns:
         Indices of the kept boxes, best first over all classes.
     """
-    kept = []
+    kept = [torch.zeros(0, dtype=torch.long, device=boxes.device)]
     for label in labels.unique().tolist():
         members = (labels == label).nonzero()[:, 0]
         kept.append(members[nms(boxes[members], scores[members], iou_threshold, max_keep)])
-    if not kept:
-        return torch.zeros(0, dtype=torch.long, device=boxes.device)
     indices = torch.cat(kept).sort().values  # input order first, so that equal scores keep it
     indices = indices[torch.sort(scores[indices], descending=True, stable=True).indices]
     return indices if max_keep is None else indices[:max_keep]

@@ -150,13 +150,9 @@ def _closest_ras_axes(affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[b
     """For each of R, A, S: the input axis that points most along it (each used once), and if it points backwards."""
     from nibabel.orientations import io_orientation
 
-    orientation = io_orientation(affine)  # row per input axis: (world axis, sign)
-    permutation = [0, 0, 0]
-    flipped = [False, False, False]
-    for axis, (world, sign) in enumerate(orientation):
-        permutation[int(world)] = axis
-        flipped[int(world)] = bool(sign < 0)
-    return (permutation[0], permutation[1], permutation[2]), (flipped[0], flipped[1], flipped[2])
+    world, sign = io_orientation(affine).T  # of each input axis
+    x, y, z = world.argsort().tolist()
+    return (x, y, z), (bool(sign[x] < 0), bool(sign[y] < 0), bool(sign[z] < 0))
 
 
 def occupied_planes(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -196,19 +192,16 @@ def boxes_of_slots(slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     Returns:
         ``boxes`` (B, N, 6) float32 half-open (zeros where an instance has no voxel) and ``present`` (B, N) bool.
     """
-    batch = slots.shape[0]
-    spatial = slots.shape[1:]
+    batch, *spatial = slots.shape
     flat = slots.long()
     boxes = torch.zeros(batch, num_slots + 1, 6, device=slots.device)
-    present = torch.zeros(batch, num_slots + 1, dtype=torch.bool, device=slots.device)
-    for axis in range(3):
-        size = spatial[axis]
-        coordinate = torch.arange(size, device=slots.device).view([size if a == axis else 1 for a in range(3)])
+    for axis, size in enumerate(spatial):
+        position = torch.arange(size, device=slots.device)
+        coordinate = position.view([size if a == axis else 1 for a in range(3)])
         key = (flat * size + coordinate).reshape(batch, -1)  # (B, XYZ) slot and coordinate
         seen = torch.zeros(batch, (num_slots + 1) * size, dtype=torch.bool, device=slots.device)
         seen.scatter_(1, key, torch.ones_like(key, dtype=torch.bool))
         seen = seen.view(batch, num_slots + 1, size)
-        position = torch.arange(size, device=slots.device)
         low = torch.where(seen, position, size).amin(dim=-1)
         high = torch.where(seen, position, -1).amax(dim=-1) + 1
         present = seen.any(dim=-1)

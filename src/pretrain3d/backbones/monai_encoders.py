@@ -70,14 +70,9 @@ class ResNet(nn.Module):
         if len(layers) != 4 or len(widths) != 4:
             raise UserError(f"resnet: layers and widths have one entry for each of 4 stages; got {layers} and {widths}")
         check_sizes("resnet", layers=layers, widths=widths)
-        self.arguments = {
-            "layers": [int(n) for n in layers],
-            "widths": [int(w) for w in widths],
-            "in_channels": int(in_channels),
-            "norm": norm,
-        }
+        self.arguments = {"layers": list(layers), "widths": list(widths), "in_channels": in_channels, "norm": norm}
         self.in_channels = in_channels
-        channels = (int(widths[0]), *(EXPANSION * int(width) for width in widths))
+        channels = (widths[0], *(EXPANSION * width for width in widths))
         self.levels = tuple(Level(c, s) for c, s in zip(channels, strides(2, 4, 8, 16, 32), strict=True))
         self.size_multiple: Triple = self.levels[-1].stride
         whole = MonaiResNet(
@@ -146,11 +141,7 @@ class SegResNet(nn.Module):
         if filters < GROUPS or filters % GROUPS:
             raise UserError(f"segresnet: filters is {filters}; it must be a multiple of {GROUPS}")
         check_sizes("segresnet", blocks=blocks)
-        self.arguments = {
-            "filters": int(filters),
-            "blocks": [int(b) for b in blocks],
-            "in_channels": int(in_channels),
-        }
+        self.arguments = {"filters": filters, "blocks": list(blocks), "in_channels": in_channels}
         self.in_channels = in_channels
         steps = [2**level for level in range(len(blocks))]
         self.levels = tuple(Level(filters * step, s) for step, s in zip(steps, strides(*steps), strict=True))

@@ -18,6 +18,8 @@ from pretrain3d.objectives.collapse import MIN_LEVEL_STD, MIN_STD, effective_ran
 from pretrain3d.objectives.projection import pooled
 from pretrain3d.parallel import all_gather, rank, world_size
 
+PATCHES = 48  # that are looked at, over all processes
+
 
 def through_shared_stem(sets: Sequence[Any], method: dict[str, Any]) -> list[Any]:
     """The data sets that pass the backbone's stem: all but those to which ``method`` gives stems of their own."""
@@ -40,12 +42,10 @@ class FeatureMonitor(Callback):
 
     Args:
         probe_every_n_validations: 0: never.
-        patches: how many are looked at, over all processes.
     """
 
-    def __init__(self, probe_every_n_validations: int = 1, patches: int = 48) -> None:
+    def __init__(self, probe_every_n_validations: int) -> None:
         self.probe_every = probe_every_n_validations
-        self.num_patches = patches
         self.validations = 0
         self.patches: ProbePatches | None = None
 
@@ -89,7 +89,7 @@ class FeatureMonitor(Callback):
     def _choose(self, trainer: Any, module: Any) -> ProbePatches:
         data = trainer.datamodule
         size = getattr(module.get_submodule(module.head_name), "view_size", data.patch_size)
-        number = -(-self.num_patches // world_size()) * world_size()
+        number = -(-PATCHES // world_size()) * world_size()
         sets = through_shared_stem(data.sets, module.note["module"]["method"])
         part = max(sets, key=lambda part: any(case.has_semantic for case in part.store.cases.values()))
         learned = part.train_ids if module.note["kind"] == "segmentation" else ()
