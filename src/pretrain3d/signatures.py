@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -39,13 +38,11 @@ def fit(value: Any, hint: Any) -> Any:
     if hint is int or hint is float:
         number = isinstance(value, (int, hint)) and not isinstance(value, bool) and value == value
         return hint(_require(value, number))
-    if hint is Path:
-        return Path(_require(value, isinstance(value, (str, Path))))
     kind = origin or hint
     if kind is tuple and parts and parts[-1] is not Ellipsis:
         _require(value, isinstance(value, (list, tuple)) and len(value) == len(parts))
         return tuple(fit(item, part) for item, part in zip(value, parts, strict=True))
-    if kind in (list, tuple, Sequence, Iterable):
+    if kind in (list, tuple, Sequence):
         _require(value, isinstance(value, (list, tuple)))
         items = [fit(item, parts[0] if parts else Any) for item in value]
         return tuple(items) if kind is tuple else items
@@ -86,6 +83,6 @@ def described(hint: Any) -> str:
         return (
             f"a list of {len(parts)} {described(parts[0])}" if same else f"a list ({', '.join(map(described, parts))})"
         )
-    if origin in (list, tuple, Sequence, Iterable):
+    if origin in (list, tuple, Sequence):
         return f"a list of {described(parts[0])}"
     return str(hint)

@@ -44,7 +44,7 @@ def paint_abdomen(body: Body, rng: np.random.Generator, grain: Array, blotches: 
     sinus = np.minimum(ellipsoid(c, (31, -24, -80), (9, 7, 15)), ellipsoid(c, (-31, -24, -73), (9, 7, 15)))
     c.paint(sinus, -20 + 50 * np.clip(blotches, -1, 1))
     _bowel(body, rng, np.minimum(np.minimum(liver, kidney), np.minimum(stomach, spleen)))
-    d |= {"liver": liver, "kidney": kidney, "spleen": spleen, "stomach": stomach}
+    d |= {"liver": liver, "kidney": kidney, "spleen": spleen}
 
 
 def _liver_vessels(body: Body, rng: np.random.Generator, liver: Array) -> None:
@@ -56,7 +56,6 @@ def _liver_vessels(body: Body, rng: np.random.Generator, liver: Array) -> None:
         hepatic = tree(rng, np.array([14.0, -10.0, -8.0]), inside[1::2], 0.8)
         vessels = c.tubes(np.concatenate([portal, hepatic]), vessels)
     c.paint(np.maximum(vessels, liver), body.traits.liver + 40)
-    body.distances["liver_vessels"] = vessels
 
 
 def _bowel(body: Body, rng: np.random.Generator, organs: Array) -> None:
