@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_cases(value: floa
     module = SimpleNamespace(
         global_step=7, _pending=None, told_to_stop=False, _stops=False,
         log=lambda key, value, **_: logged.update({key: value}),
-        _mean_over_processes=lambda losses: losses, _log_rates=lambda: None,
+        _mean_over_processes=lambda losses: losses, _log_rates=lambda: None, head_name="head", get_submodule={}.get,
     )  # fmt: skip
     module.check_pending = lambda: BaseModule.check_pending(module)  # type: ignore[arg-type]
     batch = {"case_ids": ["a", "b", "a"]}

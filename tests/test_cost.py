@@ -121,7 +121,8 @@ def test_a_frozen_backbone_costs_less_and_is_counted_again_when_it_is_freed(
 def test_a_run_counts_its_own_operations(phantom_store: Path, tmp_path: Path) -> None:
     common = ["fit", "--config", "configs/pretrain/phantom_mae.yaml", f"out={tmp_path}", f"data.store={phantom_store}",
               "data.pool=all", "data.patch_size=[16,16,16]", "module.warmup_steps=1", "trainer.max_steps=3",
-              "trainer.val_every_n_steps=3", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"]  # fmt: skip
+              "trainer.val_every_n_steps=3", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu",
+              "+data.num_val_patches=2"]  # fmt: skip
     for batch in (2, 4):
         assert main([*common, f"name=b{batch}", f"data.batch_size={batch}"]) == 0
     costs = [cost_of(RunFolder(tmp_path / name)) for name in ("b2", "b4")]

@@ -21,8 +21,8 @@ from pretrain3d.data.store import Store
 from pretrain3d.devices import cpu_has_bf16
 
 TINY = [
-    "data.patch_size=[32,32,32]", "data.batch_size=2", "data.num_workers=0", "module.warmup_steps=1",
-    "trainer.max_steps=2", "trainer.val_every_n_steps=2", "trainer.checkpoint_every_n_steps=1",
+    "data.patch_size=[32,32,32]", "data.batch_size=2", "data.num_workers=0", "+data.num_val_patches=2",
+    "module.warmup_steps=1", "trainer.max_steps=2", "trainer.val_every_n_steps=2", "trainer.checkpoint_every_n_steps=1",
     "trainer.log_every_n_steps=1", "trainer.accelerator=cpu",
 ]  # fmt: skip
 SLIM = ["+module.detector.fpn_channels=16", "+module.detector.num_convs=1"]

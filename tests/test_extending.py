@@ -29,8 +29,8 @@ REGISTRY = {
 }  # fmt: skip
 STEPS = [
     "data.patch_size=[32,32,32]", "data.batch_size=2", "data.num_workers=0", "data.num_folds=2",
-    "module.warmup_steps=0", "trainer.val_every_n_steps=2", "trainer.checkpoint_every_n_steps=1",
-    "trainer.log_every_n_steps=1", "trainer.accelerator=cpu",
+    "+data.num_val_patches=2", "module.warmup_steps=0", "trainer.val_every_n_steps=2",
+    "trainer.checkpoint_every_n_steps=1", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu",
 ]  # fmt: skip
 
 

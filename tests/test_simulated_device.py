@@ -89,7 +89,8 @@ def test_the_simulation_sees_what_waits() -> None:
 
 
 def test_mae_and_retina_unet_wait_for_nothing(phantom_store: Path, tmp_path: Path) -> None:
-    lines = [fit("pretrain/phantom_mae", phantom_store, tmp_path, "data.pool=all", "name=mae"),
+    lines = [fit("pretrain/phantom_mae", phantom_store, tmp_path, "data.pool=all", "name=mae",
+                 "+data.num_val_patches=3"),
              fit("detect/phantom", phantom_store, tmp_path, "name=retina", "data.augment.spatial=true",
                  "data.augment.intensity=true", "data.flip_axes=[0,1,2]")]  # fmt: skip
     assert run(lines) == [{"status": 0, "waits": []}] * 2

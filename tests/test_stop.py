@@ -46,7 +46,7 @@ def test_a_signal_is_one_line(
     run = tmp_path / "run"
     line = ["fit", "--config", "configs/pretrain/phantom_mae.yaml", "name=run", f"out={tmp_path}",
             f"data.store={phantom_store}", "data.patch_size=[16,16,16]", "data.batch_size=2", "data.num_workers=0",
-            "module.warmup_steps=1", "trainer.max_steps=6", "trainer.val_every_n_steps=6",
+            "+data.num_val_patches=2", "module.warmup_steps=1", "trainer.max_steps=6", "trainer.val_every_n_steps=6",
             "trainer.checkpoint_every_n_steps=2", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"]  # fmt: skip
     for step, kept in [(1, "begins again, there is no checkpoint yet"), (3, "continues from the checkpoint of step 2")]:
         call = [sys.executable, "-c", DRIVER, name, str(step), *line]
@@ -100,8 +100,8 @@ def test_a_job_that_slurm_requeues(phantom_store: Path, tmp_path: Path, monkeypa
         monkeypatch.setenv(f"SLURM_{key}", str(value))
     line = ["fit", "--config", "configs/pretrain/phantom_mae.yaml", f"out={tmp_path}", f"data.store={phantom_store}",
             "data.patch_size=[16,16,16]", "data.batch_size=2", "data.num_workers=0", "module.warmup_steps=1",
-            "trainer.max_steps=6", "trainer.val_every_n_steps=6", "trainer.checkpoint_every_n_steps=3",
-            "trainer.accelerator=cpu"]  # fmt: skip
+            "+data.num_val_patches=2", "trainer.max_steps=6", "trainer.val_every_n_steps=6",
+            "trainer.checkpoint_every_n_steps=3", "trainer.accelerator=cpu"]  # fmt: skip
     assert main([*line, "name=whole"]) == 0
     run = tmp_path / "run"
     for stop in (1, 4):
@@ -145,7 +145,8 @@ def test_several_processes_stop_together_at_the_step_after_any_was_told(monkeypa
     )  # fmt: skip
     told, other = (
         SimpleNamespace(global_step=0, _pending=None, told_to_stop=False, _stops=False, log=lambda *_, **__: None,
-                        _mean_over_processes=lambda losses: losses, _log_rates=lambda: None)
+                        _mean_over_processes=lambda losses: losses, _log_rates=lambda: None,
+                        head_name="head", get_submodule={}.get)
         for _ in range(2)
     )  # fmt: skip
     before = signal.getsignal(signal.SIGTERM)
