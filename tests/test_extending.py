@@ -229,6 +229,8 @@ def test_a_part_that_breaks_its_contract_is_named_in_one_line(case, store, monke
 def test_methods_without_what_their_module_calls_are_named(examples, store, monkeypatch, capsys):
     views = ["fit", "--config", str(CONFIGS / "pretrain/simclr.yaml"), f"data.store={store}", "name=x", *STEPS,
              "backbone=tiny_conv", "module.method={name: invariance, crop_size: 16}"]  # fmt: skip
+    assert main([*views, "data.patch_size=[8,8,8]"]) == 2
+    assert "cuts crops of 16 x 16 x 16 out of data.patch_size [8, 8, 8], into which" in capsys.readouterr().err
     monkeypatch.delattr(of(*INVARIANCE), "after_step")
     assert main(views) == 2
     assert "not contrastive, as it has no after_step()" in capsys.readouterr().err

@@ -44,11 +44,11 @@ class ContrastiveModule(PretrainingModule):
         check_promises(self.method, ViewMethod, "method")
         size: Any = self.method.view_size
         multiple: Any = backbone.size_multiple
+        cuts = f"module.method {method['name']} cuts crops of {by_text(size)} out of data.patch_size {list(patch_size)}"
+        if any(side > room for side, room in zip(size, patch_size, strict=True)):
+            raise UserError(f"{cuts}, into which they do not fit")
         if any(side % step for side, step in zip(size, multiple, strict=True)):
-            raise UserError(
-                f"module.method {method['name']} cuts crops of {by_text(size)} out of data.patch_size "
-                f"{list(patch_size)}; the backbone needs multiples of {by_text(multiple)}"
-            )
+            raise UserError(f"{cuts}; the backbone needs multiples of {by_text(multiple)}")
         self.augment = ViewAugmentation(**checked_arguments(ViewAugmentation, views or {}, "module.views"))
 
     def prepare(self, method: Any, batch: dict[str, Any], stage: str) -> dict[str, Any]:
